@@ -1,0 +1,31 @@
+"""Data-regularised post-training (Dr. Post-Training, arXiv 2605.07063) on NVIDIA Megatron-Core.
+
+Importing this package patches nothing and imports no Megatron.
+
+    handle = megatron_dr.attach(model, optimizer, config, DRConfig())   # a script of one's own
+    megatron_dr.enable()                                                # Megatron's pretrain_gpt.py
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_dr.config import DRConfig
+
+if TYPE_CHECKING:
+    from megatron_dr.mcore.handle import Handle
+
+__all__ = ["DRConfig", "attach", "enable"]
+__version__ = "0.1.0"
+
+
+def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) -> "Handle":
+    """Attach data-regularised training to a Megatron model: see `megatron_dr.mcore.handle`."""
+    from megatron_dr.mcore.handle import attach as attach_
+
+    return attach_(model, optimizer, config, dr)
+
+
+def enable() -> None:
+    """Add the plugin and its flags to Megatron's training loop: see `megatron_dr.mcore.adaptor`."""
+    from megatron_dr.mcore.adaptor import enable as enable_
+
+    enable_()

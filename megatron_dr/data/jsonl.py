@@ -1,0 +1,113 @@
+"""JSONL samples: one JSON object a line with `text`, or with `prompt` and `response`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer: Megatron's have it."""
+
+    eod: int
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+
+class JsonlSamples:
+    """The samples of a JSONL file, tokenised once and kept in memory as int32.
+
+    `text` is trained on whole, a `response` alone (its prompt is context); both end with the
+    tokenizer's end-of-document token. A sample longer than the sequence is cut on the right.
+
+    Args:
+        path: the file, UTF-8.
+        sequence_length: L; a sample gives L inputs and L labels.
+
+    Raises:
+        ValueError: a missing or empty file, or a wrong line: with the file, the line's number and
+            what is wrong with it.
+    """
+
+    def __init__(self, path: str, tokenizer: Tokenizer, sequence_length: int) -> None:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file.")
+        self.path = path
+        self.sequence_length = sequence_length
+        self.pad = tokenizer.eod
+        self.num_cut = 0
+        self._tokens: list[np.ndarray] = []
+        self._first: list[int] = []  # position of the first token that has a loss
+        for number, prompt, text in _lines(path):
+            prompt_ids = list(tokenizer.tokenize(prompt)) if prompt else []
+            ids = prompt_ids + list(tokenizer.tokenize(text)) + [tokenizer.eod]
+            self.num_cut += len(ids) > sequence_length + 1
+            ids = ids[: sequence_length + 1]
+            first = max(len(prompt_ids), 1)
+            if first >= len(ids):
+                raise ValueError(
+                    f"{path}:{number}: the prompt has {len(prompt_ids)} tokens and leaves no room "
+                    f"for the response in a sequence of {sequence_length}: shorten it or raise "
+                    "--seq-length."
+                )
+            self._tokens.append(np.asarray(ids, dtype=np.int32))
+            self._first.append(first)
+        if not self._tokens:
+            raise ValueError(f"{path}: the file has no samples.")
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """tokens, labels, loss_mask, position_ids, each [L], padded on the right."""
+        ids, length = self._tokens[number], self.sequence_length
+        padded = torch.full((length + 1,), self.pad, dtype=torch.int64)
+        padded[: len(ids)] = torch.from_numpy(ids)
+        loss_mask = torch.zeros(length)
+        loss_mask[self._first[number] - 1 : len(ids) - 1] = 1.0
+        return {
+            "tokens": padded[:-1],
+            "labels": padded[1:],
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(length),
+        }
+
+
+def _lines(path: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, prompt or '', text or response) of every line that is not empty."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason}).") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: not JSON ({error.msg}, column {error.colno})."
+                ) from None
+            yield number, *_fields(where, record)
+
+
+def _fields(where: str, record: Any) -> tuple[str, str]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a line must be a JSON object, not {type(record).__name__}.")
+    has_text, has_pair = "text" in record, "prompt" in record or "response" in record
+    if has_text == has_pair:
+        raise ValueError(
+            f"{where}: a line must have either 'text', or 'prompt' and 'response'; this one has "
+            f"{', '.join(map(repr, record)) or 'no field'}."
+        )
+    names = ("text",) if has_text else ("prompt", "response")
+    for name in names:
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"{where}: {name!r} must be a string.")
+    last = record[names[-1]]
+    if not last.strip():
+        raise ValueError(f"{where}: {names[-1]!r} is empty.")
+    return ("" if has_text else record["prompt"]), last

@@ -1,0 +1,95 @@
+"""The `--dr-*` flags, derived from the configuration's fields, beside Megatron's own."""
+
+import argparse
+import dataclasses
+import os
+from typing import Any, Literal, get_args, get_origin
+
+from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.mcore import cpu
+
+# Flags that mean something only with some values of another: {flag: (other, values)}.
+_NEEDS = {
+    "fraction": ("set", ("topk", "capped")),
+    "ridge": ("set", ("capped", "hull", "cone", "span")),
+    "slots": ("rows", ("slot",)),
+    "slot_dtype": ("rows", ("slot",)),
+    "sketch_size": ("exact", (False,)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group; usable as Megatron's `extra_args_provider`."""
+    group = parser.add_argument_group("megatron-dr (data-regularised post-training)")
+    for field in (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig)):
+        default = "none" if field.default is None else field.default
+        if field.name == "set":  # no flag of ours: the plugin is off
+            default = f"off; with --dr-target-data {field.default}"
+        options: dict[str, Any] = {
+            "dest": f"dr_{field.name}",
+            "default": None,
+            "help": f"{field.metadata['help']} [{field.metadata['unit']}] (default: {default})",
+        }
+        if field.type is bool:
+            options["action"] = "store_true"
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
+        else:
+            options["type"] = field.type if field.type in (int, float) else str
+        group.add_argument(f"--dr-{field.name.replace('_', '-')}", **options)
+    group.add_argument(
+        "--dr-device",
+        choices=("cuda", "cpu"),
+        default=os.environ.get(cpu.ENVIRONMENT_VARIABLE, "cuda"),
+        help="cpu: run Megatron without a GPU, over gloo [device] (default: cuda, or "
+        f"${cpu.ENVIRONMENT_VARIABLE})",
+    )
+    return parser
+
+
+def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig] | None:
+    """The configurations of the flags given; None when the plugin was not asked for.
+
+    Raises:
+        ValueError: flags out of range or against one another.
+    """
+    given = {
+        name[3:]: value
+        for name, value in vars(args).items()
+        if name.startswith("dr_") and name != "dr_device" and value is not None
+    }
+    if not given.keys() - {"metrics"}:
+        return None
+    if "set" not in given and "target_data" not in given:
+        flags = ", ".join(f"--dr-{n.replace('_', '-')}" for n in given)
+        raise ValueError(f"{flags} given without --dr-set or --dr-target-data: add one of them.")
+    own = {f.name for f in dataclasses.fields(TargetConfig)}
+    dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
+    target = TargetConfig(**{k: v for k, v in given.items() if k in own})
+    _check_together(given, dr, target)
+    return dr, target
+
+
+def _check_together(given: dict[str, Any], dr: DRConfig, target: TargetConfig) -> None:
+    for name, (other, values) in _NEEDS.items():
+        if name in given and getattr(dr, other) not in values:
+            raise ValueError(
+                f"--dr-{name.replace('_', '-')} has no meaning with "
+                f"--dr-{other} {getattr(dr, other)}: drop one of them."
+            )
+    if dr.set == "target" and dr.alpha != 1.0 and "alpha" in given:
+        raise ValueError("--dr-alpha has no meaning with --dr-set target: drop one of them.")
+    if target.target_data is None:
+        for name in ("target_batch_size", "target_valid_data"):
+            if name in given:
+                raise ValueError(
+                    f"--dr-{name.replace('_', '-')} needs --dr-target-data: give it, or drop the "
+                    "flag."
+                )
+        if dr.needs_target():
+            raise ValueError(
+                f"--dr-set {dr.set} needs --dr-target-data: give the target set's path, or "
+                "--dr-set mean."
+            )
+        if "alpha" in given and dr.alpha > 0:
+            raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")

@@ -1,0 +1,129 @@
+"""Every Megatron name the plugin relies on, which versions it was tested with, what it refuses."""
+
+from typing import Any
+
+import torch
+from megatron.core import __version__ as megatron_version
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+
+OLDEST, NEWEST = (0, 17), (0, 19)  # minor versions this plugin was written for (tested: README)
+
+# Configuration that no test of ours covers: refused at attach, with what to change.
+_UNSUPPORTED_MODEL = {
+    "overlap_moe_expert_parallel_comm": "its combined schedule runs two microbatches at once",
+    "defer_embedding_wgrad_compute": "it computes weight gradients after the microbatch",
+    "delay_wgrad_compute": "it computes weight gradients after the microbatch",
+    "hybrid_context_parallel": "its schedule regroups ranks in every microbatch",
+    "mtp_num_layers": "multi-token prediction ties the embedding on more than two stages",
+    "moe_paged_stash": "it reruns steps",
+    "flextron": "its routers are reduced over pipeline stages",
+}
+_UNSUPPORTED_DDP = {
+    "use_megatron_fsdp": "Megatron-FSDP keeps gradients in its own sharded buffers",
+    "reuse_grad_buf_for_mxfp8_param_ag": "parameters and gradients share a buffer",
+}
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The model chunk without DDP and precision wrappers."""
+    bare: torch.nn.Module = get_attr_wrapped_model(module, "pre_process", return_model_obj=True)
+    return bare
+
+
+def data_group() -> torch.distributed.ProcessGroup:
+    """Ranks that hold the same piece of the model: data x context parallel."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def model_group() -> torch.distributed.ProcessGroup:
+    """Ranks that together hold one copy of the model: tensor x pipeline parallel."""
+    return parallel_state.get_model_parallel_group()
+
+
+def check_contract(model: Any, config: Any) -> None:
+    """Raise ValueError, in one sentence that says what to change, where the plugin can't work."""
+    if not isinstance(model, (list, tuple)) or not model:
+        raise ValueError("attach(model, ...) needs Megatron's list of model chunks, e.g. [model].")
+    for module in model:
+        if not isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"attach needs model chunks wrapped in Megatron-Core's DistributedDataParallel, "
+                f"not {type(module).__name__}; Megatron-FSDP and torch FSDP2 are not supported: "
+                "drop --use-megatron-fsdp or --use-torch-fsdp2."
+            )
+    if config is not get_model_config(model[0]):
+        raise ValueError(
+            "attach(config=...) must be the model's own configuration, "
+            "get_model_config(model[0]): a copy's finalize_model_grads_func is never called."
+        )
+    _check_version()
+    ddp = model[0].ddp_config
+    for holder, table in ((config, _UNSUPPORTED_MODEL), (ddp, _UNSUPPORTED_DDP)):
+        for name, why in table.items():
+            if getattr(holder, name, None):
+                raise ValueError(f"megatron_dr does not support {name} ({why}): switch it off.")
+    if getattr(ddp, "num_distributed_optimizer_instances", 1) > 1:
+        raise ValueError(
+            "megatron_dr supports one distributed-optimizer instance, not "
+            f"{ddp.num_distributed_optimizer_instances}: set "
+            "--num-distributed-optimizer-instances 1."
+        )
+    if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
+        raise ValueError("megatron_dr does not support CUDA graphs: drop --cuda-graph-impl.")
+    _check_experts()
+
+
+def _check_version() -> None:
+    major, minor = (int(part) for part in megatron_version.split(".")[:2])
+    if not OLDEST <= (major, minor) <= NEWEST:
+        raise ValueError(
+            f"megatron_dr supports megatron-core {'.'.join(map(str, OLDEST))} to "
+            f"{'.'.join(map(str, NEWEST))}, but {megatron_version} is installed."
+        )
+
+
+def _check_experts() -> None:
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    cp = parallel_state.get_context_parallel_world_size()
+    together = _expert_ranks()
+    if max(together, tp) % min(together, tp) or max(together, tp * cp) % min(together, tp * cp):
+        raise ValueError(
+            f"expert parallelism over {together} ranks must divide, or be divided by, tensor x "
+            f"context parallelism ({tp} x {cp}): ranks that share experts or a sequence form one "
+            "row; change --expert-model-parallel-size or --expert-tensor-parallel-size."
+        )
+
+
+def _expert_ranks() -> int:
+    """Neighbouring ranks of a pipeline stage that exchange tokens."""
+    return (
+        parallel_state.get_expert_model_parallel_world_size()
+        * parallel_state.get_expert_tensor_parallel_world_size()
+    )
+
+
+def ranks_per_row() -> int:
+    """Neighbours in the data group whose gradients belong to one row.
+
+    Context-parallel ranks share sequences; expert-parallel ranks exchange tokens, so an expert's
+    gradient mixes theirs. Ranks of a stage are numbered tensor, context, data from the fastest on,
+    and expert groups are runs of that numbering.
+    """
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    cp = parallel_state.get_context_parallel_world_size()
+    return max(cp, _expert_ranks() // tp, 1)
+
+
+def hold_gradient_sync(model: Any) -> None:
+    """Keep `overlap_grad_reduce` from reducing a bucket before its rows are combined.
+
+    From its second step on, DDP launches a bucket's reduction when the last microbatch's gradients
+    are ready. With is_last_microbatch False it counts none as ready, and with is_first_batch True
+    finalize_model_grads launches what was not.
+    """
+    for module in model:
+        for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+            group.is_last_microbatch = False
+            group.is_first_batch = True

@@ -1,0 +1,282 @@
+"""Run Megatron-Core and its training loop on a machine without a GPU: laptops, tests, CI.
+
+`enable()` replaces the names through which Megatron assumes a CUDA device. The collectives (gloo),
+the pipeline schedules, DDP, the optimizers and the checkpoints are Megatron's own and run for real.
+It is explicit: only `enable()` switches it on (`--dr-device cpu`, or MEGATRON_DR_DEVICE=cpu).
+
+Each replacement says who calls the name and, where the failure is silent, what goes wrong without.
+"""
+
+import contextlib
+import functools
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ENVIRONMENT_VARIABLE = "MEGATRON_DR_DEVICE"
+
+# Megatron's flags that a machine without Transformer Engine, apex and CUDA needs.
+CPU_FLAGS = tuple(
+    """
+    --transformer-impl local --distributed-backend gloo --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --attention-backend unfused
+    --no-create-attention-mask-in-dataloader --num-workers 0 --rerun-mode disabled
+    """.split()
+)
+
+_enabled = False
+
+
+def is_enabled() -> bool:
+    """Whether `enable()` ran in this process."""
+    return _enabled
+
+
+def enable() -> None:
+    """Replace Megatron's CUDA assumptions by the CPU; call it before Megatron is used. Idempotent.
+
+    It sets TORCHDYNAMO_DISABLE=1: torch.compile asks the CUDA runtime for a stream.
+    """
+    global _enabled
+    if _enabled:
+        return
+    _enabled = True
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
+    _replace_device()
+    _replace_streams()
+    _replace_factories()
+    _replace_process_groups()
+    _replace_random_state()
+    _replace_moe()
+    _replace_recompute()
+    _replace_checkpoint_loading()
+    _replace_dataset_helpers()
+
+
+def _replace_device() -> None:
+    cpu = torch.device("cpu")
+    cuda = torch.cuda
+    cuda.is_available = lambda: True  # initialize_megatron asserts it
+    cuda.device_count = lambda: 1  # 0 skips model-parallel initialisation
+    cuda.set_device = lambda device: None  # _initialize_distributed
+    cuda.current_device = lambda: cpu  # everywhere in megatron.core
+    cuda.synchronize = lambda *args, **kwargs: None  # batched p2p, timers, checkpoints
+    cuda.empty_cache = lambda: None  # train loop, set_jit_fusion_options
+    cuda.ipc_collect = lambda: None  # checkpoint writers
+    # Argument validation and the fused kernels' gates.
+    cuda.get_device_capability = lambda *args: (0, 0)
+    cuda.get_device_properties = lambda *args: types.SimpleNamespace(
+        name="cpu", major=0, minor=0, multi_processor_count=1, total_memory=1, uuid="cpu"
+    )
+    cuda.get_device_name = lambda *args: "cpu"
+    # Memory statistics: report_memory, training_log, dist_checkpointing.
+    zero = lambda *args, **kwargs: 0  # noqa: E731
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, zero)
+    cuda.max_memory_reserved = zero
+    cuda.reset_peak_memory_stats = lambda *args: None
+    cuda.mem_get_info = lambda *args: (1, 1)
+    cuda.memory_stats = lambda *args: _Zeros()
+    # The CUDA build's DataLoader asks for a device index when it pins memory.
+    if hasattr(torch, "accelerator"):
+        torch.accelerator.is_available = lambda: False
+    # optimizers and clip_grads compare the type's name with torch.cuda.*Tensor
+    original_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original_type(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return original_type(self, dtype, **kwargs)
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    # rope_utils, get_batch, MoE dispatchers; module moves in get_model
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args: self  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]
+
+
+class _Zeros(dict[str, int]):
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+class _Stream:
+    """A stream of a machine that has one queue: everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+        self.device = torch.device("cpu")
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+    def record_event(self, *args: Any) -> "_Event":  # MoE dispatchers wait for it
+        return _Event()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:  # wait_stream, record, ...
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+class _Event(_Stream):
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace_streams() -> None:
+    """Schedules, DDP's start_grad_sync, MoE dispatchers and timers use streams and events."""
+    stream = _Stream()
+    torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
+    torch.cuda.Event = _Event  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = lambda *args: stream
+    torch.cuda.default_stream = lambda *args: stream
+    torch.cuda.set_stream = lambda *args: None
+    torch.cuda.stream = lambda *args: contextlib.nullcontext()
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.nvtx.range_push = lambda *args: None
+    torch.cuda.nvtx.range_pop = lambda *args: None
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+
+
+def _replace_factories() -> None:
+    """Literals `device="cuda"` in schedules, clip_grads, the optimizers and the causal mask."""
+
+    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if "cuda" in str(kwargs.get("device", "")):
+                kwargs["device"] = torch.device("cpu")
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "as_tensor",
+                 "zeros_like", "ones_like", "empty_like", "randint", "linspace"):  # fmt: skip
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    original_to = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(
+            torch.device("cpu")
+            if (isinstance(a, (str, torch.device)) and "cuda" in str(a))
+            else a
+            for a in args
+        )
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = torch.device("cpu")
+        return original_to(self, *args, **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[method-assign]
+
+
+def _replace_process_groups() -> None:
+    """gloo refuses a CUDA device: _initialize_distributed and the timers pass one."""
+    dist = torch.distributed
+    original_init, original_barrier = dist.init_process_group, dist.barrier
+
+    def init_process_group(*args: Any, device_id: Any = None, **kwargs: Any) -> None:
+        original_init(*args, **kwargs)
+
+    def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return original_barrier(*args, **kwargs)
+
+    dist.init_process_group, dist.barrier = init_process_group, barrier
+
+
+def _replace_random_state() -> None:
+    """Megatron keeps one generator state per parallel rank on the device.
+
+    Without the last two replacements the failure is silent: torch's lazy call queues the set and
+    never runs it, and the default stream ends up different on each tensor-parallel rank.
+    """
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    generator = torch.default_generator
+    torch.cuda.manual_seed = lambda seed: generator.manual_seed(int(seed))
+    torch.cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after its own
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _replace_moe() -> None:
+    """Routers and token dispatchers: Transformer Engine's GEMM, and tensors that `is_cuda`."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # a NameError without Transformer Engine
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = to_host
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _replace_recompute() -> None:
+    """Selective recompute passes fp8=False, which Megatron reads as 'fp8 is on' (`is not None`)."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    original = CheckpointWithoutOutput.__init__
+
+    def init(self: Any, fp8: Any = None) -> None:
+        original(self, fp8 or None)
+
+    CheckpointWithoutOutput.__init__ = init
+
+
+def _replace_checkpoint_loading() -> None:
+    """Distributed-optimizer checkpoints with torch's AdamW (no Transformer Engine, no apex).
+
+    torch keeps a tensor `step` per parameter that Megatron does not save per parameter: skip it
+    when states are copied (a KeyError without), and give each parameter its own `step` after
+    load_state_dict (silent without: one shared tensor advances once per parameter).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original_set = DistributedOptimizer._set_main_param_and_optimizer_states
+    original_load = DistributedOptimizer.load_state_dict
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        if "step" not in tensors:
+            tensors = {**tensors, "step": None}  # not a tensor: Megatron leaves its own as it is
+        original_set(self, model_param, tensors)
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        original_load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    DistributedOptimizer.load_state_dict = load_state_dict
+
+
+def _replace_dataset_helpers() -> None:
+    """compile_helpers runs `make` in the wheel's folder, which has no Makefile, and exits.
+
+    The helper is in the wheel already, compiled.
+    """
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
+

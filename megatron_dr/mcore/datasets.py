@@ -1,0 +1,161 @@
+"""Both roles' data in Megatron's terms: indexed datasets as they are, JSONL as a dataset class."""
+
+import argparse
+import copy
+import os
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_dr.data.jsonl import JsonlSamples
+from megatron_dr.data.order import EpochOrder, Samples, TargetStream
+
+
+class JsonlDataset(MegatronDataset):
+    """A JSONL file as a part of Megatron's blends: each sample once per epoch, seeded."""
+
+    def __init__(
+        self,
+        dataset: JsonlSamples,
+        dataset_path: str | None,
+        indices: numpy.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        if len(indices) == 0:
+            raise ValueError(f"{dataset_path}: no sample is left for {index_split.name}: --split.")
+        self.order = EpochOrder(len(indices), config.random_seed)
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: JsonlSamples) -> int:
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> JsonlSamples:
+        return JsonlSamples(dataset_path, config.tokenizer, config.sequence_length)
+
+    def __len__(self) -> int:
+        return len(self.indices) if self.num_samples is None else self.num_samples
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        return self.dataset[int(self.indices[self.order[position]])]
+
+
+def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its flags."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+def general_datasets(
+    args: argparse.Namespace, num_samples: list[int], vp_stage: int | None
+) -> tuple[Any, Any, Any]:
+    """Train, validation and test sets of the general role, blended as Megatron blends them.
+
+    Raises:
+        ValueError: a path that is not there, or JSONL and indexed datasets in one run.
+    """
+    config = dataset_config(args)
+    paths = _blended_paths(config)
+    for path in paths:
+        _check_path(path)
+    kinds = {path.endswith(".jsonl") for path in paths}
+    if len(kinds) > 1:
+        raise ValueError(
+            "the general data mixes .jsonl files and indexed datasets: convert one kind to the "
+            "other, a blend is of one kind."
+        )
+    kind = MockGPTDataset if args.mock_data else JsonlDataset if True in kinds else GPTDataset
+    builder = BlendedMegatronDatasetBuilder(
+        kind, num_samples, lambda: _has_data(vp_stage), config
+    )
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+def _blended_paths(config: GPTDatasetConfig) -> list[str]:
+    blends = [config.blend, *(config.blend_per_split or [])]
+    return [path for blend in blends if blend is not None for path in blend[0]]
+
+
+def _check_path(path: str) -> None:
+    if path.endswith(".jsonl"):
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such file.")
+    elif not os.path.isfile(path + ".idx") or not os.path.isfile(path + ".bin"):
+        raise ValueError(
+            f"{path}: no such data; an indexed dataset is named by its path without .bin and .idx, "
+            "JSONL by a path that ends in .jsonl."
+        )
+
+
+def _has_data(vp_stage: int | None) -> bool:
+    """Whether this rank reads data: the first tensor-parallel rank of an end of the pipeline."""
+    first = mpu.get_tensor_model_parallel_rank() == 0
+    return bool(first and is_first_or_last_pipeline_stage(vp_stage))
+
+
+def target_samples(args: argparse.Namespace, path: str) -> Samples:
+    """The whole target set of a path.
+
+    Raises:
+        ValueError: no such data, or a wrong line.
+    """
+    _check_path(path)
+    config = dataset_config(args)
+    if path.endswith(".jsonl"):
+        return JsonlSamples(path, config.tokenizer, config.sequence_length)
+    config = copy.copy(config)
+    config.blend, config.blend_per_split = ([path], None), None
+    config.split, config.split_matrix = "1,0,0", [(0.0, 1.0), None, None]
+    train, _, _ = BlendedMegatronDatasetBuilder(
+        GPTDataset, (None, None, None), lambda: True, config
+    ).build()
+    samples: Samples = train
+    return samples
+
+
+def target_streams(
+    args: argparse.Namespace, samples: Samples, micro_batch_size: int, num_chunks: int
+) -> list[TargetStream | None]:
+    """One stream per model chunk, all at the same place; None where this rank reads no data."""
+    streams: list[TargetStream | None] = []
+    for chunk in range(num_chunks):
+        reads = _has_data(chunk if num_chunks > 1 else None)
+        stream = TargetStream(
+            samples,
+            micro_batch_size=micro_batch_size,
+            rank=mpu.get_data_parallel_rank(),
+            size=mpu.get_data_parallel_world_size(),
+            seed=args.seed,
+        )
+        streams.append(stream if reads else None)
+    return streams

@@ -1,0 +1,38 @@
+"""Bad input: one sentence on rank 0, exit code 2, on every rank, without a hang."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Turn a ValueError that every rank raises alike into one sentence and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        _leave(str(error))
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """As `refused`, where only some ranks may raise: all ranks leave together (collective)."""
+    message = None
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    found = next((m for m in messages if m is not None), None)
+    if found is not None:
+        _leave(found)
+
+
+def _leave(message: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"megatron_dr: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

@@ -1,0 +1,181 @@
+"""Which elements of which parameter this rank holds, and how often each counts in a gram.
+
+Sketches of partial gradients are summed over every rank that holds a piece of the row, so a piece
+that exists once counts once, a partial sum counts on every rank that has a part of it, and a copy
+counts on one rank only:
+
+| parameter | over tensor-parallel ranks | counts |
+|---|---|---|
+| linear and vocabulary weights | sharded | 1 on every rank |
+| norms, biases, router | identical gradients | 1 on rank 0, else 0 |
+| the same under sequence parallelism; q/k norms | partial gradients, summed by Megatron later | 1 |
+| `average_gradients_across_tp_domain` | partial gradients, averaged by Megatron later | 1/T |
+| tied embedding, copies on first and last pipeline stage | partial gradients | 1 on each copy |
+| experts | sharded over expert-parallel ranks | 1 on every rank |
+
+The rules are Megatron-Core's own: finalize_model_grads, param_is_not_tensor_parallel_duplicate.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dr.mcore.compat import unwrap
+from megatron_dr.projection import block_of, key_of
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedParameter:
+    """A parameter's place in the whole model.
+
+    Attributes:
+        name: its name in the model without parallelism.
+        count: how often this rank's piece counts (the table above).
+        dim: the dimension that is sharded over `shards` ranks, this being number `shard`.
+        stride: the sharded dimension is `stride` stacked matrices, each sharded by itself
+            (gate and up of a gated MLP).
+    """
+
+    parameter: torch.nn.Parameter
+    name: str
+    chunk: int
+    count: float
+    dim: int
+    stride: int
+    shard: int
+    shards: int
+
+    @property
+    def key(self) -> int:
+        return key_of(self.name)
+
+    @property
+    def global_numel(self) -> int:
+        return self.parameter.numel() * self.shards
+
+    def global_index(self, start: int, stop: int) -> torch.Tensor:
+        """Positions [stop - start] in the whole parameter of local elements start..stop (flat)."""
+        flat = torch.arange(start, stop, device=self.parameter.device)
+        if self.shards == 1:
+            return flat
+        shape = self.parameter.shape
+        length, inner = shape[self.dim], shape[self.dim + 1 :].numel()
+        outer, along, within = flat // (length * inner), flat // inner % length, flat % inner
+        part = length // self.stride
+        along = (along // part) * (part * self.shards) + self.shard * part + along % part
+        return (outer * (length * self.shards) + along) * inner + within
+
+
+def owned_parameters(
+    model: list[torch.nn.Module], config: TransformerConfig
+) -> list[OwnedParameter]:
+    """Every trainable parameter of this rank's model chunks."""
+    owned = []
+    for chunk, module in enumerate(model):
+        bare = unwrap(module)
+        numbers = _layer_numbers(bare)
+        for local_name, parameter in bare.named_parameters():
+            if parameter.requires_grad:
+                name = _global_name(local_name, parameter, numbers, config)
+                owned.append(_place(parameter, name, chunk, config))
+    return owned
+
+
+def _layer_numbers(module: torch.nn.Module) -> dict[str, int]:
+    """'decoder.layers.<local number>' -> number in the whole model, from 0."""
+    pattern = re.compile(r"(.*\.)?layers\.\d+")
+    return {
+        name: layer.layer_number - 1
+        for name, layer in module.named_modules()
+        if pattern.fullmatch(name) and hasattr(layer, "layer_number")
+    }
+
+
+def _global_name(
+    name: str, parameter: torch.nn.Parameter, numbers: dict[str, int], config: TransformerConfig
+) -> str:
+    if name == "output_layer.weight" and getattr(parameter, "shared_embedding", False):
+        return "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
+    match = re.match(r"((?:.*?\.)?layers\.)\d+", name)
+    if match and match.group(0) in numbers:
+        name = f"{match.group(1)}{numbers[match.group(0)]}{name[match.end() :]}"
+    if config.num_moe_experts and parallel_state.get_expert_model_parallel_world_size() > 1:
+        local = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        first = local * parallel_state.get_expert_model_parallel_rank()
+        shift = lambda m: f"{m.group(1)}{int(m.group(2)) + first}"  # noqa: E731
+        name = re.sub(r"(\.local_experts\.)(\d+)", shift, name)
+        name = re.sub(r"(\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$", shift, name)
+    return name
+
+
+def _place(
+    parameter: torch.nn.Parameter, name: str, chunk: int, config: TransformerConfig
+) -> OwnedParameter:
+    expert = not getattr(parameter, "allreduce", True)
+    if expert:
+        shards = parallel_state.get_expert_tensor_parallel_world_size()
+        shard = parallel_state.get_expert_tensor_parallel_rank()
+    else:
+        shards = parallel_state.get_tensor_model_parallel_world_size()
+        shard = parallel_state.get_tensor_model_parallel_rank()
+    if getattr(parameter, "tensor_model_parallel", False):
+        gated = config.gated_linear_unit and ".linear_fc1." in name
+        stride = max(getattr(parameter, "partition_stride", 1), 2 if gated else 1)
+        dim = parameter.partition_dim
+        return OwnedParameter(parameter, name, chunk, 1.0, dim, stride, shard, shards)
+    if getattr(parameter, "average_gradients_across_tp_domain", False):
+        count = 1.0 / shards
+    elif _is_partial(parameter, name, config):
+        count = 1.0
+    else:
+        count = 1.0 if shard == 0 else 0.0
+    return OwnedParameter(parameter, name, chunk, count, 0, 1, 0, 1)
+
+
+def _is_partial(parameter: torch.nn.Parameter, name: str, config: TransformerConfig) -> bool:
+    """Whether Megatron sums this parameter's gradient over tensor-parallel ranks in finalize."""
+    sequence = config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+    qk = config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
+    return bool(sequence or qk)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """The blocks of the whole model, in the same order on every rank.
+
+    Attributes:
+        names: block names, B of them.
+        offsets: parameter key -> first element in its block, for exact rows.
+        size: elements of the largest block.
+    """
+
+    names: tuple[str, ...]
+    offsets: dict[int, int]
+    size: int
+
+    def number(self, owned: OwnedParameter, kind: str) -> int:
+        return self.names.index(block_of(owned.name, kind))
+
+
+def block_table(owned: list[OwnedParameter], kind: str) -> BlockTable:
+    """Gather the parameters' names from all ranks and number the blocks (collective)."""
+    mine = {o.name: o.global_numel for o in owned}
+    everyone: list[dict[str, int]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, mine)
+    sizes = {name: numel for part in everyone for name, numel in part.items()}
+    filled: dict[str, int] = {}
+    offsets = {}
+    for name in sorted(sizes, key=_natural):
+        block = block_of(name, kind)
+        offsets[key_of(name)] = filled.get(block, 0)
+        filled[block] = filled.get(block, 0) + sizes[name]
+    return BlockTable(tuple(filled), offsets, max(filled.values()))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts]
+

@@ -1,0 +1,147 @@
+"""Megatron's own training loop with the plugin: `torchrun ... -m megatron_dr.train <flags>`.
+
+The model is Megatron's GPT model built from its flags, the loop is `megatron.training.pretrain`:
+checkpoints, logging, validation, schedules and flags are Megatron's.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_dr.mcore import cpu
+
+
+def main() -> None:
+    """The entry; flags from the command line."""
+    warnings.filterwarnings("ignore", module="megatron")
+    if _device() == "cpu":
+        cpu.enable()
+        sys.argv[1:1] = cpu.CPU_FLAGS  # first, so that flags given by the user win
+    _run()
+
+
+def _device() -> str:
+    """--dr-device, read before Megatron is imported."""
+    arguments = sys.argv[1:]
+    for number, argument in enumerate(arguments):
+        if argument == "--dr-device" and number + 1 < len(arguments):
+            return arguments[number + 1]
+        if argument.startswith("--dr-device="):
+            return argument.split("=", 1)[1]
+    return os.environ.get(cpu.ENVIRONMENT_VARIABLE, "cuda")
+
+
+def _run() -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_dr.mcore import adaptor
+
+    adaptor.enable()
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    model = gpt_config_from_args(args)
+    if cpu.is_enabled():
+        from megatron_dr.mcore.cpu_layers import layer_spec
+
+        model.transformer_layer_spec = layer_spec
+        # gloo may still be sending a stage's output when Megatron frees it
+        model.transformer.deallocate_pipeline_outputs = False
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=partial(_embedding_ranks, not args.untie_embeddings_and_output_weights),
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _embedding_ranks(tied: bool, pp_ranks: list[int]) -> list[int]:
+    """Stages that hold the embedding: the first, and the last where the output layer is tied."""
+    return sorted({pp_ranks[0], pp_ranks[-1]}) if tied else [pp_ranks[0]]
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """General train, validation and test sets; called by Megatron on every rank."""
+    from megatron.training import get_args
+
+    from megatron_dr.mcore import datasets, errors
+
+    built: tuple[Any, Any, Any] = (None, None, None)
+    with errors.agreed():
+        built = datasets.general_datasets(get_args(), num_samples, vp_stage)
+    return built
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """One microbatch's forward: output of this stage, and the loss function."""
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
+    """The microbatch on this rank: read on tensor-parallel rank 0, split over context ranks."""
+    from megatron.core import mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training import get_args
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(names)
+    args = get_args()
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        data = next(data_iterator)
+        batch = {n: data[n].cuda(non_blocking=True) if n in data else None for n in names}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    group = mpu.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the masked tokens' losses, their number, and both for the log."""
+    mask = loss_mask.reshape(-1).float()
+    loss = (output.reshape(-1).float() * mask).sum()
+    tokens = mask.sum().detach().to(torch.int)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}

@@ -1,0 +1,105 @@
+"""Linear maps S that keep inner products, E[(Sx).(Sy)] = x.y, without a stored matrix.
+
+A sketch is added to, a piece at a time: S is linear, and bucket and sign depend only on the
+parameter's key and the element's global index. So the result does not depend on how the elements
+lie on ranks or are split over calls (up to the order of fp32 additions).
+
+Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plus target).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+_CHUNK = 2**20  # elements whose temporaries live at the same time
+_MASK = 2**32 - 1
+
+
+class Sketch(Protocol):
+    """A linear map from named, indexed elements to `size` numbers."""
+
+    @property
+    def size(self) -> int:
+        """K, the length of a sketch."""
+
+    def add_(self, out_RK: Tensor, values_RN: Tensor, index_N: Tensor, key: int) -> None:
+        """out += S values, in place, for the elements index [N] (int64) of the parameter key."""
+
+
+@dataclass(frozen=True)
+class CountSketch:
+    """(Sx)[k] = sum of sign(n) x[n] over the elements n with bucket(n) = k.
+
+    Charikar, Chen, Farach-Colton, Finding frequent items in data streams, ICALP 2002. The
+    estimate (Sx).(Sy) is unbiased with variance at most (|x|^2 |y|^2 + (x.y)^2) / K.
+
+    :param size: K, a power of two up to 2^31.
+    :param seed: another seed, another independent map.
+    """
+
+    size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.size <= 2**31 and self.size & (self.size - 1) == 0):
+            raise ValueError(f"size is {self.size}; it must be a power of two, at most 2^31.")
+
+    def add_(self, out_RK: Tensor, values_RN: Tensor, index_N: Tensor, key: int) -> None:
+        """out[:, bucket(index)] += sign(index) values, in fp32, a chunk and a row at a time."""
+        first, second = _salts(key, self.seed)
+        for start in range(0, index_N.numel(), _CHUNK):
+            hashed_N = _hash(index_N[start : start + _CHUNK], first, second)
+            sign_N = 1 - ((hashed_N >> 30) & 2).to(out_RK.dtype)  # bit 31
+            bucket_N = hashed_N.bitwise_and_(self.size - 1)  # the low bits
+            for out_K, values_N in zip(out_RK, values_RN[:, start : start + _CHUNK], strict=True):
+                out_K.index_add_(0, bucket_N, sign_N * values_N)
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """S = identity: element n of the parameter key goes to offsets[key] + n. For tests.
+
+    :param offsets: where each parameter's elements begin.
+    :param size: the number of elements of all parameters.
+    """
+
+    offsets: Mapping[int, int]
+    size: int
+
+    def add_(self, out_RK: Tensor, values_RN: Tensor, index_N: Tensor, key: int) -> None:
+        """out[:, offsets[key] + index] += values."""
+        out_RK.index_add_(1, index_N + self.offsets[key], values_RN.to(out_RK.dtype))
+
+
+def key_of(name: str) -> int:
+    """A parameter's stable 63-bit key."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _salts(key: int, seed: int) -> tuple[int, int]:
+    """Two independent 32-bit numbers from (key, seed), by a cryptographic hash on the host."""
+    digest = hashlib.blake2b(f"{key}/{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+
+
+def _hash(index_N: Tensor, first: int, second: int) -> Tensor:
+    """32 hashed bits of a 64-bit index, held in int64; salted before each of two finalisers."""
+    low_N, high_N = index_N & _MASK, (index_N >> 32) & _MASK
+    mixed_N = _finalise_(low_N.bitwise_xor_(first))
+    return _finalise_(mixed_N.add_(second).bitwise_xor_(high_N).bitwise_and_(_MASK))
+
+
+def _finalise_(x_N: Tensor) -> Tensor:
+    """A 32-bit finaliser in place: a bijection with near-ideal avalanche.
+
+    Its two multipliers (from the hash-prospector project's list) are below 2^31, so that no
+    product leaves int64, which torch has instead of unsigned 64-bit arithmetic.
+    """
+    x_N.bitwise_xor_(x_N >> 16).mul_(0x21F0AAAD).bitwise_and_(_MASK)
+    x_N.bitwise_xor_(x_N >> 15).mul_(0x735A2D97).bitwise_and_(_MASK)
+    return x_N.bitwise_xor_(x_N >> 15)

@@ -1,0 +1,1 @@
+"""Metrics and plots. Imports neither Megatron nor the plugin's Megatron side."""

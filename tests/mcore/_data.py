@@ -1,0 +1,91 @@
+"""The same rows in every layout: sequences are named by (role, step, row, number)."""
+
+from dataclasses import dataclass
+
+import torch
+
+VOCAB, LENGTH, ROWS, TARGETS = 61, 8, 4, 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay the model and the batch over ranks. M = 4 rows in each."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    per_token: bool = False
+    tied: bool = False
+    moe: bool = False
+    bf16: bool = False
+    recompute: bool = False
+    qk_layernorm: bool = False
+    layer_norm: bool = False  # LayerNorm, biases, GELU instead of RMSNorm, no biases, SwiGLU
+    fused_gradients: bool = False
+    sequences: int = 2  # general sequences (microbatches of one) in a row
+    targets: int = TARGETS
+    full_masks: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def dp_per_row(self) -> int:
+        """Data-parallel ranks that form one row: expert-parallel peers do."""
+        return max(1, self.ep * self.etp // (self.tp * self.cp))
+
+    @property
+    def slots(self) -> int:
+        return ROWS * self.dp_per_row // self.dp
+
+    @property
+    def num_general(self) -> int:
+        return self.slots * self.sequences // self.dp_per_row
+
+    @property
+    def num_target(self) -> int:
+        return self.targets // self.dp
+
+
+Sequence = dict[str, torch.Tensor]
+
+
+def sequence(role: str, step: int, row: int, number: int, full_mask: bool) -> Sequence:
+    """Tokens, labels and loss mask [LENGTH] of one sequence."""
+    seed = hash((role == "target", step, row, number)) % 2**31
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, VOCAB, (LENGTH + 1,), generator=generator)
+    mask = torch.ones(LENGTH)
+    if not full_mask:
+        mask[torch.randint(1, LENGTH, (1,), generator=generator) :] = 0.0
+    return {
+        "tokens": text[:-1],
+        "labels": text[1:],
+        "loss_mask": mask,
+        "position_ids": torch.arange(LENGTH),
+    }
+
+
+def general(layout: Layout, step: int, dp_rank: int) -> list[dict[str, torch.Tensor]]:
+    """A rank's general microbatches in order: slot by slot, its share of each row's sequences."""
+    group, peer = divmod(dp_rank, layout.dp_per_row)
+    batches = []
+    for slot in range(layout.slots):
+        row = group * layout.slots + slot
+        for number in range(peer, layout.sequences, layout.dp_per_row):
+            batches.append(sequence("general", step, row, number, layout.full_masks))
+    return batches
+
+
+def target(layout: Layout, step: int, dp_rank: int) -> list[dict[str, torch.Tensor]]:
+    first = dp_rank * layout.num_target
+    numbers = range(first, first + layout.num_target)
+    return [sequence("target", step, 0, n, layout.full_masks) for n in numbers]

@@ -1,0 +1,129 @@
+"""Weights and parameters after three steps equal the oracle's, in every layout."""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state  # noqa: F401
+
+import megatron_dr
+from megatron_dr import DRConfig
+
+from . import _megatron, _oracle
+from ._data import ROWS, Layout
+from ._oracle import Problem
+from ._ranks import run_ranks
+
+STEPS = 3
+
+
+def config(layout: Layout, problem: Problem, **changes: Any) -> DRConfig:
+    slots = layout.slots
+    return DRConfig(
+        set=problem.set,
+        fraction=problem.fraction,
+        ridge=problem.ridge,
+        alpha=problem.alpha,
+        norm=problem.norm,
+        blocks=problem.blocks,
+        rows="slot" if slots > 1 else "rank",
+        slots=slots,
+        exact=True,
+        **changes,
+    )
+
+
+def run(layout: Layout, problem: Problem, initial: Any, changes: dict[str, Any]) -> Any:
+    """On a rank: train; return parameters' pieces, weights per step, block names."""
+    dr = config(layout, problem, **changes)
+    model, optimizer, cfg, log = _megatron.train(
+        layout, STEPS, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr)
+    )
+    names = megatron_dr.mcore.handle.attached(model).block_names
+    weights = [p.weights_BM.numpy() for _, p in log]
+    return _megatron.pieces(model, cfg), weights, names
+
+
+CONE = Problem()
+
+
+def check(layout: Layout, problem: Problem = CONE, atol: float = 2e-5, **changes: Any) -> None:
+    initial = _oracle.initial(layout)
+    ranks = run_ranks(layout.world, run, layout, problem, initial, changes)
+    parameters, history = _oracle.train(
+        layout, problem, STEPS, _megatron.LEARNING_RATE, _megatron.CLIP, _megatron.EPS
+    )
+    for _, weights, _ in ranks:  # the same on every rank, bit for bit
+        assert all((a == b).all() for a, b in zip(weights, ranks[0][1]))
+    names = ranks[0][2]
+    assert len(names) == len(history[0])
+    for step, expected in enumerate(history):
+        found = ranks[0][1][step]
+        assert found.shape == (len(names), ROWS)
+        for number, name in enumerate(names):
+            key = "" if problem.blocks == "model" else name
+            torch.testing.assert_close(
+                torch.from_numpy(found[number]), torch.from_numpy(expected[key]),
+                rtol=0, atol=max(50 * atol, 1e-3) if layout.bf16 else 2e-4,
+            )  # fmt: skip
+    together = _megatron.whole([pieces for pieces, _, _ in ranks])
+    assert together.keys() == parameters.keys()
+    for name, value in parameters.items():
+        error = float((together[name].double() - value.reshape(-1)).abs().max())
+        assert error <= atol, f"{name}: {error}"
+
+
+LAYOUTS = {
+    "world1": Layout(),
+    "world1-tied": Layout(tied=True),
+    "world1-layernorm-biases": Layout(layer_norm=True),
+    "world1-accumulate4": Layout(sequences=4, targets=2),
+    "world1-recompute": Layout(recompute=True),
+    "dp2": Layout(dp=2),
+    "dp4": Layout(dp=4),
+    "dp2-accumulate1": Layout(dp=2, sequences=1),
+    "dp2-accumulate4": Layout(dp=2, sequences=4, targets=2),
+    "dp2-distopt": Layout(dp=2, distributed_optimizer=True),
+    "dp2-overlap": Layout(dp=2, overlap=True),
+    "dp2-distopt-overlap": Layout(dp=2, distributed_optimizer=True, overlap=True),
+    "dp2-token": Layout(dp=2, per_token=True, distributed_optimizer=True),
+    "tp2": Layout(tp=2),
+    "tp2-layernorm-biases": Layout(tp=2, layer_norm=True),
+    "tp2-sp": Layout(tp=2, sequence_parallel=True),
+    "tp2-sp-layernorm-biases": Layout(tp=2, sequence_parallel=True, layer_norm=True),
+    "tp2-qk-norm": Layout(tp=2, qk_layernorm=True),
+    "tp2-sp-recompute": Layout(tp=2, sequence_parallel=True, recompute=True),
+    "tp2-tied-token": Layout(tp=2, tied=True, per_token=True),
+    "pp2": Layout(pp=2),
+    "pp2-tied": Layout(pp=2, tied=True),
+    "pp2-token": Layout(pp=2, per_token=True),
+    "pp2-vpp2": Layout(pp=2, vpp=2),
+    "pp2-vpp2-tied": Layout(pp=2, vpp=2, tied=True),
+    "cp2-token": Layout(cp=2, per_token=True),
+    "cp2": Layout(cp=2, full_masks=True),
+    "tp2-pp2-sp-tied": Layout(tp=2, pp=2, sequence_parallel=True, tied=True),
+    "tp2-dp2-distopt-overlap": Layout(
+        tp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True
+    ),
+    "pp2-dp2-distopt-token": Layout(pp=2, dp=2, distributed_optimizer=True, per_token=True),
+    "pp2-vpp2-dp2-overlap": Layout(pp=2, vpp=2, dp=2, overlap=True, distributed_optimizer=True),
+    "pp2-cp2-token-tied": Layout(pp=2, cp=2, per_token=True, tied=True),
+    "moe": Layout(moe=True),
+    "moe-ep2": Layout(moe=True, ep=2, dp=2),
+    "moe-ep2-distopt-token": Layout(
+        moe=True, ep=2, dp=2, distributed_optimizer=True, per_token=True
+    ),
+    "moe-ep2-dp4": Layout(moe=True, ep=2, dp=4),
+    "moe-tp2-sp": Layout(moe=True, tp=2, sequence_parallel=True),
+    "moe-tp2-sp-ep2": Layout(moe=True, tp=2, sequence_parallel=True, ep=2),
+    "moe-tp2-sp-ep2-dp2": Layout(moe=True, tp=2, sequence_parallel=True, ep=2, dp=2),
+    "moe-tp2-sp-ep4-dp2": Layout(moe=True, tp=2, sequence_parallel=True, ep=4, dp=2),
+    "moe-tp2-sp-etp2-ep2-dp2": Layout(
+        moe=True, tp=2, sequence_parallel=True, etp=2, ep=2, dp=2
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layout_equals_oracle(layout: Layout) -> None:
+    check(layout)
