@@ -64,9 +64,13 @@ class DRConfig:
             raise ValueError(f"slots must be at least 1, not {self.slots}.")
         if self.rows == "slot" and self.slots == 1:
             raise ValueError("rows='slot' with slots=1 is rows='rank': say rows='rank'.")
-        if self.sketch_size < 2 or self.sketch_size & (self.sketch_size - 1):
-            raise ValueError(f"sketch_size must be a power of two, not {self.sketch_size}.")
-        self.feasible_set()  # its dials are checked where they are defined
+        size = self.sketch_size
+        if not 2 <= size <= 2**31 or size & (size - 1):
+            raise ValueError(f"sketch_size must be a power of two up to 2**31, not {size}.")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction must be in (0, 1], not {self.fraction}.")
+        if not 0.0 <= self.ridge < float("inf"):
+            raise ValueError(f"ridge must be finite and at least 0, not {self.ridge}.")
 
     def feasible_set(self) -> FeasibleSet:
         """The set as an object, with its dials."""

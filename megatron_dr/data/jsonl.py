@@ -26,24 +26,32 @@ class JsonlSamples:
     Args:
         path: the file, UTF-8.
         sequence_length: L; a sample gives L inputs and L labels.
+        attention_mask: give a causal mask [1, L, L] too, True where attention is forbidden.
 
     Raises:
         ValueError: a missing or empty file, or a wrong line: with the file, the line's number and
             what is wrong with it.
     """
 
-    def __init__(self, path: str, tokenizer: Tokenizer, sequence_length: int) -> None:
+    def __init__(
+        self, path: str, tokenizer: Tokenizer, sequence_length: int, attention_mask: bool = False
+    ) -> None:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file.")
         self.path = path
         self.sequence_length = sequence_length
+        self.attention_mask = attention_mask
         self.pad = tokenizer.eod
         self.num_cut = 0
         self._tokens: list[np.ndarray] = []
         self._first: list[int] = []  # position of the first token that has a loss
+        # What a tokenizer puts around every text (Llama's <bos>) belongs around the sample, and
+        # not between its parts.
+        around = set(tokenizer.tokenize(""))
         for number, prompt, text in _lines(path):
-            prompt_ids = list(tokenizer.tokenize(prompt)) if prompt else []
-            ids = prompt_ids + list(tokenizer.tokenize(text)) + [tokenizer.eod]
+            prompt_ids = _strip(tokenizer.tokenize(prompt), around) if prompt else []
+            text_ids = _strip(tokenizer.tokenize(text), around, start=bool(prompt))
+            ids = prompt_ids + text_ids + [tokenizer.eod]
             self.num_cut += len(ids) > sequence_length + 1
             ids = ids[: sequence_length + 1]
             first = max(len(prompt_ids), 1)
@@ -68,12 +76,25 @@ class JsonlSamples:
         padded[: len(ids)] = torch.from_numpy(ids)
         loss_mask = torch.zeros(length)
         loss_mask[self._first[number] - 1 : len(ids) - 1] = 1.0
-        return {
+        sample = {
             "tokens": padded[:-1],
             "labels": padded[1:],
             "loss_mask": loss_mask,
             "position_ids": torch.arange(length),
         }
+        if self.attention_mask:
+            sample["attention_mask"] = torch.ones(1, length, length, dtype=torch.bool).triu(1)
+        return sample
+
+
+def _strip(ids: list[int], around: set[int], start: bool = False) -> list[int]:
+    """Without the tokens in `around` at the end and, if asked for, at the start."""
+    first, last = 0, len(ids)
+    while start and first < last and ids[first] in around:
+        first += 1
+    while last > first + 1 and ids[last - 1] in around:
+        last -= 1
+    return list(ids[first:last])
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str]]:
@@ -91,6 +112,8 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
                 raise ValueError(
                     f"{where}: not JSON ({error.msg}, column {error.colno})."
                 ) from None
+            except (ValueError, RecursionError) as error:  # a huge number, deep nesting
+                raise ValueError(f"{where}: JSON that can't be read ({error}).") from None
             yield number, *_fields(where, record)
 
 
@@ -107,6 +130,10 @@ def _fields(where: str, record: Any) -> tuple[str, str]:
     for name in names:
         if not isinstance(record.get(name), str):
             raise ValueError(f"{where}: {name!r} must be a string.")
+        try:
+            record[name].encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: {name!r} has half of a surrogate pair.") from None
     last = record[names[-1]]
     if not last.strip():
         raise ValueError(f"{where}: {names[-1]!r} is empty.")

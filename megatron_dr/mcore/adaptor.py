@@ -119,7 +119,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     configs = configs_from_args(args)
     _run = None
     if configs is not None and optimizer is not None:
-        with errors.agreed():
+        with errors.refused(), errors.agreed():
             _run = _Run(model, optimizer, get_model_config(model[0]), args, *configs)
     return model, optimizer, scheduler
 
@@ -159,7 +159,9 @@ class _Run:
         self.train_streams: list[Any] = [None] * len(model)
         self.valid_streams: list[Any] = [None] * len(model)
         if target.target_data is not None:
-            self._open_target(target, len(model))
+            self._open_training(target.target_data, target, len(model))
+        if target.target_valid_data is not None:
+            self._open_validation(target.target_valid_data, len(model))
         self.handle.check_batch(self._num_general(), self.num_target)
         self._fresh_validation = True
         self._iteration: int | None = None
@@ -171,14 +173,13 @@ class _Run:
         number: int = get_num_microbatches()
         return number
 
-    def _open_target(self, target: TargetConfig, num_chunks: int) -> None:
+    def _open_training(self, path: str, target: TargetConfig, num_chunks: int) -> None:
         from megatron.training import print_rank_0
 
         from megatron_dr.mcore import datasets
 
-        assert target.target_data is not None
         args = self.args
-        samples = datasets.target_samples(args, target.target_data)
+        samples = datasets.target_samples(args, path)
         if target.target_batch_size > len(samples):
             print_rank_0(
                 f"megatron_dr: note: the target batch ({target.target_batch_size}) is larger than "
@@ -188,11 +189,14 @@ class _Run:
         size = args.micro_batch_size
         self.train_streams = datasets.target_streams(args, samples, size, num_chunks)
         self._place(self.train_streams, getattr(args, _CONSUMED))
-        if target.target_valid_data is not None:
-            samples = datasets.target_samples(args, target.target_valid_data)
-            size = args.eval_micro_batch_size
-            self.valid_streams = datasets.target_streams(args, samples, size, num_chunks)
-            self.num_valid = args.eval_global_batch_size // (size * args.data_parallel_size)
+
+    def _open_validation(self, path: str, num_chunks: int) -> None:
+        from megatron_dr.mcore import datasets
+
+        args, size = self.args, self.args.eval_micro_batch_size
+        samples = datasets.target_samples(args, path)
+        self.valid_streams = datasets.target_streams(args, samples, size, num_chunks)
+        self.num_valid = args.eval_global_batch_size // (size * args.data_parallel_size)
 
     @staticmethod
     def _place(streams: list[Any], consumed: int) -> None:

@@ -1,6 +1,7 @@
 """The `--dr-*` flags, derived from the configuration's fields, beside Megatron's own."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 from typing import Any, Literal, get_args, get_origin
@@ -44,7 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="cpu: run Megatron without a GPU, over gloo [device] (default: cuda, or "
         f"${cpu.ENVIRONMENT_VARIABLE})",
     )
+    _mend_help(parser)
     return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Megatron 0.19 has a bare % in the help of a flag, which ends --help in a traceback."""
+    for action in parser._actions:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            action.help = action.help and action.help % {**vars(action), "prog": parser.prog}
+        action.help = action.help and action.help.replace("%", "%%")
 
 
 def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig] | None:
@@ -58,8 +68,10 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
         for name, value in vars(args).items()
         if name.startswith("dr_") and name != "dr_device" and value is not None
     }
-    if not given.keys() - {"metrics"}:
+    if not given:
         return None
+    if "set" not in given and not given.keys() - {"metrics", "target_valid_data"}:
+        given["set"] = "mean"  # only watched: the step is Megatron's own
     if "set" not in given and "target_data" not in given:
         flags = ", ".join(f"--dr-{n.replace('_', '-')}" for n in given)
         raise ValueError(f"{flags} given without --dr-set or --dr-target-data: add one of them.")
@@ -80,12 +92,10 @@ def _check_together(given: dict[str, Any], dr: DRConfig, target: TargetConfig) -
     if dr.set == "target" and dr.alpha != 1.0 and "alpha" in given:
         raise ValueError("--dr-alpha has no meaning with --dr-set target: drop one of them.")
     if target.target_data is None:
-        for name in ("target_batch_size", "target_valid_data"):
-            if name in given:
-                raise ValueError(
-                    f"--dr-{name.replace('_', '-')} needs --dr-target-data: give it, or drop the "
-                    "flag."
-                )
+        if "target_batch_size" in given:
+            raise ValueError(
+                "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."
+            )
         if dr.needs_target():
             raise ValueError(
                 f"--dr-set {dr.set} needs --dr-target-data: give the target set's path, or "

@@ -17,6 +17,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_dr.data.jsonl import JsonlSamples
 from megatron_dr.data.order import EpochOrder, Samples, TargetStream
+from megatron_dr.mcore import errors
 
 
 class JsonlDataset(MegatronDataset):
@@ -32,9 +33,7 @@ class JsonlDataset(MegatronDataset):
         config: GPTDatasetConfig,
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
-        if len(indices) == 0:
-            raise ValueError(f"{dataset_path}: no sample is left for {index_split.name}: --split.")
-        self.order = EpochOrder(len(indices), config.random_seed)
+        self.order = EpochOrder(max(len(indices), 1), config.random_seed)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: JsonlSamples) -> int:
@@ -42,7 +41,8 @@ class JsonlDataset(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> JsonlSamples:
-        return JsonlSamples(dataset_path, config.tokenizer, config.sequence_length)
+        samples: JsonlSamples = config.jsonl_samples[dataset_path]  # read by general_datasets
+        return samples
 
     def __len__(self) -> int:
         return len(self.indices) if self.num_samples is None else self.num_samples
@@ -93,12 +93,41 @@ def general_datasets(
             "the general data mixes .jsonl files and indexed datasets: convert one kind to the "
             "other, a blend is of one kind."
         )
+    if not paths and not args.mock_data:
+        raise ValueError(
+            "no general data: give --data-path or --train-data-path (or --mock-data to try it out)."
+        )
+    with errors.agreed():  # before the builder, in which ranks wait for one another
+        config.jsonl_samples = {}
+        if True in kinds and _has_data(vp_stage):
+            config.jsonl_samples = {path: _jsonl(path, config) for path in paths}
+            _check_splits(config, num_samples)
     kind = MockGPTDataset if args.mock_data else JsonlDataset if True in kinds else GPTDataset
     builder = BlendedMegatronDatasetBuilder(
         kind, num_samples, lambda: _has_data(vp_stage), config
     )
     train, valid, test = builder.build()
     return train, valid, test
+
+
+def _jsonl(path: str, config: GPTDatasetConfig) -> JsonlSamples:
+    return JsonlSamples(
+        path, config.tokenizer, config.sequence_length, attention_mask=config.create_attention_mask
+    )
+
+
+def _check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:
+    """Refuse a --split that leaves a file without samples where some are asked for."""
+    if config.blend is None:
+        return
+    for path in config.blend[0]:
+        size = len(config.jsonl_samples[path])
+        for split, share, wanted in zip(Split, config.split_matrix, num_samples):
+            if share is not None and wanted and round(share[0] * size) == round(share[1] * size):
+                raise ValueError(
+                    f"{path}: no sample is left for {split.name} of {size}: change --split, or "
+                    "give --train-data-path and --valid-data-path."
+                )
 
 
 def _blended_paths(config: GPTDatasetConfig) -> list[str]:
@@ -132,14 +161,18 @@ def target_samples(args: argparse.Namespace, path: str) -> Samples:
     _check_path(path)
     config = dataset_config(args)
     if path.endswith(".jsonl"):
-        return JsonlSamples(path, config.tokenizer, config.sequence_length)
+        return _jsonl(path, config)
     config = copy.copy(config)
-    config.blend, config.blend_per_split = ([path], None), None
+    config.mock, config.blend, config.blend_per_split = False, ([path], None), None
     config.split, config.split_matrix = "1,0,0", [(0.0, 1.0), None, None]
     train, _, _ = BlendedMegatronDatasetBuilder(
         GPTDataset, (None, None, None), lambda: True, config
     ).build()
     samples: Samples = train
+    if len(samples) == 0:
+        raise ValueError(
+            f"{path}: shorter than one sequence of {args.seq_length} tokens and the next token."
+        )
     return samples
 
 

@@ -19,7 +19,7 @@ def refused() -> Iterator[None]:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """As `refused`, where only some ranks may raise: all ranks leave together (collective)."""
+    """Where only some ranks may raise a ValueError: all ranks raise it (collective)."""
     message = None
     try:
         yield
@@ -29,7 +29,7 @@ def agreed() -> Iterator[None]:
     dist.all_gather_object(messages, message)
     found = next((m for m in messages if m is not None), None)
     if found is not None:
-        _leave(found)
+        raise ValueError(found)
 
 
 def _leave(message: str) -> None:

@@ -18,7 +18,15 @@ import torch.distributed as dist
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.grad_rows import GradRows
-from megatron_dr.projection import CountSketch, ExactRows, Sketch, gram_of, norm_scale, split
+from megatron_dr.projection import (
+    CountSketch,
+    ExactRows,
+    Sketch,
+    gram_of,
+    norm_scale,
+    report,
+    split,
+)
 
 
 @dataclass(frozen=True)
@@ -160,29 +168,12 @@ def _local(
 
 
 def metrics(projection: Projection) -> dict[str, torch.Tensor]:
-    """Scalars of the whole model for the log.
-
-    dr cos target, dr cos general: cosines of the target gradient t with d = J^T w, and with the
-    mean row; dr residual: |J^T w - t| / |t|; dr rows: (sum |w|)^2 / sum w^2, mean over blocks.
-    """
+    """Scalars of the whole model for the log, by their names there."""
     gram_BMM, cross_BM, target_sq_B = split(projection.gram_BRR)
-    w_BM = projection.weights_BM
-    mean_BM = torch.full_like(w_BM, 1.0 / w_BM.shape[1])
-
-    def square(v_BM: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bm,bmn,bn->", v_BM, gram_BMM, v_BM)
-
-    def cosine(v_BM: torch.Tensor) -> torch.Tensor:
-        norms = (square(v_BM).clamp(min=0) * target_sq_B.sum()).sqrt()
-        return torch.where(norms > 0, (v_BM * cross_BM).sum() / norms, torch.zeros_like(norms))
-
-    t_sq = target_sq_B.sum()
-    distance_sq = square(w_BM) - 2 * (w_BM * cross_BM).sum() + t_sq
-    residual = (distance_sq.clamp(min=0) / t_sq).sqrt()
-    effective = w_BM.abs().sum(1) ** 2 / (w_BM**2).sum(1)
+    values = report(gram_BMM, cross_BM, target_sq_B, projection.weights_BM)
     return {
-        "dr cos target": cosine(w_BM),
-        "dr cos general": cosine(mean_BM),
-        "dr residual": torch.nan_to_num(residual),
-        "dr rows": torch.nan_to_num(effective).mean(),
+        "dr cos target": values["cos_target"],
+        "dr cos general": values["cos_general"],
+        "dr residual": values["residual"],
+        "dr rows": values["effective_rows"],
     }

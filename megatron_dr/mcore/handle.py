@@ -220,7 +220,7 @@ class Handle:
         if self._fired != 1:
             raise RuntimeError(
                 f"the gradient finalize hook ran {self._fired} times in a step, not once: "
-                "something replaced config.finalize_model_grads_func during it, or the schedule was "
+                "something replaced config.finalize_model_grads_func in it, or the schedule was "
                 "called on another model; call megatron_dr.attach last and use the model's own "
                 "configuration."
             )

@@ -16,13 +16,17 @@ import torch
 from megatron_dr.mcore import cpu
 
 
-def main() -> None:
-    """The entry; flags from the command line."""
+def main(store: torch.distributed.Store | None = None) -> None:
+    """The entry; flags from the command line.
+
+    Args:
+        store: where ranks meet, instead of torchrun's.
+    """
     warnings.filterwarnings("ignore", module="megatron")
     if _device() == "cpu":
         cpu.enable()
         sys.argv[1:1] = cpu.CPU_FLAGS  # first, so that flags given by the user win
-    _run()
+    _run(store)
 
 
 def _device() -> str:
@@ -36,7 +40,15 @@ def _device() -> str:
     return os.environ.get(cpu.ENVIRONMENT_VARIABLE, "cuda")
 
 
-def _run() -> None:
+def import_megatron() -> None:
+    """Import what a run needs, so that forks of this process don't: after `cpu.enable()`."""
+    import megatron.training  # noqa: F401
+    import megatron.training.models.gpt  # noqa: F401
+
+    from megatron_dr.mcore import adaptor, datasets  # noqa: F401
+
+
+def _run(store: torch.distributed.Store | None) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -61,6 +73,7 @@ def _run() -> None:
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
+        store=store,
         get_embedding_ranks=partial(_embedding_ranks, not args.untie_embeddings_and_output_weights),
     )
     if torch.distributed.is_initialized():
@@ -79,7 +92,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron_dr.mcore import datasets, errors
 
     built: tuple[Any, Any, Any] = (None, None, None)
-    with errors.agreed():
+    with errors.refused():
         built = datasets.general_datasets(get_args(), num_samples, vp_stage)
     return built
 

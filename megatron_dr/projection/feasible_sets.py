@@ -188,9 +188,7 @@ class Span:
         return _spoil(centre + step_BM1[..., 0], gram_BMM, cross_BM)
 
 
-def norm_scale(
-    rule: str, gram_BMM: Tensor, weights_BM: Tensor, target_sq_B: Tensor
-) -> Tensor:
+def norm_scale(rule: str, gram_BMM: Tensor, weights_BM: Tensor, target_sq_B: Tensor) -> Tensor:
     """What d is multiplied by [B]: 1 (`none`), |mean g|/|d| (`general`) or |t|/|d| (`target`).
 
     |d|^2 = w'Gw. Where d vanishes (|d|^2 at most 1e-12 tr(G)/M) the scale is 1.
@@ -202,27 +200,27 @@ def norm_scale(
     if rule == "none":
         return torch.ones_like(length_B)
     wanted_B = target_sq_B.double() if rule == "target" else _mean_sq(gram_BMM)
-    vanishing_B = length_B <= _VANISHING * gram_BMM.diagonal(dim1=1, dim2=2).mean(1)
-    return torch.where(vanishing_B, 1.0, (wanted_B / length_B).sqrt())
+    return torch.where(_vanishes(gram_BMM, length_B), 1.0, (wanted_B / length_B).sqrt())
 
 
-def report(
-    gram: Tensor, cross: Tensor, target_sq: Tensor, weights: Tensor
-) -> dict[str, Tensor]:
-    """What a projection did, per block [B]; a quotient whose denominator is zero is 0.
+def report(gram: Tensor, cross: Tensor, target_sq: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """What a projection did to the whole model; a quotient whose denominator vanishes is 0.
 
     cos_target: cosine of d = J^T w and t.      cos_general: cosine of the rows' mean and t.
     residual: |d - t| / |t|.                    effective_rows: (sum |w|)^2 / sum w^2.
+
+    Inner products are summed over blocks first; effective_rows is the mean over blocks.
     """
     gram, cross, target_sq, weights = (x.double() for x in (gram, cross, target_sq, weights))
-    target, aligned = target_sq.sqrt(), (cross * weights).sum(1)
+    target, aligned = target_sq.sum().sqrt(), (cross * weights).sum()
     length_sq = _quadratic(gram, weights)
-    distance_sq = (length_sq - 2 * aligned + target_sq).clamp(min=0.0)
+    length_sq = length_sq.masked_fill(_vanishes(gram, length_sq), 0.0).sum()
+    distance_sq = (length_sq - 2 * aligned + target_sq.sum()).clamp(min=0.0)
     return {
         "cos_target": _quotient(aligned, length_sq.sqrt() * target),
-        "cos_general": _quotient(cross.mean(1), _mean_sq(gram).sqrt() * target),
+        "cos_general": _quotient(cross.mean(1).sum(), _mean_sq(gram).sum().sqrt() * target),
         "residual": _quotient(distance_sq.sqrt(), target),
-        "effective_rows": _quotient(weights.abs().sum(1) ** 2, (weights**2).sum(1)),
+        "effective_rows": _quotient(weights.abs().sum(1) ** 2, (weights**2).sum(1)).mean(),
     }
 
 
@@ -256,6 +254,11 @@ def _spoil(weights_BM: Tensor, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
 def _quadratic(gram_BMM: Tensor, weights_BM: Tensor) -> Tensor:
     """w'Gw [B], not below zero."""
     return torch.einsum("bm,bmn,bn->b", weights_BM, gram_BMM, weights_BM).clamp(min=0.0)
+
+
+def _vanishes(gram_BMM: Tensor, length_sq_B: Tensor) -> Tensor:
+    """Whether |d|^2 is rounding, not a direction."""
+    return length_sq_B <= _VANISHING * gram_BMM.diagonal(dim1=1, dim2=2).mean(1)
 
 
 def _mean_sq(gram_BMM: Tensor) -> Tensor:

@@ -16,9 +16,17 @@ class MetricsFile:
     def __init__(self, path: str) -> None:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8", buffering=1)
+            self._file = open(path, "a+", encoding="utf-8", buffering=1)
+            self._end_line()
         except OSError as error:
             raise ValueError(f"{path}: can't be written ({error.strerror}).") from None
+
+    def _end_line(self) -> None:
+        """End a line that a crash cut short."""
+        self._file.seek(0)
+        text = self._file.read()
+        if text and not text.endswith("\n"):
+            self._file.write("\n")
 
     def write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
         """Values are numbers or one-element tensors; None is left out."""

@@ -190,7 +190,7 @@ def block(name: str, kind: str) -> str:
     if kind == "model":
         return ""
     parts = name.split(".")
-    return ".".join(parts[:3]) if parts[1] == "layers" else parts[-2]
+    return ".".join(parts[:3]) if parts[1] == "layers" else ".".join(parts[:-1])
 
 
 def solve(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:

@@ -30,9 +30,9 @@ def run_ranks(
             for rank in range(world):
                 pid = os.fork()
                 if pid == 0:
-                    leader = children[0] if children else 0
-                    _child(rank, world, Path(folder), leader, function, args)
+                    _child(rank, world, Path(folder), function, args)
                 children.append(pid)
+                os.setpgid(pid, children[0])
             failed = _wait(children, timeout)
         finally:
             if children:
@@ -46,11 +46,10 @@ def run_ranks(
 
 
 def _child(
-    rank: int, world: int, folder: Path, leader: int, function: Callable[..., Any], args: Any
+    rank: int, world: int, folder: Path, function: Callable[..., Any], args: Any
 ) -> None:
     code = 1
     try:
-        os.setpgid(0, leader)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         torch.set_num_threads(1)
         dist.init_process_group(

@@ -1,0 +1,234 @@
+"""Flags: one group, each with its unit and default; what they become; what is refused."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_dr.config import FEASIBLE_SETS, DRConfig, TargetConfig
+from megatron_dr.mcore.arguments import _NEEDS, add_arguments, configs_from_args
+
+TITLE = "megatron-dr (data-regularised post-training):"
+FIELDS = {f.name: f for c in (DRConfig, TargetConfig) for f in dataclasses.fields(c)}
+
+
+def option(name: str) -> str:
+    return "--dr-" + name.replace("_", "-")
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    return add_arguments(argparse.ArgumentParser()).parse_args(flags)
+
+
+def configs(*flags: str) -> tuple[DRConfig, TargetConfig]:
+    found = configs_from_args(parse(*flags))
+    assert found is not None
+    return found
+
+
+def test_help_has_all_flags_under_one_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    parser = argparse.ArgumentParser(usage="...")
+    parser.add_argument_group("another").add_argument("--other")
+    text = add_arguments(parser).format_help()
+    assert text.count(TITLE) == 1
+    before, after = text.split(TITLE)
+    ours, *rest = after.split("\n\n")
+    for name in (*FIELDS, "device"):
+        assert f"\n  {option(name)}" in ours
+    assert "--dr-" not in before + "".join(rest) and "--other" in before
+
+
+def test_help_beside_megatrons_flags() -> None:
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    assert parser.format_help().count(TITLE) == 1
+
+
+def test_every_flag_has_a_unit_and_a_default() -> None:
+    parser = add_arguments(argparse.ArgumentParser())
+    (group,) = [g for g in parser._action_groups if TITLE.startswith(str(g.title))]
+    actions = {o: a for a in group._group_actions for o in a.option_strings}
+    assert set(actions) == {option(name) for name in (*FIELDS, "device")}
+    for action in actions.values():
+        assert action.help is not None
+        assert "[" in action.help and action.help.count("(default: ") == 1
+    for name, field in FIELDS.items():
+        default = "none" if field.default is None else field.default
+        expected = f"[{field.metadata['unit']}] (default: {default})"
+        if name == "set":
+            expected = "[name] (default: off; with --dr-target-data cone)"
+        assert actions[option(name)].help == f"{field.metadata['help']} {expected}"
+
+
+def test_flags_do_not_disturb_megatrons() -> None:
+    stock = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
+    both = add_arguments(add_megatron_arguments(argparse.ArgumentParser())).parse_args([])
+    added = vars(both).keys() - vars(stock).keys()
+    assert added == {f"dr_{name}" for name in (*FIELDS, "device")}
+    assert {k: v for k, v in vars(both).items() if k not in added} == vars(stock)
+    assert configs_from_args(both) is None and configs_from_args(stock) is None
+
+
+def test_no_flag_is_no_plugin() -> None:
+    assert configs_from_args(parse()) is None
+    assert configs_from_args(parse("--dr-device", "cpu")) is None
+
+
+@pytest.mark.parametrize("environment, expected", [(None, "cuda"), ("cpu", "cpu")])
+def test_device_default(
+    monkeypatch: pytest.MonkeyPatch, environment: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("MEGATRON_DR_DEVICE", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("MEGATRON_DR_DEVICE", environment)
+    assert parse().dr_device == expected
+    assert parse("--dr-device", "cuda").dr_device == "cuda"
+
+
+TARGET = {
+    "target_data": "target.jsonl",
+    "target_batch_size": 4,
+    "target_valid_data": "heldout.jsonl",
+    "metrics": "metrics.jsonl",
+}
+SKETCHED = {
+    "set": "topk",
+    "fraction": 0.5,
+    "alpha": 0.2,
+    "norm": "target",
+    "rows": "slot",
+    "slots": 4,
+    "slot_dtype": "bf16",
+    "blocks": "layer",
+    "sketch_size": 64,
+    "seed": 7,
+}
+EXACT = {"set": "span", "ridge": 0.7, "rows": "rank", "exact": True}
+
+
+@pytest.mark.parametrize("values", [SKETCHED, EXACT])
+def test_round_trip(values: dict[str, Any]) -> None:
+    assert FIELDS.keys() == SKETCHED.keys() | EXACT.keys() | TARGET.keys()
+    flags = []
+    for name, value in {**values, **TARGET}.items():
+        flags += [option(name)] if value is True else [option(name), str(value)]
+    assert configs(*flags) == (DRConfig(**values), TargetConfig(**TARGET))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_default_given_is_the_default(name: str) -> None:
+    default = FIELDS[name].default
+    if default is None or default is False:
+        return
+    base = ["--dr-target-data", "t.jsonl"]
+    base += ["--dr-set", "topk"] if name == "fraction" else []
+    assert configs(*base, option(name), str(default)) == configs(*base)
+
+
+def test_target_data_alone_switches_on_with_the_defaults() -> None:
+    assert configs("--dr-target-data", "t.jsonl") == (DRConfig(), TargetConfig("t.jsonl"))
+
+
+def test_mean_needs_no_target_data() -> None:
+    assert configs("--dr-set", "mean") == (DRConfig(set="mean"), TargetConfig())
+    assert configs("--dr-set", "mean", "--dr-alpha", "0")[0].alpha == 0.0
+    assert configs("--dr-set", "mean", "--dr-target-data", "t")[1].target_data == "t"
+
+
+def test_target_with_its_own_alpha() -> None:
+    flags = ("--dr-set", "target", "--dr-target-data", "t.jsonl", "--dr-alpha", "1")
+    assert configs(*flags)[0].target_share == 1.0
+
+
+ENOUGH = {"set", "target_data", "metrics", "target_valid_data"}
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - ENOUGH))
+def test_flag_without_set_or_target_data(name: str) -> None:
+    field = FIELDS[name]
+    value = [] if field.type is bool else [str(field.default or 8)]
+    with pytest.raises(ValueError, match=f"^{option(name)} given without --dr-set or --dr-target"):
+        configs_from_args(parse(option(name), *value))
+
+def test_watching_alone_leaves_the_step_to_megatron() -> None:
+    dr, target = configs("--dr-metrics", "m.jsonl", "--dr-target-valid-data", "v.jsonl")
+    assert dr.set == "mean" and target.target_data is None
+    assert (target.metrics, target.target_valid_data) == ("m.jsonl", "v.jsonl")
+
+
+GIVEN = {"fraction": "0.5", "ridge": "0.5", "slots": "4", "slot_dtype": "bf16", "sketch_size": "64"}
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "set": tuple(FEASIBLE_SETS),
+    "rows": ("rank", "slot"),
+    "exact": (True, False),
+}
+WHERE_READ: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "fraction": ("set", ("topk", "capped")),
+    "ridge": ("set", ("capped", "hull", "cone", "span")),
+    "slots": ("rows", ("slot",)),
+    "slot_dtype": ("rows", ("slot",)),
+    "sketch_size": ("exact", (False,)),
+}
+PAIRS = [(name, other, v) for name, (other, _) in WHERE_READ.items() for v in OTHERS[other]]
+
+
+def test_this_table_has_every_pair() -> None:
+    assert _NEEDS == WHERE_READ
+
+
+@pytest.mark.parametrize("name, other, value", PAIRS)
+def test_flag_that_needs_a_value_of_another(name: str, other: str, value: Any) -> None:
+    flags = ["--dr-target-data", "t.jsonl", option(name), GIVEN[name]]
+    if value is not False:
+        flags += [option(other)] if value is True else [option(other), value]
+    if value in WHERE_READ[name][1]:
+        assert str(getattr(configs(*flags)[0], name)) == GIVEN[name]
+        return
+    message = f"^{option(name)} has no meaning with {option(other)} {value}: drop one of them"
+    with pytest.raises(ValueError, match=message):
+        configs_from_args(parse(*flags))
+
+
+NEEDING_TARGET = [n for n in FEASIBLE_SETS if n != "mean"]
+CONTRADICTIONS = [
+    (
+        "--dr-set target --dr-target-data t --dr-alpha 0.5",
+        "--dr-alpha has no meaning with --dr-set target",
+    ),
+    ("--dr-set mean --dr-target-batch-size 4", "--dr-target-batch-size needs --dr-target-data"),
+    ("--dr-set cone --dr-target-batch-size 4", "--dr-target-batch-size needs --dr-target-data"),
+    ("--dr-set mean --dr-alpha 0.5", "--dr-alpha needs --dr-target-data"),
+    *[(f"--dr-set {n}", f"--dr-set {n} needs --dr-target-data") for n in NEEDING_TARGET],
+]
+
+
+@pytest.mark.parametrize("flags, message", CONTRADICTIONS)
+def test_contradiction_is_refused(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}: .*\\.$"):
+        configs_from_args(parse(*flags.split()))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--dr-alpha 2", "alpha must be in"),
+        ("--dr-slots 0", "slots must be at least 1"),
+        ("--dr-ridge -1", "ridge must be finite"),
+        ("--dr-sketch-size 100", "sketch_size must be a power of two"),
+        ("--dr-target-batch-size 0", "target_batch_size must be at least 1"),
+    ],
+)
+def test_out_of_range_is_refused(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configs_from_args(parse("--dr-target-data", "t.jsonl", *flags.split()))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--dr-set ball", "--dr-rows domain", "--dr-slots two", "--dr-alpha x", "--dr-exact 1"]
+)
+def test_what_is_no_value_of_a_flag_ends_the_parser(flags: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(*flags.split())
+    assert end.value.code == 2

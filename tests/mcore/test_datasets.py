@@ -1,0 +1,281 @@
+"""Both roles' data, through Megatron's own flags and dataset builder, on real ranks."""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import megatron.training.models.gpt  # noqa: F401  (here, and not in every rank)
+import pytest
+import torch
+import transformers.models.auto  # noqa: F401
+from megatron.core import parallel_state
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.global_vars import destroy_global_vars
+
+from megatron_dr.mcore import adaptor, cpu, datasets, errors, train
+
+from ._ranks import run_ranks
+
+LENGTH, SAMPLES = 16, 10
+TOKENIZER = Path(__file__).parents[2] / "examples" / "sft" / "tokenizer"
+MODEL = f"""--num-layers 2 --hidden-size 16 --num-attention-heads 2
+    --max-position-embeddings {LENGTH} --seq-length {LENGTH} --micro-batch-size 1
+    --train-iters 4 --lr 1e-3
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model {TOKENIZER}"""
+ONE = (*"--split 1,0,0 --data-path".split(),)
+
+
+def jsonl(folder: Path, name: str, *more: str) -> str:
+    """A file of ten texts `<name> <number>`, and more lines."""
+    lines = [json.dumps({"text": f"{name} {n}"}) for n in range(SAMPLES)]
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join([*lines, *more]))
+    return str(path)
+
+
+def indexed(folder: Path, documents: int = SAMPLES) -> str:
+    """The prefix of an indexed dataset of documents of one sequence each, no token twice."""
+    builder = IndexedDatasetBuilder(str(folder / "indexed.bin"))
+    for first in range(0, documents * LENGTH, LENGTH):
+        builder.add_document(torch.arange(first, first + LENGTH), [LENGTH])
+    builder.finalize(str(folder / "indexed.idx"))
+    return str(folder / "indexed")
+
+
+def arguments(*flags: str, tp: int = 1) -> Any:
+    """Megatron's arguments as a run of ours has them; the ranks' groups."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    adaptor.enable()
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron wants it with tensor parallelism
+    cpu_flags = [f for f in cpu.CPU_FLAGS if f != "--no-create-attention-mask-in-dataloader"]
+    ours = [*cpu_flags, *MODEL.split(), "--tensor-model-parallel-size", str(tp), *flags]
+    sys.argv = ["train", *ours]
+    destroy_global_vars()  # a rank may ask again
+    destroy_num_microbatches_calculator()
+    return parse_and_validate_args()
+
+
+def on_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: int = 60, tp: int = 1
+) -> list[Any]:
+    """The function's values, or the one sentence with which the ranks left."""
+    return run_ranks(world, _left, function, tp, args, timeout=timeout)
+
+
+def _left(function: Callable[..., Any], tp: int, args: tuple[Any, ...]) -> Any:
+    said: list[str] = []
+
+    def leave(message: str) -> None:
+        said.append(message)
+        raise SystemExit(2)
+
+    errors._leave = leave  # this rank is a fork: said, not printed
+    try:
+        return function(tp, *args)
+    except SystemExit:
+        return said[0]
+
+
+def text(sample: dict[str, torch.Tensor]) -> str:
+    """The tokens before the first end token, as text."""
+    return bytes(sample["tokens"].tolist()[: sample["tokens"].tolist().index(256)]).decode()
+
+
+def general(tp: int, flags: list[str], numbers: list[int]) -> Any:
+    args = arguments(*flags, tp=tp)
+    built: Any = None
+    with errors.refused():  # as in train.datasets_provider
+        built = datasets.general_datasets(args, numbers, None)
+    return [None if d is None else [text(s) for s in map(d.__getitem__, range(len(d)))]
+            for d in built]  # fmt: skip
+
+
+def test_single_file(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, "a")
+
+    def seeds(tp: int) -> list[list[str]]:
+        first = general(tp, [*ONE, path], [25, 0, 0])
+        assert first[1:] == [None, None]
+        args = arguments(*ONE, path, "--seed", "5")
+        other, _, _ = datasets.general_datasets(args, [25, 0, 0], None)
+        return [first[0], [text(other[n]) for n in range(len(other))]]
+
+    ((texts, others),) = on_ranks(1, seeds)
+    everything = [f"a {n}" for n in range(SAMPLES)]
+    assert len(texts) == len(others) == 25
+    for stream in (texts, others):
+        assert sorted(stream[:10]) == sorted(stream[10:20]) == everything
+        assert stream[:10] != stream[10:20] and stream[:10] != everything
+    assert texts != others
+
+
+def test_blend_takes_the_shares_of_its_weights(tmp_path: Path) -> None:
+    paths = ["3", jsonl(tmp_path, "a"), "1", jsonl(tmp_path, "b")]
+    ((train_set, _, _),) = on_ranks(1, general, [*ONE, *paths], [40, 0, 0])
+    expected = {f"a {n}": 3 for n in range(SAMPLES)} | {f"b {n}": 1 for n in range(SAMPLES)}
+    assert Counter(train_set) == expected
+
+
+def test_split_parts_the_samples(tmp_path: Path) -> None:
+    flags = ["--split", "50,30,20", "--data-path", jsonl(tmp_path, "a")]
+    (parts,) = on_ranks(1, general, flags, [5, 3, 2])
+    assert [len(part) for part in parts] == [5, 3, 2]
+    assert sorted(sum(parts, [])) == [f"a {n}" for n in range(SAMPLES)]
+
+
+def test_data_parallel_ranks_build_the_same(tmp_path: Path) -> None:
+    one, other = on_ranks(2, general, [*ONE, jsonl(tmp_path, "a")], [25, 0, 0])
+    assert one == other and len(one[0]) == 25
+
+
+def test_tensor_parallel_peers_read_nothing(tmp_path: Path) -> None:
+    one, other = on_ranks(2, general, [*ONE, jsonl(tmp_path, "a")], [25, 0, 0], tp=2)
+    assert len(one[0]) == 25 and other == [None, None, None]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    good, prefix, missing = jsonl(tmp_path, "a"), indexed(tmp_path), str(tmp_path / "missing")
+    (tmp_path / "half.idx").touch()
+    half = str(tmp_path / "half")
+    none = f"{missing}: no such data; an indexed dataset is named by its path without .bin"
+    cases = {
+        (*ONE, missing + ".jsonl"): f"{missing}.jsonl: no such file.",
+        (*ONE, "1", good, "1", missing + ".jsonl"): f"{missing}.jsonl: no such file.",
+        (*ONE, missing): none,
+        (*ONE, half): none.replace("missing", "half"),
+        (*ONE, prefix + ".bin"): none.replace("missing", "indexed.bin"),
+        (*ONE, good, prefix): "the general data mixes .jsonl files and indexed datasets",
+        ("--train-data-path", good, "--valid-data-path", prefix): "the general data mixes",
+        ("--train-data-path", good, "--valid-data-path", missing): none,
+        ("--split", "99,1,0", "--data-path", good): f"{good}: no sample is left for valid",
+    }
+
+    def refused(tp: int) -> list[str]:
+        said = []
+        for flags in cases:
+            with pytest.raises(ValueError) as error:
+                datasets.general_datasets(arguments(*flags), [4, 4, 0], None)
+            said.append(str(error.value))
+        return said
+
+    (said,) = on_ranks(1, refused)
+    for message, expected in zip(said, cases.values()):
+        assert message.startswith(expected)
+
+
+def test_wrong_line_on_two_ranks_is_one_sentence(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, "bad", "{")
+    said = on_ranks(2, general, [*ONE, path], [8, 0, 0])
+    assert said[0] == said[1] and said[0].startswith(f"{path}:11: not JSON")
+
+
+@pytest.mark.parametrize("case", ["blend", "tensor parallel", "no sample left"])
+def test_refused_by_one_rank_does_not_hang_the_others(tmp_path: Path, case: str) -> None:
+    path, good = jsonl(tmp_path, "bad", "{"), jsonl(tmp_path, "good")
+    flags, expected = {
+        "blend": ([*ONE, "1", good, "1", path], f"{path}:11: not JSON"),
+        "tensor parallel": ([*ONE, path], f"{path}:11: not JSON"),
+        "no sample left": (["--split", "99,1,0", "--data-path", good], f"{good}: no sample"),
+    }[case]
+    tp = 2 if case == "tensor parallel" else 1
+    said = on_ranks(2, general, flags, [8, 4, 0], timeout=8, tp=tp)
+    assert said[0] == said[1] and said[0].startswith(expected)
+
+
+def test_empty_split_that_is_not_used(tmp_path: Path) -> None:
+    flags = ["--split", "99,1,0", "--data-path", jsonl(tmp_path, "a")]
+    (built,) = on_ranks(1, general, flags, [10, 0, 0])
+    assert not isinstance(built, str), built
+    assert len(built[0]) == 10
+
+
+def test_no_general_data_is_refused() -> None:
+    def refused(tp: int) -> str:
+        with pytest.raises(ValueError) as error:
+            datasets.general_datasets(arguments(), [4, 0, 0], None)
+        return str(error.value)
+
+    (said,) = on_ranks(1, refused)
+    assert "--data-path" in said
+
+
+def target(tp: int, path: str, flags: list[str], micro: int, microbatches: int) -> Any:
+    """What this data rank's stream gives: lists of tokens; None where it reads nothing."""
+    args = arguments(*flags, tp=tp)
+    samples = datasets.target_samples(args, path)
+    (stream,) = datasets.target_streams(args, samples, micro, 1)
+    if stream is None:
+        return None
+    return [row for _ in range(microbatches) for row in next(stream)["tokens"].tolist()]
+
+
+def test_indexed_target_gives_each_sample_once(tmp_path: Path) -> None:
+    prefix = indexed(tmp_path)  # 160 tokens: nine samples of 16 and a next token
+    ((*rows,),) = on_ranks(1, target, prefix, [*ONE, jsonl(tmp_path, "a")], 1, 18)
+    epochs = rows[:9], rows[9:]
+    for epoch in epochs:
+        tokens = [token for row in epoch for token in row]
+        assert len(set(tokens)) == len(tokens) == 9 * LENGTH
+        assert set(tokens) <= set(range(SAMPLES * LENGTH))
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_jsonl_target_on_two_ranks(tmp_path: Path, tp: int) -> None:
+    path = jsonl(tmp_path, "t")
+    ranks = on_ranks(2, target, path, [*ONE, jsonl(tmp_path, "a")], 1, 5 * tp, tp=tp)
+    assert (ranks[1] is None) == (tp == 2)
+    seen = [bytes(row[: row.index(256)]).decode() for rank in ranks if rank for row in rank]
+    assert sorted(seen) == [f"t {n}" for n in range(SAMPLES)]
+
+
+def test_missing_target_is_refused(tmp_path: Path) -> None:
+    def refused(tp: int) -> list[str]:
+        args, said = arguments(*ONE, jsonl(tmp_path, "a")), []
+        for path in (str(tmp_path / "none.jsonl"), str(tmp_path / "none")):
+            with pytest.raises(ValueError) as error:
+                datasets.target_samples(args, path)
+            said.append(str(error.value))
+        return said
+
+    ((file, prefix),) = on_ranks(1, refused)
+    assert file == f"{tmp_path}/none.jsonl: no such file."
+    assert prefix.startswith(f"{tmp_path}/none: no such data; an indexed dataset is named by")
+
+
+def test_indexed_target_beside_mock_general_data(tmp_path: Path) -> None:
+    ((*rows,),) = on_ranks(1, target, indexed(tmp_path), ["--mock-data"], 1, 9)
+    assert len({token for row in rows for token in row}) == 9 * LENGTH
+
+
+def test_indexed_target_shorter_than_a_sequence_is_refused_by_name(tmp_path: Path) -> None:
+    prefix = indexed(tmp_path, documents=1)  # 16 tokens, and no next one
+
+    def refused(tp: int) -> str:
+        with pytest.raises(ValueError) as error:
+            target(tp, prefix, ["--data-path", prefix], 1, 1)
+        return str(error.value)
+
+    (said,) = on_ranks(1, refused)
+    assert said.startswith(f"{prefix}: ")
+
+
+def received(tp: int, path: str, flags: list[str]) -> list[list[int]]:
+    """Two target microbatches as the model's forward step gets them."""
+    args = arguments(*flags, tp=tp)
+    (stream,) = datasets.target_streams(args, datasets.target_samples(args, path), 1, 1)
+    return [train._batch(stream, None)["tokens"].tolist()[0] for _ in range(2)]
+
+
+@pytest.mark.parametrize("flags", [["--no-create-attention-mask-in-dataloader"], []])
+def test_tensor_parallel_peers_get_the_batch(tmp_path: Path, flags: list[str]) -> None:
+    path = jsonl(tmp_path, "a")
+    one, other = on_ranks(2, received, path, [*ONE, path, *flags], timeout=8, tp=2)
+    assert one == other and one[0] != one[1]

@@ -1,0 +1,79 @@
+"""Off means off: bit for bit Megatron's own, weights and optimizer state."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_dr
+from megatron_dr import DRConfig
+
+from . import _megatron
+from ._data import Layout
+from ._ranks import run_ranks
+
+LAYOUTS = {
+    "plain": Layout(dp=2, targets=0),
+    "overlap": Layout(dp=2, targets=0, overlap=True),
+    "distopt": Layout(dp=2, targets=0, distributed_optimizer=True),
+    "distopt-overlap": Layout(dp=2, targets=0, distributed_optimizer=True, overlap=True),
+    "tp2-sp-token": Layout(tp=2, targets=0, sequence_parallel=True, per_token=True),
+    "pp2-vpp2": Layout(pp=2, vpp=2, targets=0),
+}
+
+
+def state(layout: Layout, dr: DRConfig | None) -> list[torch.Tensor]:
+    """Parameters and optimizer state after three steps."""
+    plugin = None if dr is None else lambda m, o, c: megatron_dr.attach(m, o, c, dr)
+    model, optimizer, _, _ = _megatron.train(layout, 3, None, plugin)
+    tensors = [p.detach() for chunk in model for p in chunk.parameters()]
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for values in part.optimizer.state.values():
+            tensors += [v for v in values.values() if torch.is_tensor(v)]
+    return tensors
+
+
+def assert_bitwise(layout: Layout, dr: DRConfig) -> None:
+    stock = run_ranks(layout.world, state, layout, None)
+    plugin = run_ranks(layout.world, state, layout, dr)
+    for a, b in zip(stock, plugin):
+        assert len(a) == len(b) > 0
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_mean_without_target_is_stock(layout: Layout) -> None:
+    assert_bitwise(layout, DRConfig(set="mean"))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_mean_with_a_watched_target_is_stock(overlap: bool) -> None:
+    """Routing, sketching and combining run, and change nothing: the target is only measured.
+
+    As many target microbatches as general ones, so that undoing the schedule's division by
+    their sum is a multiplication by two, which is exact.
+    """
+    stock = Layout(dp=2, targets=0, overlap=overlap)
+    watched = Layout(dp=2, targets=2 * stock.num_general, overlap=overlap)
+    expected = run_ranks(2, state, stock, None)
+    found = run_ranks(2, state, watched, DRConfig(set="mean", alpha=0.0))
+    for a, b in zip(expected, found):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_detached_is_stock() -> None:
+    layout = Layout(dp=2, overlap=True, targets=0)
+
+    def detached() -> list[torch.Tensor]:
+        def plugin(model: Any, optimizer: Any, config: Any) -> None:
+            before = vars(config).copy()
+            with megatron_dr.attach(model, optimizer, config, DRConfig(set="cone")):
+                pass
+            assert vars(config) == before
+
+        model, _, _, _ = _megatron.train(layout, 3, None, plugin)
+        return [p.detach() for chunk in model for p in chunk.parameters()]
+
+    stock = run_ranks(2, state, layout, None)
+    for a, b in zip(stock, run_ranks(2, detached)):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))

@@ -1,0 +1,36 @@
+"""Every set, block kind, norm rule and alpha on two ranks equals the oracle's."""
+
+import pytest
+
+from ._data import Layout
+from ._oracle import Problem
+from .test_layouts import check
+
+TWO_RANKS = Layout(dp=2, distributed_optimizer=True)
+
+
+@pytest.mark.parametrize("blocks", ["model", "layer", "matrix"])
+@pytest.mark.parametrize("name", ["topk", "capped", "hull", "cone", "span"])
+def test_set_and_blocks(name: str, blocks: str) -> None:
+    check(TWO_RANKS, Problem(set=name, blocks=blocks, alpha=0.0))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(set="mean", alpha=0.3),
+        Problem(set="target"),
+        Problem(norm="none", ridge=0.0),
+        Problem(norm="target", blocks="layer"),
+        Problem(alpha=1.0),
+        Problem(set="topk", fraction=0.25, norm="none", alpha=0.5),
+    ],
+    ids=str,
+)
+def test_dials(problem: Problem) -> None:
+    check(TWO_RANKS, problem)
+
+
+def test_blocks_across_pipeline_stages_and_shards() -> None:
+    layout = Layout(tp=2, pp=2, sequence_parallel=True, tied=True, per_token=True)
+    check(layout, Problem(blocks="matrix", set="hull", alpha=0.0))

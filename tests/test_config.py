@@ -1,0 +1,166 @@
+"""The configuration refuses what is out of range, in a sentence that names the dial."""
+
+import copy
+import dataclasses
+import math
+import pickle
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from megatron_dr import config, projection
+from megatron_dr.config import FEASIBLE_SETS, DRConfig, SetName, TargetConfig
+
+
+def test_defaults() -> None:
+    dr = DRConfig()
+    assert dr.feasible_set() == projection.Cone(ridge=0.3)
+    assert (dr.blocks, dr.alpha, dr.norm, dr.rows) == ("model", 0.1, "general", "slot")
+    assert not dr.exact
+    assert TargetConfig().target_data is None and TargetConfig().metrics is None
+
+
+def test_every_set_has_a_row_in_the_table_and_a_name() -> None:
+    assert tuple(FEASIBLE_SETS) == get_args(SetName)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("mean", projection.Mean()),
+        ("target", projection.Target()),
+        ("topk", projection.TopK(0.5)),
+        ("capped", projection.Capped(0.5, 0.7)),
+        ("hull", projection.Hull(0.7)),
+        ("cone", projection.Cone(0.7)),
+        ("span", projection.Span(0.7)),
+    ],
+)
+def test_every_set_takes_its_dials(name: Any, expected: projection.FeasibleSet) -> None:
+    dr = DRConfig(set=name, fraction=0.5, ridge=0.7)
+    assert dr.feasible_set() == expected
+
+
+@pytest.mark.parametrize("name", FEASIBLE_SETS)
+def test_every_set_builds_and_weighs(name: Any) -> None:
+    rows = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    target = torch.tensor([[2.0, 0.5]])
+    cross = torch.einsum("bmn,bn->bm", rows, target)
+    weights = DRConfig(set=name).feasible_set().weights(rows @ rows.mT, cross)
+    assert weights.shape == (1, 2) and weights.isfinite().all()
+
+
+OUT_OF_RANGE = [
+    ("set", "ball", {}),
+    ("set", None, {}),
+    ("norm", "mean", {}),
+    ("rows", "domain", {}),
+    ("rows", "Slot", {}),
+    ("slot_dtype", "fp16", {}),
+    ("blocks", "tensor", {}),
+    ("alpha", -0.1, {}),
+    ("alpha", 1.01, {}),
+    ("alpha", math.nan, {}),
+    ("slots", 0, {}),
+    ("slots", -1, {"rows": "rank"}),
+    ("slots", 1, {}),  # with rows='slot' it is rows='rank'
+    ("sketch_size", 0, {}),
+    ("sketch_size", 1, {}),
+    ("sketch_size", 1000, {}),
+    ("sketch_size", -64, {}),
+    *[("fraction", f, {"set": s}) for s in ("topk", "capped") for f in (0.0, -0.5, 1.5, math.nan)],
+    *[
+        ("ridge", r, {"set": s})
+        for s in ("capped", "hull", "cone", "span")
+        for r in (-0.1, math.nan, math.inf)
+    ],
+]
+
+
+@pytest.mark.parametrize("name, value, others", OUT_OF_RANGE)
+def test_out_of_range_is_refused(name: str, value: Any, others: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}\b.*\.$|^rows='slot' with slots=1 .*\.$") as e:
+        DRConfig(**{name: value}, **others)
+    assert str(value) in str(e.value)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_target_batch_size_out_of_range(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"^target_batch_size must be at least 1, not {size}\.$"):
+        TargetConfig(target_batch_size=size)
+
+
+@pytest.mark.parametrize(
+    "dials",
+    [
+        {"alpha": 0.0},
+        {"alpha": 1.0},
+        {"set": "topk", "fraction": 1.0},
+        {"ridge": 0.0},
+        {"slots": 2},
+        {"slots": 1, "rows": "rank"},
+        {"sketch_size": 2},
+        {"seed": -1},
+    ],
+)
+def test_ends_of_the_ranges_are_allowed(dials: dict[str, Any]) -> None:
+    dr = DRConfig(**dials)
+    assert {name: getattr(dr, name) for name in dials} == dials
+
+
+@pytest.mark.parametrize(
+    "name, value, others",
+    [
+        ("sketch_size", 2**32, {}),
+        ("fraction", 9.0, {"set": "cone"}),
+        ("ridge", -1.0, {"set": "mean"}),
+    ],
+)
+def test_out_of_range_is_refused_here_and_whatever_the_set(
+    name: str, value: Any, others: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        DRConfig(**{name: value}, **others)
+
+
+def test_every_choice_is_checked() -> None:
+    names = {f.name for f in dataclasses.fields(DRConfig) if f.type not in (float, int, bool)}
+    assert names == set(config._choices()) == {"set", "norm", "rows", "slot_dtype", "blocks"}
+
+
+@pytest.mark.parametrize("name, choices", config._choices().items())
+def test_every_choice_is_allowed(name: str, choices: tuple[str, ...]) -> None:
+    for choice in choices:
+        assert getattr(DRConfig(**{name: choice}), name) == choice  # type: ignore[arg-type]
+
+
+def test_equal_by_value_and_hashable() -> None:
+    one, same, other = DRConfig(seed=1), DRConfig(seed=1), DRConfig(seed=2)
+    assert one == same and hash(one) == hash(same) and one != other
+    assert {one, same, other} == {one, other}
+    assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
+    assert len({TargetConfig("a"), TargetConfig("a"), TargetConfig("b")}) == 2
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DRConfig().alpha = 2.0  # type: ignore[misc]
+    with pytest.raises(ValueError, match="^alpha"):
+        dataclasses.replace(DRConfig(), alpha=2.0)
+
+
+@pytest.mark.parametrize("name", FEASIBLE_SETS)
+def test_what_follows_from_the_set(name: Any) -> None:
+    weighs_rows = name not in ("mean", "target")
+    dr = DRConfig(set=name, slots=4, alpha=0.25)
+    assert dr.num_slots == (4 if weighs_rows else 1)
+    assert DRConfig(set=name, slots=4, rows="rank").num_slots == 1
+    assert dr.target_share == (1.0 if name == "target" else 0.25)
+    assert dr.needs_target() == (name != "mean")
+
+
+@pytest.mark.parametrize("cls", [DRConfig, TargetConfig])
+def test_every_dial_says_what_it_is(cls: Any) -> None:
+    for field in dataclasses.fields(cls):
+        assert field.metadata["help"] and field.metadata["unit"]
