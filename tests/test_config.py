@@ -16,7 +16,7 @@ from megatron_dr.config import FEASIBLE_SETS, DRConfig, SetName, TargetConfig
 def test_defaults() -> None:
     dr = DRConfig()
     assert dr.feasible_set() == projection.Cone(ridge=0.3)
-    assert (dr.blocks, dr.alpha, dr.norm, dr.rows) == ("model", 0.1, "general", "slot")
+    assert (dr.blocks, dr.alpha, dr.norm, dr.rows) == ("model", 0.05, "general", "slot")
     assert not dr.exact
     assert TargetConfig().target_data is None and TargetConfig().metrics is None
 

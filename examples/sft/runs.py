@@ -7,6 +7,7 @@ every rank; its output goes to <folder>/log.<rank>.txt. The first run that fails
 """
 
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -37,6 +38,8 @@ def run(number: int, folder: Path, flags: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        for child in multiprocessing.active_children():  # Megatron's checkpoint writers
+            child.terminate()
         sys.stdout.flush()
         os._exit(code)
 

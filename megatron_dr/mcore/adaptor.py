@@ -16,12 +16,13 @@ Without the plugin's flags each wrapper calls Megatron's function and does nothi
 """
 
 import functools
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 from megatron_dr.config import DRConfig, TargetConfig
-from megatron_dr.mcore import errors
+from megatron_dr.mcore import compat, cpu, errors
 from megatron_dr.mcore.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.handle import Handle, attach
 from megatron_dr.report.metrics import MetricsFile
@@ -44,6 +45,7 @@ def enable() -> None:
     if _enabled:
         return
     _enabled = True
+    cpu.enable_if_asked()
     from megatron.core.pipeline_parallel import schedules
     from megatron.training import arguments, checkpointing, training
 
@@ -65,8 +67,8 @@ def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
 def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with errors.refused():
         configs = configs_from_args(args)
-        if configs is not None and configs[1].target_data is not None:
-            _refuse_packing(args)
+        if configs is not None:
+            compat.check_flags(args)
     result = stock(args, *rest, **kwargs)
     with errors.refused():
         if configs is not None and configs[1].target_data is not None:
@@ -74,14 +76,6 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
     setattr(args, _STEPS, 0)
     setattr(args, _CONSUMED, 0)
     return result
-
-
-def _refuse_packing(args: Namespace) -> None:
-    if getattr(args, "sft", False):
-        raise ValueError(
-            "--sft packs samples, which the target stream does not: give JSONL with "
-            "'prompt' and 'response' to --data-path instead."
-        )
 
 
 def num_target_microbatches(args: Namespace, target: TargetConfig) -> int:
@@ -127,14 +121,16 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
 def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: Any, iteration: int,
                   *rest: Any, **kwargs: Any) -> Any:  # fmt: skip
     if _run is not None and _run.file is not None:
-        _run.file.write("train", iteration, {**loss_dict, "learning rate": rate})
+        seconds = time.monotonic() - _run.step_began
+        values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
+        _run.file.write("train", iteration, values)
     return stock(loss_dict, total, rate, iteration, *rest, **kwargs)
 
 
 def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     result = stock(*rest, **kwargs)
     if _run is not None and _run.file is not None and result[0] is not None:
-        _run.file.write("validation", _run.args.curr_iteration, result[0])
+        _run.file.write("validation", _run.steps_done, result[0])
     return result
 
 
@@ -166,6 +162,7 @@ class _Run:
         self._fresh_validation = True
         self._iteration: int | None = None
         self._before = (0, 0)
+        self.step_began = 0.0
 
     def _num_general(self) -> int:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -198,6 +195,11 @@ class _Run:
         self.valid_streams = datasets.target_streams(args, samples, size, num_chunks)
         self.num_valid = args.eval_global_batch_size // (size * args.data_parallel_size)
 
+    @property
+    def steps_done(self) -> int:
+        """Iterations of Megatron's loop so far, those before a resume included."""
+        return 0 if self._iteration is None else self._iteration + 1
+
     @staticmethod
     def _place(streams: list[Any], consumed: int) -> None:
         for stream in streams:
@@ -222,6 +224,7 @@ class _Run:
     def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         args = self.args
         self._fresh_validation = True
+        self.step_began = time.monotonic()
         if args.curr_iteration != self._iteration:
             self._iteration = args.curr_iteration
             self._before = (getattr(args, _STEPS), getattr(args, _CONSUMED))

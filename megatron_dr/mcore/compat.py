@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-OLDEST, NEWEST = (0, 17), (0, 19)  # minor versions this plugin was written for (tested: README)
+OLDEST, NEWEST = (0, 19), (0, 19)  # minor versions that the tests ran with
 
 # Configuration that no test of ours covers: refused at attach, with what to change.
 _UNSUPPORTED_MODEL = {
@@ -25,6 +25,16 @@ _UNSUPPORTED_DDP = {
     "reuse_grad_buf_for_mxfp8_param_ag": "parameters and gradients share a buffer",
 }
 
+_UNSUPPORTED_FLAGS = {
+    "use_torch_fsdp2": "torch FSDP2 reduces gradients by itself",
+    "sft": "it packs samples, which the target stream does not; JSONL with 'prompt' and 'response' "
+    "goes to --data-path as it is",
+}
+_ONE_INSTANCE = (
+    "megatron_dr supports one distributed-optimizer instance, not {}: set "
+    "--num-distributed-optimizer-instances 1."
+)
+
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The model chunk without DDP and precision wrappers."""
@@ -40,6 +50,17 @@ def data_group() -> torch.distributed.ProcessGroup:
 def model_group() -> torch.distributed.ProcessGroup:
     """Ranks that together hold one copy of the model: tensor x pipeline parallel."""
     return parallel_state.get_model_parallel_group()
+
+
+def check_flags(args: Any) -> None:
+    """As `check_contract`, from Megatron's flags alone: before it builds anything."""
+    for table in (_UNSUPPORTED_MODEL, _UNSUPPORTED_DDP, _UNSUPPORTED_FLAGS):
+        for name, why in table.items():
+            if getattr(args, name, None):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"megatron_dr does not support {flag} ({why}): drop it.")
+    if getattr(args, "num_distributed_optimizer_instances", 1) > 1:
+        raise ValueError(_ONE_INSTANCE.format(args.num_distributed_optimizer_instances))
 
 
 def check_contract(model: Any, config: Any) -> None:
@@ -65,11 +86,7 @@ def check_contract(model: Any, config: Any) -> None:
             if getattr(holder, name, None):
                 raise ValueError(f"megatron_dr does not support {name} ({why}): switch it off.")
     if getattr(ddp, "num_distributed_optimizer_instances", 1) > 1:
-        raise ValueError(
-            "megatron_dr supports one distributed-optimizer instance, not "
-            f"{ddp.num_distributed_optimizer_instances}: set "
-            "--num-distributed-optimizer-instances 1."
-        )
+        raise ValueError(_ONE_INSTANCE.format(ddp.num_distributed_optimizer_instances))
     if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
         raise ValueError("megatron_dr does not support CUDA graphs: drop --cuda-graph-impl.")
     _check_experts()

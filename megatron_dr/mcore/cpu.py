@@ -7,14 +7,18 @@ It is explicit: only `enable()` switches it on (`--dr-device cpu`, or MEGATRON_D
 Each replacement says who calls the name and, where the failure is silent, what goes wrong without.
 """
 
+import argparse
 import contextlib
 import functools
 import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_dr.mcore import cpu_checkpoint
 
 ENVIRONMENT_VARIABLE = "MEGATRON_DR_DEVICE"
 
@@ -36,6 +40,20 @@ def is_enabled() -> bool:
     return _enabled
 
 
+def enable_if_asked() -> None:
+    """`enable()` if the command line has --dr-device cpu or the environment variable says so.
+
+    Megatron's flags for the CPU are put first on the command line, so that the user's own win.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dr-device", default=os.environ.get(ENVIRONMENT_VARIABLE))
+    if parser.parse_known_args()[0].dr_device != "cpu":
+        return
+    enable()
+    if tuple(sys.argv[1 : len(CPU_FLAGS) + 1]) != CPU_FLAGS:
+        sys.argv[1:1] = CPU_FLAGS
+
+
 def enable() -> None:
     """Replace Megatron's CUDA assumptions by the CPU; call it before Megatron is used. Idempotent.
 
@@ -46,6 +64,8 @@ def enable() -> None:
         return
     _enabled = True
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # validate_args asks for it beside tensor or context parallelism; nothing reads it here
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch._dynamo.config.disable = True
     _replace_device()
     _replace_streams()
@@ -54,7 +74,7 @@ def enable() -> None:
     _replace_random_state()
     _replace_moe()
     _replace_recompute()
-    _replace_checkpoint_loading()
+    cpu_checkpoint.mend_loading()
     _replace_dataset_helpers()
 
 
@@ -242,33 +262,6 @@ def _replace_recompute() -> None:
         original(self, fp8 or None)
 
     CheckpointWithoutOutput.__init__ = init
-
-
-def _replace_checkpoint_loading() -> None:
-    """Distributed-optimizer checkpoints with torch's AdamW (no Transformer Engine, no apex).
-
-    torch keeps a tensor `step` per parameter that Megatron does not save per parameter: skip it
-    when states are copied (a KeyError without), and give each parameter its own `step` after
-    load_state_dict (silent without: one shared tensor advances once per parameter).
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    original_set = DistributedOptimizer._set_main_param_and_optimizer_states
-    original_load = DistributedOptimizer.load_state_dict
-
-    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        if "step" not in tensors:
-            tensors = {**tensors, "step": None}  # not a tensor: Megatron leaves its own as it is
-        original_set(self, model_param, tensors)
-
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        original_load(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    DistributedOptimizer.load_state_dict = load_state_dict
 
 
 def _replace_dataset_helpers() -> None:

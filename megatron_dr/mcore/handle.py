@@ -1,6 +1,5 @@
 """`attach`: the plugin on a Megatron model; `Handle.step`: one data-regularised step."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat, finalize
+from megatron_dr.mcore import compat, finalize, notes
 from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.ownership import block_table, owned_parameters
 from megatron_dr.mcore.roles import RoleRouter, merge_reports
+from megatron_dr.mcore.stopwatch import Stopwatch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ATTRIBUTE = "_megatron_dr_handle"
@@ -79,7 +79,8 @@ class Handle:
         self.projection: finalize.Projection | None = None
         self.metrics: dict[str, torch.Tensor] = {}
         self._fired = 0
-        self._announce()
+        self._stopwatch = Stopwatch(owned[0].parameter.device)
+        notes.attached(dr, self.rows, self.layout)
 
     # -- life ------------------------------------------------------------------------------------
     def __enter__(self) -> "Handle":
@@ -126,10 +127,6 @@ class Handle:
                 "the data-parallel size or --dr-fraction."
             )
 
-    def is_off(self, num_target: int) -> bool:
-        """Nothing to do: the step is Megatron's own, bit for bit."""
-        return self.dr.set == "mean" and num_target == 0
-
     def step(
         self,
         forward_backward_func: Callable[..., Any],
@@ -150,8 +147,8 @@ class Handle:
             What the schedule returns, with 'target loss' and 'dr ...' values in the reports.
         """
         forward_only = schedule.get("forward_only", False)
-        if num_target_microbatches == 0 and (forward_only or self.is_off(0)):
-            return forward_backward_func(**schedule)
+        if num_target_microbatches == 0 and (forward_only or self.dr.set == "mean"):
+            return forward_backward_func(**schedule)  # off: Megatron's own, bit for bit
         if forward_only:
             return self._run(forward_backward_func, None, target_data_iterator,
                              num_target_microbatches, schedule)  # fmt: skip
@@ -228,7 +225,7 @@ class Handle:
     @torch.no_grad()
     def _project(self, router: RoleRouter, num_tokens: torch.Tensor | None) -> torch.Tensor | None:
         """Rows -> Megatron's buffer. Returns the token count that Megatron divides by."""
-        began = time.perf_counter()
+        self._stopwatch.start()
         n_t, n_g = router.num_target, router.num_general
         device = self.rows.view(0, 0).device
         if num_tokens is None:  # each microbatch was divided by n_t + n_g
@@ -242,11 +239,13 @@ class Handle:
         self.projection = finalize.project(
             self.rows, self.dr, self.layout, self.steps, ratio, role_scale, n_t > 0
         )
-        self._warn_if_not_finite()
+        if self.model[0].ddp_config.check_for_nan_in_grad:  # Megatron waits for the device too
+            notes.not_finite(self.projection, self.dr.num_slots, self.layout, self.steps)
         self.metrics = finalize.metrics(self.projection) if n_t else {}
-        milliseconds = (time.perf_counter() - began) * 1e3
-        for name, value in (("dr ms", milliseconds), ("dr bytes", self.projection.wire_bytes)):
-            self.metrics[name] = torch.tensor(float(value), device=device)
+        self._stopwatch.stop()
+        cost = {"ms": self._stopwatch.milliseconds, "bytes": self.projection.wire_bytes}
+        for name, value in cost.items():
+            self.metrics[f"dr {name}"] = torch.tensor(float(value), device=device)
         return num_tokens
 
     def _count_tokens(self, router: RoleRouter, device: torch.device) -> torch.Tensor:
@@ -260,52 +259,6 @@ class Handle:
         dist.all_reduce(counts, group=compat.model_group())
         dist.all_reduce(counts, group=compat.data_group())
         return counts
-
-    def _warn_if_not_finite(self) -> None:
-        """Say whose gradient is not finite; what happens to the step is Megatron's decision.
-
-        Reads the device only where Megatron itself does, with check_for_nan_in_grad.
-        """
-        assert self.projection is not None
-        if not self.model[0].ddp_config.check_for_nan_in_grad or dist.get_rank() != 0:
-            return
-        for row, ok in enumerate(self.projection.finite_R.tolist()):
-            if not ok:
-                group, slot = divmod(row, self.dr.num_slots)
-                first = group * self.layout.ranks_per_row
-                who = (
-                    "the target's gradient"
-                    if row == self.num_rows
-                    else f"the general gradient of data-parallel rank {first}, slot {slot},"
-                )
-                print(f"megatron_dr: step {self.steps}: {who} has NaN or Inf", flush=True)
-
-    def _announce(self) -> None:
-        """What will be projected and what it costs, once, on rank 0."""
-        if dist.get_rank() != 0:
-            return
-        dr, rows = self.dr, self.num_rows
-        elements = sum(o.parameter.numel() for o in self.rows.owned)
-        main = self.rows.owned[0].parameter.main_grad
-        print(
-            f"megatron_dr: set {dr.set}, {rows} rows a step ({dr.rows}), {self.layout.num_blocks} "
-            f"block(s) ({dr.blocks}), alpha {dr.target_share}, norm {dr.norm}; this rank keeps "
-            f"{self.rows.extra_bytes:,} bytes for slots and, with a target batch, "
-            f"{elements * main.element_size():,} for the target",
-            flush=True,
-        )
-        if rows == 1 and dr.set not in ("mean", "target"):
-            print(f"megatron_dr: note: one row: {_ONE_ROW[dr.set]}", flush=True)
-
-
-# What a set is when M = 1.
-_ONE_ROW = {
-    "topk": "topk keeps it: standard training",
-    "capped": "capped gives it weight 1: standard training",
-    "hull": "hull gives it weight 1: standard training",
-    "cone": "cone keeps its direction where it agrees with the target, else stops it",
-    "span": "span keeps its line, with the target's sign",
-}
 
 
 def _as_tensor(value: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:

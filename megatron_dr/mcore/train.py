@@ -4,8 +4,6 @@ The model is Megatron's GPT model built from its flags, the loop is `megatron.tr
 checkpoints, logging, validation, schedules and flags are Megatron's.
 """
 
-import os
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,21 +21,8 @@ def main(store: torch.distributed.Store | None = None) -> None:
         store: where ranks meet, instead of torchrun's.
     """
     warnings.filterwarnings("ignore", module="megatron")
-    if _device() == "cpu":
-        cpu.enable()
-        sys.argv[1:1] = cpu.CPU_FLAGS  # first, so that flags given by the user win
+    cpu.enable_if_asked()  # before Megatron is imported
     _run(store)
-
-
-def _device() -> str:
-    """--dr-device, read before Megatron is imported."""
-    arguments = sys.argv[1:]
-    for number, argument in enumerate(arguments):
-        if argument == "--dr-device" and number + 1 < len(arguments):
-            return arguments[number + 1]
-        if argument.startswith("--dr-device="):
-            return argument.split("=", 1)[1]
-    return os.environ.get(cpu.ENVIRONMENT_VARIABLE, "cuda")
 
 
 def import_megatron() -> None:

@@ -260,3 +260,28 @@ def test_slot_buffers_in_bf16_are_half_the_bytes_and_close() -> None:
     assert half * 2 == full
     cosine = torch.nn.functional.cosine_similarity(exact, rough, dim=0)
     assert cosine > 0.999 and not torch.equal(exact, rough)
+
+
+def test_a_host_that_resets_the_hook_is_chained() -> None:
+    """Some hosts set finalize_model_grads_func at every step: the one of the step is called."""
+
+    def case() -> list[int]:
+        from megatron.core.distributed import finalize_model_grads
+
+        model, optimizer, config = fresh()
+        handle = megatron_dr.attach(model, optimizer, config, CONE)
+        calls: list[int] = []
+        for number in range(3):
+
+            def hosts_own(*args: Any, number: int = number, **kwargs: Any) -> None:
+                calls.append(number)
+                finalize_model_grads(*args, **kwargs)
+
+            config.finalize_model_grads_func = hosts_own
+            model[0].zero_grad_buffer()
+            step(handle, model)
+            assert config.finalize_model_grads_func is hosts_own
+            assert handle.projection is not None and handle.steps == number + 1
+        return calls
+
+    assert one(case) == [0, 1, 2]

@@ -1,0 +1,131 @@
+"""The SFT example's table and plots, from the runs' metrics."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dr.report import metrics
+
+UNIT = "loss (nats per byte)"
+LOSSES = {"target loss": "held-out target (Spanish)", "lm loss": "held-out general"}
+COLOURS = {
+    "base": "tab:gray", "general only": "tab:blue", "target only": "black",
+    "mix, 5% target": "tab:cyan", "mix, 10% target": "tab:green", "mix, 20% target": "tab:olive",
+    "top-k per layer": "tab:purple", "cone (default)": "tab:red",
+}  # fmt: skip
+
+
+def curves(jobs: list[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """arm -> one list of validations per seed; the first is the base model's, as step 0."""
+    out: dict[str, list[list[dict[str, Any]]]] = {}
+    start: dict[str, Any] = {}
+    for job in jobs:
+        lines = metrics.read(Path(job["folder"]) / "metrics.jsonl", "validation")
+        by_step = {line["iteration"]: line for line in lines}
+        if job["arm"] == "base":
+            start = {**lines[-1], "iteration": 0}
+            out["base"] = [[start]]
+        else:
+            out.setdefault(job["arm"], []).append([start, *by_step.values()])
+    return out
+
+
+def final(runs: list[list[dict[str, Any]]], key: str) -> list[float]:
+    return [run[-1][key] for run in runs]
+
+
+def step_times(jobs: list[dict[str, Any]]) -> dict[str, float]:
+    """arm -> median seconds of a training step."""
+    seconds: dict[str, list[float]] = {}
+    for job in jobs:
+        if job["arm"] != "base":
+            lines = metrics.read(Path(job["folder"]) / "metrics.jsonl", "train")
+            seconds.setdefault(job["arm"], []).extend(line["step seconds"] for line in lines)
+    return {arm: statistics.median(values) for arm, values in seconds.items()}
+
+
+def spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
+    """table.md, losses.png and tradeoff.png in the output folder, and the table on the screen."""
+    arms = curves(jobs)
+    seeds = max(len(runs) for runs in arms.values())
+    mixes = [arm for arm in arms if arm.startswith("mix")]
+    best_mix = min(mixes, key=lambda arm: statistics.mean(final(arms[arm], "target loss")))
+    times = step_times(jobs)
+    notes = {"base": "before fine-tuning", best_mix: "best mix, chosen on these losses"}
+    rows = []
+    for arm, runs in arms.items():
+        ratio = f"{times[arm] / times['general only']:.2f}" if arm in times else ""
+        losses = [spread(final(runs, key)) for key in LOSSES]
+        rows.append([arm, *losses, ratio, notes.get(arm, "")])
+    title = f"Held-out loss after fine-tuning, nats per byte, mean ± sd of {seeds} seed(s)"
+    header = ["arm", *LOSSES.values(), "step time", ""]
+    table = Table(*header, title=title, caption="step time: median, relative to general only")
+    for row in rows:
+        table.add_row(*row, style="bold" if "default" in row[0] else None)
+    console.print(table)
+    text = [f"{title}\n", *("| " + " | ".join(r) + " |" for r in (header, ["---"] * 5, *rows))]
+    (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    plot_losses(arms, out / "losses.png", seeds)
+    plot_tradeoff(arms, out / "tradeoff.png", seeds)
+    console.print(f"Plots: {out / 'losses.png'}, {out / 'tradeoff.png'}")
+
+
+def plot_losses(arms: dict[str, Any], path: Path, seeds: int) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, (key, name) in zip(axes, LOSSES.items()):
+        for arm, runs in arms.items():
+            if arm == "base":
+                continue
+            steps = [v["iteration"] for v in runs[0]]
+            values = [[run[n][key] for run in runs] for n in range(len(steps))]
+            means = [statistics.mean(v) for v in values]
+            line = axis.plot(steps, means, label=arm, color=COLOURS.get(arm), marker=".")[0]
+            if seeds > 1:
+                sd = [statistics.stdev(v) for v in values]
+                low, high = ([m + s * d for m, d in zip(means, sd)] for s in (-1, 1))
+                axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+        axis.set(title=f"{name}, mean ± sd of {seeds} seed(s)", xlabel="step", ylabel=UNIT)
+        axis.grid(alpha=0.3)
+        start = arms["base"][0][0][key]
+        axis.set_ylim(top=start + 0.35 if key == "lm loss" else start + 0.1)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_tradeoff(arms: dict[str, Any], path: Path, seeds: int) -> None:
+    """Final losses of both roles; what is no better than the base model is in the legend."""
+    figure, axis = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    edge = arms["base"][0][0]["target loss"]
+    for arm, runs in arms.items():
+        x, y = final(runs, "lm loss"), final(runs, "target loss")
+        at = statistics.mean(x), statistics.mean(y)
+        if at[1] >= edge:
+            axis.plot([], [], ls="none", label=f"{arm}: off the chart at {at[0]:.2f}, {at[1]:.2f}")
+            continue
+        axis.errorbar(
+            *at, label=arm, capsize=3, markersize=9, ls="none",
+            marker="*" if "default" in arm else "o", color=COLOURS.get(arm),
+            xerr=statistics.stdev(x) if len(x) > 1 else None,
+            yerr=statistics.stdev(y) if len(y) > 1 else None,
+        )  # fmt: skip
+    axis.set(xlabel=f"held-out general {UNIT}", ylabel=f"held-out target {UNIT}",
+             title=f"Lower left is better (mean ± sd of {seeds} seed(s))")  # fmt: skip
+    axis.margins(0.12)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

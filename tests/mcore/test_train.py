@@ -1,0 +1,207 @@
+"""The training entry: Megatron's own loop on two ranks, with the plugin's flags."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dr.mcore import adaptor, train
+from megatron_dr.report import metrics
+
+from ._ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+SENTENCES = [
+    "El temor del Señor es el principio.", "The fear of the Lord is the start.",
+    "Der Herr ist mein Hirte, mir wird.", "Il Signore è il mio pastore: nulla.",
+]  # fmt: skip
+MODEL = f"""
+    --dr-device cpu --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48
+    --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope
+    --normalization RMSNorm --swiglu --disable-bias-linear --hidden-dropout 0 --attention-dropout 0
+    --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 8
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model {ROOT / "examples/sft/tokenizer"}
+    --use-distributed-optimizer --lr 1e-2 --lr-decay-style constant
+    --micro-batch-size 1 --global-batch-size 8 --eval-iters 1 --eval-interval 3 --log-interval 1
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    paths = {}
+    for name, count in (("general", 40), ("target", 6), ("held_out", 8)):
+        path = tmp_path / f"{name}.jsonl"
+        lines = [{"text": f"{n} {SENTENCES[n % 4]}"} for n in range(count)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths[name] = str(path)
+    return paths
+
+
+def flags(data: dict[str, str], more: str = "", iterations: int = 6) -> list[str]:
+    return f"""{MODEL} --train-iters {iterations} --train-data-path {data["general"]}
+        --valid-data-path {data["held_out"]} {more}""".split()
+
+
+def launch(argv: list[str]) -> tuple[int, str, str]:
+    """On a rank: exit code, stdout and stderr of the entry."""
+    out, error, code = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["megatron_dr.train", *argv]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            train.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return code, out.getvalue(), error.getvalue()
+
+
+def run(argv: list[str], world: int = 2) -> list[tuple[int, str, str]]:
+    return run_ranks(world, launch, argv)
+
+
+def cone(data: dict[str, str]) -> str:
+    return f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-slots 2
+        --dr-target-valid-data {data["held_out"]}"""
+
+
+def losses(path: Path, kind: str) -> dict[int, tuple[float, float]]:
+    lines = metrics.read(path, kind)
+    return {line["iteration"]: (line["lm loss"], line["target loss"]) for line in lines}
+
+
+def test_both_roles_are_trained_logged_and_validated(data: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    code, out, _ = run(flags(data, f"{cone(data)} --dr-metrics {path}"))[1]
+    assert code == 0
+    assert re.search(r"iteration +6/.*lm loss: .*target loss: .*dr cos target: .*dr ms: ", out)
+    assert re.search(r"validation loss at iteration 6 .*lm loss value.*target loss value", out)
+    trained = losses(path, "train")
+    assert list(trained) == [1, 2, 3, 4, 5, 6]
+    assert trained[6][0] < trained[1][0] and trained[6][1] < trained[1][1]
+    assert list(losses(path, "validation")) == [3, 6]
+
+
+LAYOUTS = {
+    "tp2-sp": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+    "pp2": ("--pipeline-model-parallel-size 2", 2),
+    "cp2-token": ("--context-parallel-size 2 --calculate-per-token-loss", 2),
+}
+
+
+@pytest.mark.parametrize("layout, world", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts_train_alike(
+    data: dict[str, str], tmp_path: Path, layout: str, world: int
+) -> None:
+    """One data rank with 4 slots of 2 sequences, whatever lies below it.
+
+    All start from the checkpoint of one process: Megatron draws parameters by stage.
+    """
+    base = tmp_path / "base"
+    # 272 rows of vocabulary for one rank and for two
+    padding = "--make-vocab-size-divisible-by 136"
+    assert run(flags(data, f"{padding} --save {base} --save-interval 1", 1), 1)[0][0] == 0
+    token = "--calculate-per-token-loss" if "token" in layout else ""
+    found = []
+    for number, (more, ranks) in enumerate(((token, 1), (layout, world))):
+        path = tmp_path / f"metrics{number}.jsonl"
+        more += f""" {padding} {cone(data)} --dr-slots 4 --dr-metrics {path}
+            --load {base} --finetune --no-load-optim --no-load-rng"""
+        code, _, error = run(flags(data, more, 3), ranks)[-1]
+        assert code == 0, error
+        found.append(losses(path, "train"))
+    assert found[0].keys() == found[1].keys()
+    for step, expected in found[0].items():
+        assert found[1][step] == pytest.approx(expected, rel=2e-4)
+
+
+def test_resumed_run_equals_uninterrupted_one(data: dict[str, str], tmp_path: Path) -> None:
+    """Weights, optimizer, the places of both streams and the sketches' steps come back."""
+    whole, parts, folder = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "saved"
+    assert run(flags(data, f"{cone(data)} --dr-metrics {whole}"))[0][0] == 0
+    more = f"{cone(data)} --dr-metrics {parts} --save {folder} --save-interval 3"
+    assert run(flags(data, f"{more} --exit-interval 3"))[0][0] == 0
+    code, out, error = run(flags(data, f"{more} --load {folder}"))[0]
+    assert code == 0, error
+    assert "successfully loaded checkpoint" in out
+    expected, found = losses(whole, "train"), losses(parts, "train")
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    for step in expected:
+        assert found[step] == pytest.approx(expected[step], rel=1e-6)
+
+
+def test_target_larger_than_its_set_is_noted(data: dict[str, str]) -> None:
+    more = cone(data).replace("--dr-target-batch-size 4", "--dr-target-batch-size 8")
+    code, out, _ = run(flags(data, more, 1))[0]
+    assert code == 0
+    assert "target batch (8) is larger than the target set (6): samples repeat" in out
+
+
+def test_without_our_flags_megatron_runs_as_if_we_were_not_there(data: dict[str, str]) -> None:
+    def plain(installed: bool) -> list[str]:
+        os.environ["MEGATRON_DR_DEVICE"] = "cpu"
+        if not installed:
+            adaptor.enable = lambda: None
+        argv = [f for f in flags(data, "", 3) if f not in ("--dr-device", "cpu")]
+        code, out, error = launch(argv)
+        assert code == 0, error
+        assert adaptor._run is None
+        return re.findall(r"lm loss: \S+|grad norm: \S+", out)
+
+    ours, stock = run_ranks(2, plain, True)[1], run_ranks(2, plain, False)[1]
+    assert len(ours) == 6 and ours == stock
+
+
+WRONG_LINE = '{"text": "good"}\n{"prompt": "no response"}\n'
+BAD = {
+    "no target file": ("--dr-target-data {tmp}/none.jsonl", "none.jsonl: no such file."),
+    "empty target": ("--dr-target-data {tmp}/empty.jsonl", "empty.jsonl: the file has no samples."),
+    "wrong line": ("--dr-target-data {tmp}/wrong.jsonl", "wrong.jsonl:2: 'response' must be"),
+    "no indexed target": ("--dr-target-data {tmp}/none", "none: no such data"),
+    "target batch": (
+        "--dr-target-data {target} --dr-target-batch-size 3",
+        "--dr-target-batch-size 3 is not a multiple of --micro-batch-size x data-parallel size = 2",
+    ),
+    "slots": ("--dr-target-data {target} --dr-slots 3", "can't be divided into 3 slots"),
+    "too few rows": (
+        "--dr-target-data {target} --dr-slots 4 --dr-set topk --dr-fraction 0.05",
+        "needs at least 20 rows, but a step has 8",
+    ),
+    "dial": ("--dr-target-data {target} --dr-alpha 1.5", "alpha must be in [0, 1], not 1.5."),
+    "contradiction": (
+        "--dr-target-data {target} --dr-rows rank --dr-slots 4",
+        "--dr-slots has no meaning with --dr-rows rank",
+    ),
+    "no target": ("--dr-set cone", "--dr-set cone needs --dr-target-data"),
+    "optimizer instances": (
+        "--dr-target-data {target} --num-distributed-optimizer-instances 2",
+        "--num-distributed-optimizer-instances 1",
+    ),
+    "no general file": (
+        "--dr-target-data {target} --dr-slots 4 --train-data-path {tmp}/none.jsonl",
+        "none.jsonl: no such file.",
+    ),
+    "metrics": (
+        "--dr-target-data {target} --dr-slots 4 --dr-metrics {target}/m.jsonl",
+        "m.jsonl: can't be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("more, sentence", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_sentence_at_start(
+    data: dict[str, str], tmp_path: Path, more: str, sentence: str
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "wrong.jsonl").write_text(WRONG_LINE)
+    (first, out, error), (second, _, other) = run(
+        flags(data, more.format(tmp=tmp_path, **data)), world=2
+    )
+    said = [line for line in error.splitlines() if line.startswith("megatron_dr: error: ")]
+    assert len(said) == 1 and sentence in said[0], (said, error[-2000:])
+    assert "megatron_dr: error" not in other  # rank 0 alone speaks
+    assert first == second == 2
+    assert "iteration        1/" not in out
