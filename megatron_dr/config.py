@@ -34,9 +34,15 @@ class DRConfig:
     """
 
     set: SetName = _dial("cone", "feasible set: which combinations of the rows are allowed", "name")
-    fraction: float = _dial(0.25, "f of topk (share kept) and capped (weights <= 1/fM)", "(0, 1]")
-    ridge: float = _dial(0.3, "rho of capped, hull, cone and span, relative to tr(G)/M", ">= 0")
-    alpha: float = _dial(0.05, "share of the target's own gradient: (1 - a) d + a t", "[0, 1]")
+    fraction: float = _dial(
+        0.25, "f of topk (share kept) and capped (weights <= 1/fM)", "share, 0 < f <= 1"
+    )
+    ridge: float = _dial(
+        0.3, "rho of capped, hull, cone and span, relative to tr(G)/M", "factor, >= 0"
+    )
+    alpha: float = _dial(
+        0.05, "a: how much of the target's own gradient, (1 - a) d + a t", "share, 0 to 1"
+    )
     norm: Literal["none", "general", "target"] = _dial(
         "general", "length of the projected gradient d, per block: |mean row| or |t|", "name"
     )

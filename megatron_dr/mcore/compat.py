@@ -27,12 +27,16 @@ _UNSUPPORTED_DDP = {
 
 _UNSUPPORTED_FLAGS = {
     "use_torch_fsdp2": "torch FSDP2 reduces gradients by itself",
+    "rampup_batch_size": "slots need the same number of microbatches in every step",
+    "step_batch_size_schedule": "slots need the same number of microbatches in every step",
     "sft": "it packs samples, which the target stream does not; JSONL with 'prompt' and 'response' "
     "goes to --data-path as it is",
 }
-_ONE_INSTANCE = (
-    "megatron_dr supports one distributed-optimizer instance, not {}: set "
-    "--num-distributed-optimizer-instances 1."
+# Sizes that must be 1.
+_SINGLE = (
+    "num_distributed_optimizer_instances",
+    "gtp_weight_remat_size",
+    "expert_gtp_weight_remat_size",
 )
 
 
@@ -59,8 +63,15 @@ def check_flags(args: Any) -> None:
             if getattr(args, name, None):
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"megatron_dr does not support {flag} ({why}): drop it.")
-    if getattr(args, "num_distributed_optimizer_instances", 1) > 1:
-        raise ValueError(_ONE_INSTANCE.format(args.num_distributed_optimizer_instances))
+    _check_single(args)
+
+
+def _check_single(holder: Any) -> None:
+    for name in _SINGLE:
+        size = getattr(holder, name, 1) or 1
+        if size > 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"megatron_dr does not support {flag} {size}: set {flag} 1.")
 
 
 def check_contract(model: Any, config: Any) -> None:
@@ -85,8 +96,7 @@ def check_contract(model: Any, config: Any) -> None:
         for name, why in table.items():
             if getattr(holder, name, None):
                 raise ValueError(f"megatron_dr does not support {name} ({why}): switch it off.")
-    if getattr(ddp, "num_distributed_optimizer_instances", 1) > 1:
-        raise ValueError(_ONE_INSTANCE.format(ddp.num_distributed_optimizer_instances))
+        _check_single(holder)
     if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
         raise ValueError("megatron_dr does not support CUDA graphs: drop --cuda-graph-impl.")
     _check_experts()

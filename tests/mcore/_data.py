@@ -21,6 +21,7 @@ class Layout:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     overlap: bool = False
+    overlap_param_gather: bool = False
     per_token: bool = False
     tied: bool = False
     moe: bool = False

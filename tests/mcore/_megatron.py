@@ -109,6 +109,7 @@ def build(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap_param_gather,
         use_distributed_optimizer=layout.distributed_optimizer,
         check_for_nan_in_grad=False,
         bucket_size=5000 if layout.overlap else None,
@@ -144,6 +145,7 @@ def build(
             bf16=layout.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=layout.overlap_param_gather,
         ),
         ddp,
     )
@@ -246,6 +248,9 @@ def train(
             )
         log.append((reports, handle.projection if handle else None))
         optimizer.step()
+    if layout.overlap_param_gather:
+        for chunk in model:
+            chunk.disable_forward_pre_hook()  # waits for the parameters
     return model, optimizer, config, log
 
 

@@ -96,6 +96,9 @@ LAYOUTS = {
     "dp2-distopt": Layout(dp=2, distributed_optimizer=True),
     "dp2-overlap": Layout(dp=2, overlap=True),
     "dp2-distopt-overlap": Layout(dp=2, distributed_optimizer=True, overlap=True),
+    "dp2-distopt-overlap-both": Layout(
+        dp=2, distributed_optimizer=True, overlap=True, overlap_param_gather=True
+    ),
     "dp2-token": Layout(dp=2, per_token=True, distributed_optimizer=True),
     "tp2": Layout(tp=2),
     "tp2-layernorm-biases": Layout(tp=2, layer_norm=True),

@@ -180,6 +180,10 @@ BAD = {
         "--dr-target-data {target} --num-distributed-optimizer-instances 2",
         "--num-distributed-optimizer-instances 1",
     ),
+    "ramp-up": (
+        "--dr-target-data {target} --rampup-batch-size 2 2 8",
+        "--rampup-batch-size",
+    ),
     "no general file": (
         "--dr-target-data {target} --dr-slots 4 --train-data-path {tmp}/none.jsonl",
         "none.jsonl: no such file.",
