@@ -73,8 +73,6 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
     with errors.refused():
         if configs is not None and configs[1].target_data is not None:
             num_target_microbatches(args, configs[1])
-    setattr(args, _STEPS, 0)
-    setattr(args, _CONSUMED, 0)
     return result
 
 
@@ -97,9 +95,10 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
     """Called when a run resumes, not with --finetune. A checkpoint without our values is at 0."""
     from megatron.training import get_args
 
-    result = stock(checkpoint_args, *rest, **kw)
+    result, args = stock(checkpoint_args, *rest, **kw), get_args()
     for name in (_STEPS, _CONSUMED):
-        setattr(get_args(), name, getattr(checkpoint_args, name, 0))
+        if hasattr(args, name):
+            setattr(args, name, getattr(checkpoint_args, name, 0))
     return result
 
 
@@ -108,9 +107,12 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     from megatron.core.utils import get_model_config
     from megatron.training import get_args
 
-    model, optimizer, scheduler = stock(*rest, **kwargs)
     args = get_args()
     configs = configs_from_args(args)
+    if configs is not None:
+        setattr(args, _STEPS, 0)
+        setattr(args, _CONSUMED, 0)
+    model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint
     _run = None
     if configs is not None and optimizer is not None:
         with errors.refused(), errors.agreed():
