@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_dr.report import metrics
 
 HERE = Path(__file__).resolve().parent
-DATA, PRETRAIN_STEPS, STEPS = HERE / "data", 400, 60
+DATA, PRETRAIN_STEPS, STEPS = HERE / "data", 400, 50
 
 MODEL = f"""
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 384
@@ -47,7 +47,7 @@ PRETRAIN = f"""
 TUNE = f"""
     --micro-batch-size 1 --global-batch-size 16 --train-iters {STEPS}
     --lr 2e-3 --min-lr 0 --lr-decay-style linear --lr-warmup-iters 5
-    --train-data-path {DATA / "general.jsonl"} --eval-interval {STEPS // 3}
+    --train-data-path {DATA / "general.jsonl"} --eval-interval 20
     --finetune --no-load-optim --no-load-rng
 """
 
