@@ -93,9 +93,9 @@ class GradRows:
             flat = [self.view(r, number).view(-1) for r in rows]
             for start in range(0, o.parameter.numel(), CHUNK):
                 stop = min(start + CHUNK, o.parameter.numel())
-                values_RN = torch.stack([f[start:stop].float() for f in flat])
+                values_RN = [f[start:stop] for f in flat]
                 if o.count != 1.0:
-                    values_RN *= o.count
+                    values_RN = [v * o.count for v in values_RN]
                 index_N = o.global_index(start, stop)
                 sketch.add_(out_BRK[blocks[number], : len(flat)], values_RN, index_N, o.key)
 

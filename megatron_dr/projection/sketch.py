@@ -10,14 +10,16 @@ Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-_CHUNK = 2**20  # elements whose temporaries live at the same time
 _MASK = 2**32 - 1
+
+
+Rows = Tensor | Sequence[Tensor]  # R vectors of N elements, stacked or not
 
 
 class Sketch(Protocol):
@@ -27,7 +29,7 @@ class Sketch(Protocol):
     def size(self) -> int:
         """K, the length of a sketch."""
 
-    def add_(self, out_RK: Tensor, values_RN: Tensor, index_N: Tensor, key: int) -> None:
+    def add_(self, out_RK: Tensor, values_RN: Rows, index_N: Tensor, key: int) -> None:
         """out += S values, in place, for the elements index [N] (int64) of the parameter key."""
 
 
@@ -49,15 +51,13 @@ class CountSketch:
         if not (0 < self.size <= 2**31 and self.size & (self.size - 1) == 0):
             raise ValueError(f"size is {self.size}; it must be a power of two, at most 2^31.")
 
-    def add_(self, out_RK: Tensor, values_RN: Tensor, index_N: Tensor, key: int) -> None:
-        """out[:, bucket(index)] += sign(index) values, in fp32, a chunk and a row at a time."""
-        first, second = _salts(key, self.seed)
-        for start in range(0, index_N.numel(), _CHUNK):
-            hashed_N = _hash(index_N[start : start + _CHUNK], first, second)
-            sign_N = 1 - ((hashed_N >> 30) & 2).to(out_RK.dtype)  # bit 31
-            bucket_N = hashed_N.bitwise_and_(self.size - 1)  # the low bits
-            for out_K, values_N in zip(out_RK, values_RN[:, start : start + _CHUNK], strict=True):
-                out_K.index_add_(0, bucket_N, sign_N * values_N)
+    def add_(self, out_RK: Tensor, values_RN: Rows, index_N: Tensor, key: int) -> None:
+        """out[:, bucket(index)] += sign(index) values, in fp32, a row at a time."""
+        hashed_N = _hash(index_N, *_salts(key, self.seed))
+        sign_N = 1 - ((hashed_N >> 30) & 2).to(out_RK.dtype)  # bit 31
+        bucket_N = hashed_N.bitwise_and_(self.size - 1)  # the low bits
+        for out_K, values_N in zip(out_RK, values_RN, strict=True):
+            out_K.index_add_(0, bucket_N, sign_N * values_N)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,11 @@ class ExactRows:
     offsets: Mapping[int, int]
     size: int
 
-    def add_(self, out_RK: Tensor, values_RN: Tensor, index_N: Tensor, key: int) -> None:
+    def add_(self, out_RK: Tensor, values_RN: Rows, index_N: Tensor, key: int) -> None:
         """out[:, offsets[key] + index] += values."""
-        out_RK.index_add_(1, index_N + self.offsets[key], values_RN.to(out_RK.dtype))
+        place_N = index_N + self.offsets[key]
+        for out_K, values_N in zip(out_RK, values_RN, strict=True):
+            out_K.index_add_(0, place_N, values_N.to(out_RK.dtype))
 
 
 def key_of(name: str) -> int:

@@ -34,11 +34,11 @@ def test_split_does_not_matter() -> None:
     assert torch.equal(out, sketch(s, x))
 
 
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_need_not_be_stacked() -> None:
     s, x = CountSketch(64, 1), integers(2, 999, seed=1)
-    whole = sketch(s, x)
-    monkeypatch.setattr("megatron_dr.projection.sketch._CHUNK", 128)
-    assert torch.equal(sketch(s, x), whole)
+    out = torch.zeros(2, 64)
+    s.add_(out, [x[0], x[1]], torch.arange(999), KEY)
+    assert torch.equal(out, sketch(s, x))
 
 
 def test_low_precision_values_are_summed_in_fp32() -> None:
