@@ -13,6 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_dr.data.jsonl import JsonlSamples
@@ -111,9 +112,15 @@ def general_datasets(
 
 
 def _jsonl(path: str, config: GPTDatasetConfig) -> JsonlSamples:
-    return JsonlSamples(
+    samples = JsonlSamples(
         path, config.tokenizer, config.sequence_length, attention_mask=config.create_attention_mask
     )
+    if samples.num_cut:
+        print_rank_0(
+            f"megatron_dr: note: {path}: {samples.num_cut} of {len(samples)} samples are longer "
+            f"than --seq-length {config.sequence_length} and are cut"
+        )
+    return samples
 
 
 def _check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:

@@ -90,7 +90,7 @@ class Handle:
         self.detach()
 
     def detach(self) -> None:
-        """Take the plugin off: Megatron's own views and functions are back, buffers are freed."""
+        """Take the plugin off; the rows' buffers go with the handle."""
         self.rows.end_step()
         if getattr(self.model[0], _ATTRIBUTE, None) is self:
             delattr(self.model[0], _ATTRIBUTE)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,17 +33,13 @@ _VANISHING = 1e-12  # |d|^2 relative to the rows' mean |g|^2 that is rounding, n
 class FeasibleSet(Protocol):
     """{J^T w : w in W}, known by the weights of the projection onto it."""
 
-    needs_cross: ClassVar[bool]
-
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
-        """w [B, M] in float64, from G and c. `cross` is read only where needs_cross is true."""
+        """w [B, M] in float64, from G and c."""
 
 
 @dataclass(frozen=True)
 class Mean:
     """W = {1/M}: standard training on general data."""
-
-    needs_cross: ClassVar[bool] = False
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = 1/M."""
@@ -54,8 +50,6 @@ class Mean:
 @dataclass(frozen=True)
 class Target:
     """The whole space: target-only training. The weights are zero: the update is t itself."""
-
-    needs_cross: ClassVar[bool] = False
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = 0; whoever combines must take d = t."""
@@ -70,7 +64,6 @@ class TopK:
     """
 
     fraction: float
-    needs_cross: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_fraction(self.fraction)
@@ -93,7 +86,6 @@ class Capped:
 
     fraction: float
     ridge: float = 0.0
-    needs_cross: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_fraction(self.fraction)
@@ -113,7 +105,6 @@ class Hull:
     """W = the probability simplex: the convex hull of the rows, p = 1/M."""
 
     ridge: float = 0.0
-    needs_cross: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_ridge(self.ridge)
@@ -133,7 +124,6 @@ class Cone:
 
     ridge: float = 0.0
     centre: Centre = "mean"
-    needs_cross: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_ridge(self.ridge)
@@ -157,7 +147,6 @@ class Span:
 
     ridge: float = 0.0
     centre: Centre = "mean"
-    needs_cross: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_ridge(self.ridge)
