@@ -1,40 +1,52 @@
 """Pure mathematics of the projection: imports torch and nothing else of ours."""
 
 from megatron_dr.projection.blocks import block_of
+from megatron_dr.projection.dial import alpha_at, alpha_of, smoothed, statistics
 from megatron_dr.projection.feasible_sets import (
+    Ball,
     Capped,
     Cone,
     FeasibleSet,
+    Halfspace,
     Hull,
     Mean,
     Span,
     Target,
-    TopK,
-    norm_scale,
-    report,
 )
 from megatron_dr.projection.gram import gram_of, split
-from megatron_dr.projection.sketch import CountSketch, ExactRows, Sketch, key_of
+from megatron_dr.projection.measures import norm_scale, report
+from megatron_dr.projection.selection import Filter, Greedy, TopK
+from megatron_dr.projection.sketch import CountSketch, Sketch, key_of
+from megatron_dr.projection.sketch_error import gram_and_error, size_for
 from megatron_dr.projection.solvers import kkt_residual, solve_qp
 
 __all__ = [
+    "Ball",
     "Capped",
     "Cone",
     "CountSketch",
-    "ExactRows",
     "FeasibleSet",
+    "Filter",
+    "Greedy",
+    "Halfspace",
     "Hull",
     "Mean",
     "Sketch",
     "Span",
     "Target",
     "TopK",
+    "alpha_at",
+    "alpha_of",
     "block_of",
+    "gram_and_error",
     "gram_of",
     "kkt_residual",
     "key_of",
     "norm_scale",
     "report",
+    "size_for",
+    "smoothed",
     "solve_qp",
     "split",
+    "statistics",
 ]

@@ -22,6 +22,27 @@ def assert_optimal(
     assert kkt_residual(H_BMM, l_BM, w_BM, upper, sum_to).max() <= 1e-6
 
 
+def assert_optimal_in_ball(
+    G_BMM: Tensor, c_BM: Tensor, w_BM: Tensor, radius: float, ridge: float
+) -> None:
+    """KKT in v = w - 1/M: (s G + rho) v = b with s >= 1, |v|_G <= bound, s = 1 inside.
+
+    |v|_G itself is known to about 1e-7 where G is ill-conditioned.
+    """
+    scale_B1 = G_BMM.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    G_BMM, mean_BM = G_BMM / scale_B1[..., None], torch.full_like(w_BM, 1 / w_BM.shape[1])
+    v_BM, Gv_BM = w_BM - mean_BM, torch.einsum("bmn,bn->bm", G_BMM, w_BM - mean_BM)
+    b_BM = c_BM / scale_B1 - torch.einsum("bmn,bn->bm", G_BMM, mean_BM)
+    size_B = (v_BM * Gv_BM).sum(1).clamp(min=0).sqrt()
+    bound_B = radius * torch.einsum("bm,bmn,bn->b", mean_BM, G_BMM, mean_BM).sqrt()
+    assert (size_B <= bound_B * (1 + 1e-6)).all()
+    missing_BM = b_BM - Gv_BM - ridge * v_BM  # = (s - 1) G v
+    excess_B1 = (missing_BM * Gv_BM).sum(1, keepdim=True) / (Gv_BM**2).sum(1, keepdim=True)
+    at_bound_B1 = size_B[:, None] >= bound_B[:, None] * (1 - 1e-6)
+    missing_BM = missing_BM - torch.where(at_bound_B1, excess_B1.clamp(min=0), 0) * Gv_BM
+    assert (missing_BM.norm(dim=1) <= 1e-6 * b_BM.norm(dim=1)).all()
+
+
 def assert_permutes(set_: FeasibleSet, J_BMN: Tensor, t_BN: Tensor, *, atol: float) -> None:
     """Permuting the rows permutes w."""
     order = torch.randperm(J_BMN.shape[1], generator=_samplers.generator(5))

@@ -1,6 +1,7 @@
 """The oracle: dense, slow, obviously correct; a block at a time, from the gradients themselves."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import nnls
@@ -55,9 +56,67 @@ def _face_minimiser(A: Array, b: Array, state: tuple[float | None, ...]) -> Arra
     return w if abs(w.sum() - 1.0) < 1e-9 else None
 
 
+def ball(J_MN: Array, t_N: Array, radius: float, ridge: float) -> Array:
+    """Least squares from the mean; too far from it, ever heavier on the distance, by bisection.
+
+    The multiplier s of the ball and the ridge enter as rows of a stacked system.
+    """
+    rows = len(J_MN)
+    mean = J_MN.mean(0)
+    root = np.sqrt(ridge * (J_MN**2).sum() / rows)
+
+    def solution(s: float) -> Array:
+        A = np.vstack([np.sqrt(s) * J_MN.T, root * np.eye(rows)])
+        b = np.append((t_N - mean) / np.sqrt(s), np.zeros(rows))
+        return np.linalg.lstsq(A, b, rcond=1e-8)[0]
+
+    bound, low, high = radius * np.linalg.norm(mean), 0.0, 100.0
+    if np.linalg.norm(J_MN.T @ solution(1.0)) <= bound:
+        return 1.0 / rows + solution(1.0)
+    for _ in range(100):
+        middle = (low + high) / 2  # of log s
+        inside = np.linalg.norm(J_MN.T @ solution(np.exp(middle))) <= bound
+        low, high = (low, middle) if inside else (middle, high)
+    return 1.0 / rows + solution(np.exp(high))
+
+
+def halfspace(J_MN: Array, t_N: Array) -> Array:
+    """The update itself: t without its part against the mean."""
+    mean = J_MN.mean(0)
+    return t_N - min(0.0, t_N @ mean) / (mean @ mean) * mean if mean.any() else t_N
+
+
+def subset_error(J_MN: Array, t_N: Array, subset: Sequence[int], k: int) -> float:
+    """|J^T 1_S/k - t|^2."""
+    return float(((J_MN[list(subset)].sum(0) / k - t_N) ** 2).sum())
+
+
+def best_subset(J_MN: Array, t_N: Array, k: int) -> tuple[int, ...]:
+    """The k rows whose mean is nearest to the target, of all k-subsets."""
+    subsets = itertools.combinations(range(len(J_MN)), k)
+    return min(subsets, key=lambda s: subset_error(J_MN, t_N, s, k))
+
+
+def greedy(J_MN: Array, t_N: Array, k: int) -> tuple[int, ...]:
+    """Rows one at a time, each the one that leaves the smallest error."""
+    taken: list[int] = []
+    for _ in range(k):
+        left = [i for i in range(len(J_MN)) if i not in taken]
+        taken.append(min(left, key=lambda i: subset_error(J_MN, t_N, [*taken, i], k)))
+    return tuple(taken)
+
+
 def topk(c_M: Array, k: int) -> Array:
     """The best of all k-subsets; the first in lexicographic order where several are best."""
     best = max(itertools.combinations(range(len(c_M)), k), key=lambda s: c_M[list(s)].sum())
     w = np.zeros(len(c_M))
     w[list(best)] = 1.0 / k
     return w
+
+
+def filtered(c_M: Array, fraction: float) -> Array:
+    """Mean of the rows left when the most negative ones are dropped."""
+    negative = sorted((i for i in range(len(c_M)) if c_M[i] < 0), key=lambda i: c_M[i])
+    dropped = negative[: round(fraction * len(negative))]
+    w = np.array([0.0 if i in dropped else 1.0 for i in range(len(c_M))])
+    return w / max(w.sum(), 1.0)

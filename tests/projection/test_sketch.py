@@ -1,10 +1,12 @@
 """Sketches are linear, do not depend on the split, and keep inner products."""
 
+import hashlib
+
 import pytest
 import torch
 from _samplers import normal
 
-from megatron_dr.projection import CountSketch, ExactRows, Sketch, gram_of, key_of, split
+from megatron_dr.projection import CountSketch, Sketch, gram_of, key_of, split
 
 KEY, OTHER = key_of("decoder.layers.0.mlp.linear_fc1.weight"), key_of("output_layer.weight")
 
@@ -94,16 +96,42 @@ def test_keys_and_seeds_are_independent() -> None:
     assert torch.equal(a, sketch(CountSketch(256, 1), ones))
 
 
-def test_exact_rows_are_the_rows() -> None:
-    x, y = integers(3, 10, seed=1), integers(3, 6, seed=2)
-    s = ExactRows({KEY: 0, OTHER: 10}, 16)
-    out = torch.zeros(3, 16)
-    s.add_(out, y[:, 3:], torch.arange(3, 6), OTHER)
-    s.add_(out, x, torch.arange(10), KEY)
-    s.add_(out, y[:, :3], torch.arange(3), OTHER)
-    dense = torch.cat([x, y], 1)
-    assert torch.equal(out, dense)
-    assert torch.equal(gram_of(out[None])[0], dense.double() @ dense.double().T)
+def reference(size: int, seed: int, key: int, index: int) -> tuple[int, float]:
+    """Bucket and sign of one element, in Python's integers."""
+
+    def finalise(x: int) -> int:
+        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
+        return x ^ x >> 15
+
+    digest = hashlib.blake2b(f"{key}/{seed}".encode(), digest_size=8).digest()
+    first, second = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+    mixed = finalise(index % 2**32 ^ first)
+    hashed = finalise((mixed + second) % 2**32 ^ index >> 32)
+    return hashed % size, -1.0 if hashed >> 31 else 1.0
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 40, 2**32 - 40, 2**33 + 5, 2**63 - 77])
+@pytest.mark.parametrize("size", [1, 64, 2**16])
+def test_map_is_the_stated_one(start: int, size: int) -> None:
+    """Runs cross the edges of 32 bits and are longer than a SIMD register, with a remainder."""
+    count = 77
+    out, expected = torch.zeros(1, size), torch.zeros(1, size)
+    values = integers(1, count, seed=1)
+    for n in range(count):
+        bucket, sign = reference(size, 5, KEY, start + n)
+        expected[0, bucket] += sign * values[0, n]
+    CountSketch(size, 5).add_(out, values, torch.tensor(range(start, start + count)), KEY)
+    assert torch.equal(out, expected)
+
+
+def test_bad_values_stay_bad() -> None:
+    """NaN and infinity reach the gram; they are not lost with the sign."""
+    for bad in (torch.nan, torch.inf):
+        x = integers(2, 100, seed=1)
+        x[1, 50] = bad
+        finite = sketch(CountSketch(16, 1), x).isfinite().all(1)
+        assert finite.tolist() == [True, False]
 
 
 def test_split_of_the_gram() -> None:

@@ -7,7 +7,7 @@ from _samplers import KINDS, SCALES, TARGETS, normal, products, rows, target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dr.projection import kkt_residual, solve_qp
+from megatron_dr.projection import kkt_residual, solve_qp, solvers
 
 # upper as a multiple of sum_to / M
 SETS = [(None, 1.0), (2.0, 1.0), (1.01, 1.0), (1.0, 1.0), (None, None), (1.0, None)]
@@ -83,6 +83,30 @@ def test_non_finite_block_is_nan_and_alone() -> None:
     w = solve_qp(H, c, upper=None, sum_to=1.0)
     assert w[1].isnan().all()
     assert_near(w[[0, 2]], clean[[0, 2]], 1e-12)
+
+
+@pytest.mark.parametrize("upper, sum_to", SETS)
+def test_blocks_in_pieces_are_blocks_at_once(
+    upper: float | None, sum_to: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    J = torch.cat([rows(kind, 2, 12) for kind in KINDS])
+    H, c = products(J, target("outside", J))
+    upper = bounds(upper, 12)
+    at_once = solve_qp(H, c, upper=upper, sum_to=sum_to)
+    monkeypatch.setattr(solvers, "_CACHE_BYTES", 5 * 8 * 12**2)  # five blocks, five, and two
+    assert_near(solve_qp(H, c, upper=upper, sum_to=sum_to), at_once, 1e-6)
+
+
+@pytest.mark.parametrize("upper, sum_to", SETS)
+def test_nothing_waits_for_the_device(upper: float | None, sum_to: float | None) -> None:
+    """On the meta device there are no values: reading one on the host raises."""
+    H, c = torch.empty(3, 12, 12, device="meta"), torch.empty(3, 12, device="meta")
+    assert solve_qp(H, c, upper=bounds(upper, 12), sum_to=sum_to).shape == (3, 12)
+
+
+def test_no_blocks() -> None:
+    w = solve_qp(torch.zeros(0, 4, 4), torch.zeros(0, 4), upper=None, sum_to=1.0)
+    assert w.shape == (0, 4)
 
 
 def test_kkt_residual_sees_a_wrong_answer() -> None:

@@ -1,0 +1,111 @@
+"""How long a direction is, and what a projection did: all from inner products.
+
+A vector of a block is known by its coefficients [R] over the M rows and, last, the target:
+
+    d = sum over i of direction_i x_i ,  x = (g_1, .., g_M, t) ,     a.b = a' gram b
+
+So a direction may hold the target itself, as an update (1 - alpha) d + alpha t does.
+
+Shape suffixes: M rows, B blocks, R = M + 1 (rows plus target).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_VANISHING = 1e-12  # |d|^2 relative to the rows' mean |g|^2 that is rounding, not a direction
+_ZERO_ROW = 1e-6  # |w| relative to the block's largest that counts as none
+
+
+def norm_scale(rule: str, gram_BRR: Tensor, direction_BR: Tensor) -> Tensor:
+    """What d is multiplied by [B]: 1 (`none`), |mean g|/|d| (`general`) or |t|/|d| (`target`).
+
+    Where d vanishes (|d|^2 at most 1e-12 tr(G)/M, G the gram of the M rows) the scale is 1.
+
+    :param gram_BRR: of the rows and, last, the target.
+    :param direction_BR: d's coefficients.
+    """
+    if rule not in ("none", "general", "target"):
+        raise ValueError(f"norm rule is {rule!r}; it must be 'none', 'general' or 'target'.")
+    gram_BRR, direction_BR = gram_BRR.double(), direction_BR.double()
+    length_sq_B = _dot(gram_BRR, direction_BR, direction_BR).clamp(min=0.0)
+    if rule == "none":
+        return torch.ones_like(length_sq_B)
+    wanted_BR = _mean_row(direction_BR) if rule == "general" else _target(direction_BR)
+    wanted_sq_B = _dot(gram_BRR, wanted_BR, wanted_BR).clamp(min=0.0)
+    return torch.where(_vanishes(gram_BRR, length_sq_B), 1.0, (wanted_sq_B / length_sq_B).sqrt())
+
+
+def report(
+    gram_BRR: Tensor, direction_BR: Tensor, update_BR: Tensor, *, per_block: bool
+) -> dict[str, Tensor]:
+    """What a projection did, in float64: of every block [B], or of the whole model (scalars).
+
+    cos_general: cosine of the rows' mean and t.       cos_update: cosine of the update and t.
+    residual: |d - t| / |t|.                           effective_rows: (sum |w|)^2 / sum w^2.
+    zero_rows: rows with |w| at most 1e-6 of the block's largest.
+
+    w are the rows' coefficients in d; effective_rows is 1 / sum w^2 where w >= 0 sums to one. The
+    model's inner products are the sums of the blocks'; its last two are means over blocks. A
+    quotient whose denominator vanishes (the vanishing rule of `norm_scale`) is 0.
+
+    :param gram_BRR: of the rows and, last, the target.
+    :param direction_BR: the projection d's coefficients.
+    :param update_BR: the coefficients of what the optimizer gets.
+    """
+    gram_BRR, direction_BR, update_BR = (x.double() for x in (gram_BRR, direction_BR, update_BR))
+    target_BR, weights_BM = _target(direction_BR), direction_BR[:, :-1].abs()
+    target = _total(gram_BRR[:, -1, -1], per_block).sqrt()
+    error_BR = direction_BR - target_BR
+    error = _total(_dot(gram_BRR, error_BR, error_BR).clamp(min=0.0), per_block).sqrt()
+    effective_B = _quotient(weights_BM.sum(1) ** 2, (weights_BM**2).sum(1))
+    zero_B = (weights_BM <= _ZERO_ROW * weights_BM.amax(1, keepdim=True)).sum(1).double()
+    return {
+        "cos_general": _cosine(gram_BRR, _mean_row(direction_BR), per_block),
+        "cos_update": _cosine(gram_BRR, update_BR, per_block),
+        "residual": _quotient(error, target),
+        "effective_rows": effective_B if per_block else effective_B.mean(),
+        "zero_rows": zero_B if per_block else zero_B.mean(),
+    }
+
+
+def _cosine(gram_BRR: Tensor, vector_BR: Tensor, per_block: bool) -> Tensor:
+    """Cosine of a vector and t, of every block or of the model."""
+    length_sq_B = _dot(gram_BRR, vector_BR, vector_BR)
+    length_sq_B = length_sq_B.masked_fill(_vanishes(gram_BRR, length_sq_B), 0.0)
+    aligned = _total(_dot(gram_BRR, vector_BR, _target(vector_BR)), per_block)
+    lengths = [_total(x_B, per_block).sqrt() for x_B in (length_sq_B, gram_BRR[:, -1, -1])]
+    return _quotient(aligned, lengths[0] * lengths[1])
+
+
+def _dot(gram_BRR: Tensor, a_BR: Tensor, b_BR: Tensor) -> Tensor:
+    """a.b [B] of two vectors known by their coefficients."""
+    return torch.einsum("br,brs,bs->b", a_BR, gram_BRR, b_BR)
+
+
+def _vanishes(gram_BRR: Tensor, length_sq_B: Tensor) -> Tensor:
+    """Whether |d|^2 is rounding, not a direction."""
+    return length_sq_B <= _VANISHING * gram_BRR.diagonal(dim1=1, dim2=2)[:, :-1].mean(1)
+
+
+def _mean_row(like_BR: Tensor) -> Tensor:
+    """Coefficients of the M rows' mean."""
+    mean_BR = torch.full_like(like_BR, 1.0 / (like_BR.shape[1] - 1))
+    mean_BR[:, -1] = 0.0
+    return mean_BR
+
+
+def _target(like_BR: Tensor) -> Tensor:
+    """Coefficients of t."""
+    target_BR = torch.zeros_like(like_BR)
+    target_BR[:, -1] = 1.0
+    return target_BR
+
+
+def _total(value_B: Tensor, per_block: bool) -> Tensor:
+    return value_B if per_block else value_B.sum()
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator != 0, numerator / denominator, 0.0)

@@ -1,0 +1,136 @@
+"""Lengths, cosines and counts from inner products equal those of the dense gradients."""
+
+import pytest
+import torch
+from _samplers import SCALES, combine, normal, rows, target
+from torch import Tensor
+
+from megatron_dr.projection import Cone, gram_of, norm_scale, report, split
+
+
+def problem(blocks: int = 4, count: int = 5, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """X [B, R, N], the rows and last the target; a direction with t in it; an update."""
+    J = rows("generic", blocks, count, seed=seed, elements=9)
+    X = torch.cat([J, target("outside", J)[:, None]], 1)
+    direction, update = normal(2, blocks, count + 1, seed=seed + 1)
+    return X, direction, update
+
+
+def cosine(a_BN: Tensor, b_BN: Tensor) -> Tensor:
+    return (a_BN * b_BN).sum(1) / (a_BN.norm(dim=1) * b_BN.norm(dim=1))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_norm_scale(scale: float) -> None:
+    X, direction, _ = problem()
+    gram, d = gram_of(scale * X), combine(X, direction)
+    wanted = {"none": d, "general": X[:, :-1].mean(1), "target": X[:, -1]}
+    for rule, vector in wanted.items():
+        scaled = norm_scale(rule, gram, direction) * d.norm(dim=1)
+        assert torch.allclose(scaled, vector.norm(dim=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["none", "general", "target"])
+def test_a_vanishing_direction_is_not_scaled(rule: str) -> None:
+    X, direction, _ = problem()
+    gram, one = gram_of(X), torch.ones(4).double()
+    assert torch.equal(norm_scale(rule, gram, 0 * direction), one)
+    assert torch.equal(norm_scale(rule, gram, 1e-9 * direction), one)
+    assert torch.equal(norm_scale(rule, 0 * gram, direction), one)
+    X[:, 1] = -X[:, 0]  # opposite rows: their sum is rounding
+    opposite = torch.zeros_like(direction)
+    opposite[:, :2] = 1 / 3
+    assert torch.equal(norm_scale(rule, gram_of(X), opposite), one)
+
+
+def test_a_long_target_does_not_make_a_direction_vanish() -> None:
+    X, direction, _ = problem()
+    direction[:, -1], X[:, -1] = 0.0, 1e7 * X[:, -1]
+    wanted = X[:, -1].norm(dim=1) / combine(X, direction).norm(dim=1)
+    assert torch.allclose(norm_scale("target", gram_of(X), direction), wanted)
+
+
+def test_the_cosine_of_a_vanishing_update_is_zero() -> None:
+    X, direction, update = problem()
+    for per_block in (True, False):
+        got = report(gram_of(X), direction, 1e-9 * update, per_block=per_block)
+        assert (got["cos_update"] == 0).all()
+
+
+def test_unknown_rule() -> None:
+    X, direction, _ = problem()
+    with pytest.raises(ValueError, match="norm rule is 'unit'"):
+        norm_scale("unit", gram_of(X), direction)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_report_of_every_block(scale: float) -> None:
+    X, direction, update = problem()
+    t, d, u = X[:, -1], combine(X, direction), combine(X, update)
+    got = report(gram_of(scale * X), direction, update, per_block=True)
+    assert all(value.shape == (4,) and value.dtype == torch.float64 for value in got.values())
+    assert torch.allclose(got["cos_general"], cosine(X[:, :-1].mean(1), t), rtol=1e-12)
+    assert torch.allclose(got["cos_update"], cosine(u, t), rtol=1e-12)
+    assert torch.allclose(got["residual"], (d - t).norm(dim=1) / t.norm(dim=1), rtol=1e-12)
+    w = direction[:, :-1].abs()
+    assert torch.allclose(got["effective_rows"], w.sum(1) ** 2 / (w**2).sum(1))
+
+
+def test_report_of_the_model_is_of_the_blocks_laid_end_to_end() -> None:
+    X, direction, update = problem()
+    flat = [x.reshape(1, -1) for x in (X[:, -1], combine(X, direction), combine(X, update))]
+    t, d, u = flat
+    got = report(gram_of(X), direction, update, per_block=False)
+    assert torch.allclose(got["cos_general"], cosine(X[:, :-1].mean(1).reshape(1, -1), t)[0])
+    assert torch.allclose(got["cos_update"], cosine(u, t)[0])
+    assert torch.allclose(got["residual"], (d - t).norm() / t.norm())
+    each = report(gram_of(X), direction, update, per_block=True)
+    for name in ("effective_rows", "zero_rows"):
+        assert torch.allclose(got[name], each[name].mean())
+    assert all(value.shape == () and value.dtype == torch.float64 for value in got.values())
+
+
+def test_one_block_is_the_model() -> None:
+    X, direction, update = problem(blocks=1)
+    each = report(gram_of(X), direction, update, per_block=True)
+    for name, value in report(gram_of(X), direction, update, per_block=False).items():
+        assert torch.equal(value, each[name][0])
+
+
+def test_effective_and_zero_rows() -> None:
+    X, _, update = problem()
+    w = torch.tensor([[0.25] * 4 + [0], [1, 0, 0, 0, 0], [-0.5, 0.5, 1e-7, 0, 0], [0] * 5])
+    direction = torch.cat([w, torch.ones(4, 1)], 1)
+    got = report(gram_of(X), direction, update, per_block=True)
+    expected = torch.tensor([4.0, 1.0, 2.0, 0.0], dtype=torch.float64)
+    assert torch.allclose(got["effective_rows"], expected, rtol=1e-6)
+    assert got["zero_rows"].tolist() == [1, 4, 3, 5]
+
+
+def test_the_update_of_a_projection_is_never_worse_aligned() -> None:
+    """The cone's nearest point to t has the largest cosine of all its directions."""
+    J = rows("generic", 4, 5, elements=9)
+    gram = gram_of(torch.cat([J, target("in_cone", J)[:, None] + normal(4, 1, 9, seed=7)], 1))
+    w = Cone().weights(*split(gram)[:2])
+    best = torch.cat([w, torch.zeros(4, 1)], 1)
+    for seed in range(20):
+        other = torch.cat([normal(4, 5, seed=seed).abs(), torch.zeros(4, 1)], 1)
+        pair = [report(gram, best, x, per_block=True)["cos_update"] for x in (other, best)]
+        assert (pair[0] <= pair[1] + 1e-9).all()
+
+
+@pytest.mark.parametrize("per_block", [True, False])
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_zero_gradients_give_zeros(per_block: bool, size: float) -> None:
+    gram, direction = torch.zeros(3, 6, 6), torch.full((3, 6), size)
+    got = report(gram, direction, direction, per_block=per_block)
+    effective, zero = got.pop("effective_rows"), got.pop("zero_rows")
+    assert all((value == 0).all() for value in got.values())
+    assert (effective == 5 * size).all() and (zero == 5 * (1 - size)).all()
+
+
+def test_never_looks_at_a_value() -> None:
+    """Tensors without values: whatever would make the host wait for a device fails on them."""
+    gram, direction = torch.empty(3, 6, 6, device="meta"), torch.empty(3, 6, device="meta")
+    assert norm_scale("general", gram, direction).shape == (3,)
+    assert report(gram, direction, direction, per_block=False)["residual"].shape == ()
