@@ -5,24 +5,50 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_dr.projection import Capped, Cone, FeasibleSet, Hull, Mean, Span, Target, TopK
+from megatron_dr.projection import (
+    Ball,
+    Capped,
+    Cone,
+    FeasibleSet,
+    Filter,
+    Greedy,
+    Halfspace,
+    Hull,
+    Mean,
+    Span,
+    Target,
+    TopK,
+    size_for,
+)
 
 # The only string -> class table: a new feasible set is one class and one row here.
 FEASIBLE_SETS: dict[str, Callable[["DRConfig"], FeasibleSet]] = {
     "mean": lambda c: Mean(),
     "target": lambda c: Target(),
     "topk": lambda c: TopK(c.fraction),
+    "greedy": lambda c: Greedy(c.fraction),
+    "filter": lambda c: Filter(c.fraction),
     "capped": lambda c: Capped(c.fraction, c.ridge),
     "hull": lambda c: Hull(c.ridge),
     "cone": lambda c: Cone(c.ridge),
     "span": lambda c: Span(c.ridge),
+    "ball": lambda c: Ball(c.radius, c.ridge),
+    "halfspace": lambda c: Halfspace(),
 }
 
-SetName = Literal["mean", "target", "topk", "capped", "hull", "cone", "span"]
+SetName = Literal[
+    "mean", "target", "topk", "greedy", "filter", "capped", "hull", "cone", "span", "ball",
+    "halfspace",
+]  # fmt: skip
 
 
 def _dial(default: Any, help: str, unit: str) -> Any:
     return field(default=default, metadata={"help": help, "unit": unit})
+
+
+def _known(default: Any) -> Any:
+    """A field without a flag: Megatron's own flags and data tell it to the training loop."""
+    return field(default=default, metadata={})
 
 
 @dataclass(frozen=True)
@@ -35,28 +61,63 @@ class DRConfig:
 
     set: SetName = _dial("cone", "feasible set: which combinations of the rows are allowed", "name")
     fraction: float = _dial(
-        0.25, "f of topk (share kept) and capped (weights <= 1/fM)", "share, 0 < f <= 1"
+        0.25,
+        "f of topk and greedy (share kept), filter (share of the opposed rows dropped) and capped "
+        "(weights <= 1/fM)",
+        "share, 0 < f <= 1",
     )
     ridge: float = _dial(
-        0.3, "rho of capped, hull, cone and span, relative to tr(G)/M", "factor, >= 0"
+        0.3, "rho of capped, hull, cone, span and ball, relative to tr(G)/M", "factor, >= 0"
+    )
+    radius: float = _dial(
+        0.5, "r of ball: how far from the mean row, relative to its length", "factor, >= 0"
     )
     alpha: float = _dial(
         0.05, "a: how much of the target's own gradient, (1 - a) d + a t", "share, 0 to 1"
     )
+    alpha_style: Literal["constant", "linear", "cosine", "auto"] = _dial(
+        "constant",
+        "alpha over the run: constant, from --dr-alpha to --dr-end-alpha, or chosen at every step "
+        "from the agreement of the target batch's halves",
+        "name",
+    )
+    end_alpha: float = _dial(0.0, "alpha at the end of a linear or cosine style", "share, 0 to 1")
     norm: Literal["none", "general", "target"] = _dial(
         "general", "length of the projected gradient d, per block: |mean row| or |t|", "name"
     )
-    rows: Literal["rank", "slot"] = _dial(
-        "slot", "a row is a data-parallel rank's gradient, or one slot of its microbatches", "name"
+    rows: Literal["rank", "slot", "domain"] = _dial(
+        "slot",
+        "a row is a data-parallel rank's gradient, one slot of its microbatches, or one general "
+        "corpus over all ranks",
+        "name",
     )
     slots: int = _dial(8, "slots per rank; each beyond the first keeps a gradient buffer", "count")
+    target_ranks: int = _dial(
+        0,
+        "data-parallel ranks that run only target microbatches, the others only general ones, so "
+        "that no rank keeps a second buffer; 0: every rank runs both",
+        "count",
+    )
     slot_dtype: Literal["fp32", "bf16"] = _dial("fp32", "storage of the slots' buffers", "dtype")
     blocks: Literal["model", "layer", "matrix"] = _dial(
         "model", "which parameters are projected together", "name"
     )
-    sketch_size: int = _dial(8192, "K: elements per row and block; a power of two", "elements")
-    exact: bool = _dial(False, "keep rows whole instead of sketching (small models, tests)", "flag")
+    gram: Literal["auto", "exact", "sketch"] = _dial(
+        "auto",
+        "inner products of whole gradients or of sketches; auto: whichever sends fewer bytes",
+        "name",
+    )
+    sketch_error: float = _dial(
+        0.05, "wanted relative error of a sketched gram: sets the size", "share, 0 < e < 1"
+    )
+    sketch_size: int | None = _dial(
+        None, "K: elements per row and block; a power of two", "elements"
+    )
     seed: int = _dial(0, "seed of the sketches; each step uses seed and step", "integer")
+    log_blocks: bool = _dial(False, "log each block's values beside the model's", "flag")
+    alpha_steps: int | None = _known(None)  # the run's length, for linear and cosine
+    target_size: int | None = _known(None)  # samples of the whole target set, for auto
+    domains: tuple[str, ...] = _known(())  # names of the general corpora, for domain rows
 
     def __post_init__(self) -> None:
         for name, allowed in _choices().items():
@@ -64,19 +125,32 @@ class DRConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}."
                 )
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], not {self.alpha}.")
+        for name in ("alpha", "end_alpha"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}.")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction must be in (0, 1], not {self.fraction}.")
+        for name in ("ridge", "radius"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and at least 0, not {value}.")
         if self.slots < 1:
             raise ValueError(f"slots must be at least 1, not {self.slots}.")
         if self.rows == "slot" and self.slots == 1:
             raise ValueError("rows='slot' with slots=1 is rows='rank': say rows='rank'.")
+        if self.target_ranks < 0:
+            raise ValueError(f"target_ranks must be at least 0, not {self.target_ranks}.")
+        if self.target_ranks and self.rows != "rank":
+            raise ValueError(f"target_ranks needs rows='rank', not rows={self.rows!r}.")
         size = self.sketch_size
-        if not 2 <= size <= 2**31 or size & (size - 1):
+        if size is not None and (not 2 <= size <= 2**31 or size & (size - 1)):
             raise ValueError(f"sketch_size must be a power of two up to 2**31, not {size}.")
-        if not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"fraction must be in (0, 1], not {self.fraction}.")
-        if not 0.0 <= self.ridge < float("inf"):
-            raise ValueError(f"ridge must be finite and at least 0, not {self.ridge}.")
+        if not 0.0 < self.sketch_error < 1.0:
+            raise ValueError(f"sketch_error must be in (0, 1), not {self.sketch_error}.")
+        if self.alpha_style in ("linear", "cosine") and not (self.alpha_steps or 1) >= 1:
+            raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
+        if len(set(self.domains)) != len(self.domains):
+            raise ValueError(f"domains must have different names, not {', '.join(self.domains)}.")
 
     def feasible_set(self) -> FeasibleSet:
         """The set as an object, with its dials."""
@@ -84,18 +158,19 @@ class DRConfig:
 
     @property
     def num_slots(self) -> int:
-        """Slots per rank: 1 with rank rows, and for the sets that weigh no rows."""
-        weighs = self.set not in ("mean", "target")
-        return self.slots if self.rows == "slot" and weighs else 1
+        """General buffers per rank: slots, or domains; 1 for the sets that weigh no rows."""
+        if self.set in ("mean", "target") and self.rows != "domain":
+            return 1
+        return {"rank": 1, "slot": self.slots, "domain": len(self.domains)}[self.rows]
 
     @property
-    def target_share(self) -> float:
-        """alpha, except for the set `target`, whose update is t itself."""
-        return 1.0 if self.set == "target" else self.alpha
-
     def needs_target(self) -> bool:
         """Whether a step without a target batch makes no sense."""
-        return self.set != "mean"
+        return self.set != "mean" or self.alpha_style != "constant"
+
+    def size_of_sketch(self, num_vectors: int) -> int:
+        """K for so many rows and targets together."""
+        return self.sketch_size or size_for(self.sketch_error, num_vectors)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def test_defaults() -> None:
     dr = DRConfig()
     assert dr.feasible_set() == projection.Cone(ridge=0.3)
     assert (dr.blocks, dr.alpha, dr.norm, dr.rows) == ("model", 0.05, "general", "slot")
-    assert not dr.exact
+    assert dr.gram == "auto" and dr.alpha_style == "constant" and dr.target_ranks == 0
     assert TargetConfig().target_data is None and TargetConfig().metrics is None
 
 
@@ -35,10 +35,14 @@ def test_every_set_has_a_row_in_the_table_and_a_name() -> None:
         ("hull", projection.Hull(0.7)),
         ("cone", projection.Cone(0.7)),
         ("span", projection.Span(0.7)),
+        ("greedy", projection.Greedy(0.5)),
+        ("filter", projection.Filter(0.5)),
+        ("ball", projection.Ball(0.2, 0.7)),
+        ("halfspace", projection.Halfspace()),
     ],
 )
 def test_every_set_takes_its_dials(name: Any, expected: projection.FeasibleSet) -> None:
-    dr = DRConfig(set=name, fraction=0.5, ridge=0.7)
+    dr = DRConfig(set=name, fraction=0.5, ridge=0.7, radius=0.2)
     assert dr.feasible_set() == expected
 
 
@@ -52,10 +56,21 @@ def test_every_set_builds_and_weighs(name: Any) -> None:
 
 
 OUT_OF_RANGE = [
-    ("set", "ball", {}),
+    ("set", "sphere", {}),
+    ("gram", "exactly", {}),
+    ("alpha_style", "exponential", {}),
+    ("end_alpha", -0.1, {}),
+    ("end_alpha", 1.5, {"alpha_style": "linear"}),
+    ("alpha_steps", -1, {"alpha_style": "linear"}),
+    ("radius", -0.5, {"set": "ball"}),
+    ("radius", math.nan, {"set": "ball"}),
+    ("target_ranks", -1, {"rows": "rank"}),
+    ("target_ranks", 1, {"rows": "slot"}),
+    ("sketch_error", 0.0, {}),
+    ("sketch_error", 1.0, {}),
+    ("domains", ("a", "a"), {}),
     ("set", None, {}),
     ("norm", "mean", {}),
-    ("rows", "domain", {}),
     ("rows", "Slot", {}),
     ("slot_dtype", "fp16", {}),
     ("blocks", "tensor", {}),
@@ -69,7 +84,11 @@ OUT_OF_RANGE = [
     ("sketch_size", 1, {}),
     ("sketch_size", 1000, {}),
     ("sketch_size", -64, {}),
-    *[("fraction", f, {"set": s}) for s in ("topk", "capped") for f in (0.0, -0.5, 1.5, math.nan)],
+    *[
+        ("fraction", f, {"set": s})
+        for s in ("topk", "greedy", "filter", "capped")
+        for f in (0.0, -0.5, 1.5, math.nan)
+    ],
     *[
         ("ridge", r, {"set": s})
         for s in ("capped", "hull", "cone", "span")
@@ -82,7 +101,8 @@ OUT_OF_RANGE = [
 def test_out_of_range_is_refused(name: str, value: Any, others: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{name}\b.*\.$|^rows='slot' with slots=1 .*\.$") as e:
         DRConfig(**{name: value}, **others)
-    assert str(value) in str(e.value)
+    if name not in ("target_ranks", "domains"):
+        assert str(value) in str(e.value)
 
 
 @pytest.mark.parametrize("size", [0, -1])
@@ -125,8 +145,10 @@ def test_out_of_range_is_refused_here_and_whatever_the_set(
 
 
 def test_every_choice_is_checked() -> None:
-    names = {f.name for f in dataclasses.fields(DRConfig) if f.type not in (float, int, bool)}
-    assert names == set(config._choices()) == {"set", "norm", "rows", "slot_dtype", "blocks"}
+    plain = (float, int, bool, int | None, tuple[str, ...])
+    names = {f.name for f in dataclasses.fields(DRConfig) if f.type not in plain}
+    assert names == set(config._choices())
+    assert names == {"set", "alpha_style", "norm", "rows", "slot_dtype", "blocks", "gram"}
 
 
 @pytest.mark.parametrize("name, choices", config._choices().items())
@@ -156,11 +178,19 @@ def test_what_follows_from_the_set(name: Any) -> None:
     dr = DRConfig(set=name, slots=4, alpha=0.25)
     assert dr.num_slots == (4 if weighs_rows else 1)
     assert DRConfig(set=name, slots=4, rows="rank").num_slots == 1
-    assert dr.target_share == (1.0 if name == "target" else 0.25)
-    assert dr.needs_target() == (name != "mean")
+    assert dr.needs_target == (name != "mean")
+    assert DRConfig(set="mean", alpha_style="auto").needs_target
+    assert DRConfig(set=name, rows="domain", domains=("a", "b", "c")).num_slots == 3
+
+
+def test_size_of_sketch() -> None:
+    assert DRConfig(sketch_size=64).size_of_sketch(17) == 64
+    assert DRConfig(sketch_error=0.1).size_of_sketch(17) == 2048  # 18 / 0.01 = 1800
 
 
 @pytest.mark.parametrize("cls", [DRConfig, TargetConfig])
 def test_every_dial_says_what_it_is(cls: Any) -> None:
     for field in dataclasses.fields(cls):
+        if field.name in ("alpha_steps", "target_size", "domains"):  # no flags of their own
+            continue
         assert field.metadata["help"] and field.metadata["unit"]

@@ -22,4 +22,4 @@ def test_attach_by_hand() -> None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, out
     assert "megatron_dr: set cone, 8 rows a step" in out
-    assert "step 4: {'dr cos target'" in out
+    assert "step 4: {'dr cos general'" in out

@@ -9,12 +9,15 @@ What is wrapped, and who calls it:
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
     megatron.training.training.setup_model_and_optimizer  pretrain: attach, target data
     megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
+    megatron.training.training.build_train_valid_test_datasets
+                                  build_train_valid_test_data_loaders: microbatches of one domain
     megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
 Without the plugin's flags each wrapper calls Megatron's function and does nothing else.
 """
 
+import dataclasses
 import functools
 import time
 from argparse import Namespace
@@ -22,7 +25,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_dr.config import DRConfig, TargetConfig
-from megatron_dr.mcore import compat, cpu, errors
+from megatron_dr.data.domains import DomainPlan, domains_of_step
+from megatron_dr.mcore import compat, cpu, errors, step_log
 from megatron_dr.mcore.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.handle import Handle, attach
 from megatron_dr.report.metrics import MetricsFile
@@ -34,6 +38,8 @@ _SCHEDULES = (
 )
 # Kept in Megatron's saved arguments, which are part of every checkpoint.
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
+_DIAL = "megatron_dr_dial"
+_START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None}
 
 _run: "_Run | None" = None
 _enabled = False
@@ -53,6 +59,7 @@ def enable() -> None:
     _wrap(arguments, "validate_args", _validate)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
     _wrap(training, "setup_model_and_optimizer", _set_up)
+    _wrap(training, "build_train_valid_test_datasets", _build_datasets)
     _wrap(training, "training_log", _log_training)
     _wrap(training, "evaluate", _log_validation)
     for name in _SCHEDULES:
@@ -72,21 +79,27 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
     result = stock(args, *rest, **kwargs)
     with errors.refused():
         if configs is not None and configs[1].target_data is not None:
-            num_target_microbatches(args, configs[1])
+            num_target_microbatches(args, *configs)
+        if configs is not None and configs[0].rows == "domain":
+            from megatron_dr.mcore import domain_flags
+
+            domain_flags.check(args)
     return result
 
 
-def num_target_microbatches(args: Namespace, target: TargetConfig) -> int:
-    """Target microbatches per rank and step.
+def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig) -> int:
+    """Target microbatches per step and rank that runs any.
 
     Raises:
-        ValueError: the target batch is not a multiple of microbatch size x data-parallel size.
+        ValueError: the target batch is not a multiple of microbatch size x those ranks.
     """
-    together = args.micro_batch_size * args.data_parallel_size
+    ranks = dr.target_ranks or args.data_parallel_size
+    together = args.micro_batch_size * ranks
     if target.target_batch_size % together:
+        what = "--dr-target-ranks" if dr.target_ranks else "data-parallel size"
         raise ValueError(
             f"--dr-target-batch-size {target.target_batch_size} is not a multiple of "
-            f"--micro-batch-size x data-parallel size = {together}: change one of them."
+            f"--micro-batch-size x {what} = {together}: change one of them."
         )
     return target.target_batch_size // together
 
@@ -96,9 +109,9 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
     from megatron.training import get_args
 
     result, args = stock(checkpoint_args, *rest, **kw), get_args()
-    for name in (_STEPS, _CONSUMED):
+    for name, start in _START.items():
         if hasattr(args, name):
-            setattr(args, name, getattr(checkpoint_args, name, 0))
+            setattr(args, name, getattr(checkpoint_args, name, start))
     return result
 
 
@@ -110,8 +123,8 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     args = get_args()
     configs = configs_from_args(args)
     if configs is not None:
-        setattr(args, _STEPS, 0)
-        setattr(args, _CONSUMED, 0)
+        for name, start in _START.items():
+            setattr(args, name, start)
     model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint
     _run = None
     if configs is not None and optimizer is not None:
@@ -120,13 +133,34 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     return model, optimizer, scheduler
 
 
+def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    from megatron_dr.mcore import datasets
+
+    train, *others = stock(*rest, **kwargs)
+    if getattr(get_args(), "dr_rows", None) == "domain":
+        with errors.refused():
+            train = datasets.by_domain(get_args(), train)
+    return train, *others
+
+
 def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: Any, iteration: int,
                   *rest: Any, **kwargs: Any) -> Any:  # fmt: skip
     if _run is not None and _run.file is not None:
         seconds = time.monotonic() - _run.step_began
         values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
         _run.file.write("train", iteration, values)
-    return stock(loss_dict, total, rate, iteration, *rest, **kwargs)
+    result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
+    if _run is not None and _run.handle.dr.log_blocks and _run.num_target:
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        handle = _run.handle
+        assert handle.projection is not None
+        step_log.write_blocks(
+            handle.projection, handle.layout.names, iteration, _run.args, get_tensorboard_writer()
+        )
+    return result
 
 
 def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
@@ -150,20 +184,29 @@ class _Run:
         target: TargetConfig,
     ) -> None:  # fmt: skip
         self.args = args
-        self.handle: Handle = attach(model, optimizer, config, dr)
-        self.handle.load_state_dict({"steps": getattr(args, _STEPS)})
-        self.file = _metrics_file(target.metrics)
         self.num_target = self.num_valid = 0
         self.train_streams: list[Any] = [None] * len(model)
         self.valid_streams: list[Any] = [None] * len(model)
-        if target.target_data is not None:
-            self._open_training(target.target_data, target, len(model))
+        self.target_ranks = dr.target_ranks or args.data_parallel_size
+        samples = None if target.target_data is None else self._training_samples(target)
+        self.plan = None
+        if dr.rows == "domain":
+            from megatron_dr.mcore import domain_flags
+
+            self.plan = DomainPlan(domain_flags.domain_weights(args))
+            dr = dataclasses.replace(dr, domains=domain_flags.domain_names(args))
+        size = None if samples is None else len(samples)
+        dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
+        self.handle: Handle = attach(model, optimizer, config, dr)
+        self.file = _metrics_file(target.metrics)
+        if samples is not None:
+            self._open_training(samples, dr, target, len(model))
         if target.target_valid_data is not None:
             self._open_validation(target.target_valid_data, len(model))
         self.handle.check_batch(self._num_general(), self.num_target)
         self._fresh_validation = True
         self._iteration: int | None = None
-        self._before = (0, 0)
+        self._before: tuple[int, int, Any] = (0, 0, None)
         self.step_began = 0.0
 
     def _num_general(self) -> int:
@@ -172,29 +215,39 @@ class _Run:
         number: int = get_num_microbatches()
         return number
 
-    def _open_training(self, path: str, target: TargetConfig, num_chunks: int) -> None:
+    def _training_samples(self, target: TargetConfig) -> Any:
         from megatron.training import print_rank_0
 
         from megatron_dr.mcore import datasets
 
-        args = self.args
-        samples = datasets.target_samples(args, path)
+        assert target.target_data is not None
+        samples = datasets.target_samples(self.args, target.target_data)
         if target.target_batch_size > len(samples):
             print_rank_0(
                 f"megatron_dr: note: the target batch ({target.target_batch_size}) is larger than "
                 f"the target set ({len(samples)}): samples repeat within a step"
             )
-        self.num_target = num_target_microbatches(args, target)
-        size = args.micro_batch_size
-        self.train_streams = datasets.target_streams(args, samples, size, num_chunks)
-        self._place(self.train_streams, getattr(args, _CONSUMED))
+        return samples
+
+    def _open_training(
+        self, samples: Any, dr: DRConfig, target: TargetConfig, num_chunks: int
+    ) -> None:
+        from megatron_dr.mcore import datasets
+
+        args = self.args
+        self.num_target = num_target_microbatches(args, dr, target)
+        self.train_streams = datasets.target_streams(
+            args, samples, args.micro_batch_size, num_chunks, self.target_ranks
+        )
 
     def _open_validation(self, path: str, num_chunks: int) -> None:
         from megatron_dr.mcore import datasets
 
         args, size = self.args, self.args.eval_micro_batch_size
         samples = datasets.target_samples(args, path)
-        self.valid_streams = datasets.target_streams(args, samples, size, num_chunks)
+        self.valid_streams = datasets.target_streams(
+            args, samples, size, num_chunks, args.data_parallel_size
+        )
         self.num_valid = args.eval_global_batch_size // (size * args.data_parallel_size)
 
     @property
@@ -229,13 +282,14 @@ class _Run:
         self.step_began = time.monotonic()
         if args.curr_iteration != self._iteration:
             self._iteration = args.curr_iteration
-            self._before = (getattr(args, _STEPS), getattr(args, _CONSUMED))
-        steps, consumed = self._before  # Megatron may run an iteration again: the same samples
-        self.handle.load_state_dict({"steps": steps})
+            self._before = (getattr(args, _STEPS), getattr(args, _CONSUMED), getattr(args, _DIAL))
+        steps, consumed, dial = self._before  # Megatron may run an iteration again: the same data
+        self.handle.load_state_dict({"steps": steps, "dial": dial})
         self._place(self.train_streams, consumed)
         reports = self._step(stock, self.train_streams, self.num_target, schedule)
-        taken = self.num_target * schedule["micro_batch_size"] * args.data_parallel_size
+        taken = self.num_target * schedule["micro_batch_size"] * self.target_ranks
         setattr(args, _STEPS, steps + 1)
+        setattr(args, _DIAL, self.handle.dial.state)
         setattr(args, _CONSUMED, consumed + taken)
         return reports
 
@@ -246,7 +300,26 @@ class _Run:
             stock,
             target_data_iterator=streams if len(streams) > 1 else streams[0],
             num_target_microbatches=number,
+            domains=self._domains(schedule),
             **schedule,
+        )
+
+    def _domains(self, schedule: dict[str, Any]) -> list[int]:
+        """Domain of each of this rank's general microbatches in the step that is under way."""
+        if self.plan is None or schedule.get("forward_only", False):
+            return []
+        from megatron.core import mpu
+
+        from megatron_dr.mcore import domain_flags
+
+        args, ranks = self.args, self.args.data_parallel_size
+        return domains_of_step(
+            self.plan,
+            args.consumed_train_samples // (args.micro_batch_size * ranks),
+            schedule["num_microbatches"],
+            mpu.get_data_parallel_rank(),
+            ranks,
+            domain_flags.data_ranks_per_row(),
         )
 
 

@@ -11,11 +11,14 @@ from megatron_dr.mcore import cpu
 
 # Flags that mean something only with some values of another: {flag: (other, values)}.
 _NEEDS = {
-    "fraction": ("set", ("topk", "capped")),
-    "ridge": ("set", ("capped", "hull", "cone", "span")),
+    "fraction": ("set", ("topk", "greedy", "filter", "capped")),
+    "ridge": ("set", ("capped", "hull", "cone", "span", "ball")),
+    "radius": ("set", ("ball",)),
+    "end_alpha": ("alpha_style", ("linear", "cosine")),
     "slots": ("rows", ("slot",)),
-    "slot_dtype": ("rows", ("slot",)),
-    "sketch_size": ("exact", (False,)),
+    "slot_dtype": ("rows", ("slot", "domain")),
+    "sketch_size": ("gram", ("sketch", "auto")),
+    "sketch_error": ("gram", ("sketch", "auto")),
 }
 
 
@@ -23,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group; usable as Megatron's `extra_args_provider`."""
     group = parser.add_argument_group("megatron-dr (data-regularised post-training)")
     for field in (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig)):
+        if not field.metadata:  # known from Megatron's own flags
+            continue
         default = "none" if field.default is None else field.default
         if field.name == "set":  # no flag of ours: the plugin is off
             default = f"off; with --dr-target-data {field.default}"
@@ -36,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         elif get_origin(field.type) is Literal:
             options["choices"] = get_args(field.type)
         else:
-            options["type"] = field.type if field.type in (int, float) else str
+            options["type"] = _number(field.type) or str
         group.add_argument(f"--dr-{field.name.replace('_', '-')}", **options)
     group.add_argument(
         "--dr-device",
@@ -47,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _mend_help(parser)
     return parser
+
+
+def _number(kind: Any) -> type | None:
+    """int or float, also where None is allowed."""
+    kinds = get_args(kind) or (kind,)
+    return next((k for k in (int, float) if k in kinds), None)
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:
@@ -87,19 +98,31 @@ def _check_together(given: dict[str, Any], dr: DRConfig, target: TargetConfig) -
         if name in given and getattr(dr, other) not in values:
             raise ValueError(
                 f"--dr-{name.replace('_', '-')} has no meaning with "
-                f"--dr-{other} {getattr(dr, other)}: drop one of them."
+                f"--dr-{other.replace('_', '-')} {getattr(dr, other)}: drop one of them."
             )
     if dr.set == "target" and dr.alpha != 1.0 and "alpha" in given:
         raise ValueError("--dr-alpha has no meaning with --dr-set target: drop one of them.")
+    if dr.set == "target" and dr.alpha_style != "constant":
+        raise ValueError("--dr-alpha-style has no meaning with --dr-set target: drop one of them.")
+    if dr.alpha_style == "auto" and "alpha" in given:
+        raise ValueError("--dr-alpha has no meaning with --dr-alpha-style auto: drop one of them.")
+    if "sketch_size" in given and "sketch_error" in given:
+        raise ValueError(
+            "--dr-sketch-error sets the sketch's size, and so does --dr-sketch-size: drop one."
+        )
     if target.target_data is None:
         if "target_batch_size" in given:
             raise ValueError(
                 "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."
             )
-        if dr.needs_target():
+        if dr.needs_target:
             raise ValueError(
-                f"--dr-set {dr.set} needs --dr-target-data: give the target set's path, or "
-                "--dr-set mean."
+                f"--dr-set {dr.set}{_style(dr)} needs --dr-target-data: give the target set's "
+                "path, or --dr-set mean alone."
             )
         if "alpha" in given and dr.alpha > 0:
             raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
+
+
+def _style(dr: DRConfig) -> str:
+    return "" if dr.alpha_style == "constant" else f" with --dr-alpha-style {dr.alpha_style}"

@@ -23,6 +23,7 @@ _UNSUPPORTED_MODEL = {
 _UNSUPPORTED_DDP = {
     "use_megatron_fsdp": "Megatron-FSDP keeps gradients in its own sharded buffers",
     "reuse_grad_buf_for_mxfp8_param_ag": "parameters and gradients share a buffer",
+    "param_name_patterns_for_fp32_local_accumulation": "it keeps gradients beside the buffers",
 }
 
 _UNSUPPORTED_FLAGS = {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import torch
 from megatron.core import mpu
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
@@ -16,13 +17,17 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_dr.data.domains import DomainPlan
 from megatron_dr.data.jsonl import JsonlSamples
 from megatron_dr.data.order import EpochOrder, Samples, TargetStream
-from megatron_dr.mcore import errors
+from megatron_dr.mcore import domain_flags, errors
 
 
 class JsonlDataset(MegatronDataset):
-    """A JSONL file as a part of Megatron's blends: each sample once per epoch, seeded."""
+    """A JSONL file as a part of Megatron's blends: each sample once per epoch, seeded.
+
+    Positions beyond its length go on with the next epochs.
+    """
 
     def __init__(
         self,
@@ -81,9 +86,15 @@ def general_datasets(
 ) -> tuple[Any, Any, Any]:
     """Train, validation and test sets of the general role, blended as Megatron blends them.
 
+    With domain rows the training set has microbatches of one domain.
+
     Raises:
-        ValueError: a path that is not there, or JSONL and indexed datasets in one run.
+        ValueError: a path that is not there, JSONL and indexed datasets in one run, or flags that
+            domain rows can't work with.
     """
+    domain_rows = getattr(args, "dr_rows", None) == "domain"
+    if domain_rows:
+        domain_flags.check(args)
     config = dataset_config(args)
     paths = _blended_paths(config)
     for path in paths:
@@ -108,7 +119,53 @@ def general_datasets(
         kind, num_samples, lambda: _has_data(vp_stage), config
     )
     train, valid, test = builder.build()
-    return train, valid, test
+    return by_domain(args, train) if domain_rows else train, valid, test
+
+
+class DomainBlend(torch.utils.data.Dataset[Any]):
+    """Training samples in an order in which Megatron's sampler makes microbatches of one domain.
+
+    Its MegatronPretrainingSampler gives rank r of D, at microbatch m of the run, the samples
+    i = (m D + r) u + j, j = 0..u-1, u the microbatch size. With P peers, q = i // (P u) is
+    m D/P + r // P: the plan's unit. Sample i is
+
+        number P u count_before(q) + i mod (P u)   of domain(q),
+
+    so that a domain's samples are taken in its own order, each once.
+
+    Args:
+        datasets: one per domain, in the plan's order.
+        unit_size: P u, samples in a unit.
+        size: samples in all.
+    """
+
+    def __init__(
+        self, datasets: list[MegatronDataset], plan: DomainPlan, unit_size: int, size: int
+    ) -> None:
+        self.datasets, self.plan, self.unit_size, self.size = datasets, plan, unit_size, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        unit, place = divmod(position, self.unit_size)
+        dataset = self.datasets[self.plan.domain(unit)]
+        number = self.unit_size * self.plan.count_before(unit) + place
+        if not isinstance(dataset, JsonlDataset):  # built for its share, give or take a unit
+            number %= len(dataset)
+        sample: dict[str, torch.Tensor] = dataset[number]
+        return sample
+
+
+def by_domain(args: argparse.Namespace, train: Any) -> DomainBlend | None:
+    """Megatron's blended training set in domain order; None where this rank reads none."""
+    if train is None or isinstance(train, DomainBlend):
+        return train
+    if not isinstance(train, BlendedDataset):
+        raise ValueError("--dr-rows domain needs Megatron's blend of corpora: give --data-path.")
+    unit_size = args.micro_batch_size * domain_flags.data_ranks_per_row()
+    plan = DomainPlan(domain_flags.domain_weights(args))
+    return DomainBlend(train.datasets, plan, unit_size, len(train))
 
 
 def _jsonl(path: str, config: GPTDatasetConfig) -> JsonlSamples:
@@ -184,9 +241,17 @@ def target_samples(args: argparse.Namespace, path: str) -> Samples:
 
 
 def target_streams(
-    args: argparse.Namespace, samples: Samples, micro_batch_size: int, num_chunks: int
+    args: argparse.Namespace,
+    samples: Samples,
+    micro_batch_size: int,
+    num_chunks: int,
+    ranks: int,
 ) -> list[TargetStream | None]:
-    """One stream per model chunk, all at the same place; None where this rank reads no data."""
+    """One stream per model chunk, all at the same place; None where this rank reads no data.
+
+    Args:
+        ranks: the first so many data-parallel ranks share the samples.
+    """
     streams: list[TargetStream | None] = []
     for chunk in range(num_chunks):
         reads = _has_data(chunk if num_chunks > 1 else None)
@@ -194,8 +259,9 @@ def target_streams(
             samples,
             micro_batch_size=micro_batch_size,
             rank=mpu.get_data_parallel_rank(),
-            size=mpu.get_data_parallel_world_size(),
+            size=ranks,
             seed=args.seed,
         )
+        reads = reads and mpu.get_data_parallel_rank() < ranks
         streams.append(stream if reads else None)
     return streams

@@ -1,16 +1,21 @@
 """The buffer path's rows: gradients of roles and slots, each in a buffer of its own.
 
-Row 0 is Megatron's own gradient buffer (`param.main_grad`), so that rank rows cost no memory and
-the combined gradient is written where the optimizer will look for it. The other rows are:
+Row buffer 0 is Megatron's own gradient buffer, so that rank rows cost no memory and the combined
+gradient is written where the optimizer will look for it. The others have the same layout:
 
     slots 1 .. S-1      (S - 1) x elements x bytes(slot dtype)
-    the target          elements x bytes(main_grad)              (only when a target batch is used)
+    the target          elements x bytes(main_grad), twice where it is kept in halves
 
-elements = trainable parameters of this rank. Routing a microbatch's gradient means binding
-`param.main_grad` to a view of its row's buffer while that microbatch runs.
+elements = trainable parameters of this rank and the padding of Megatron's buckets. Routing a
+microbatch's gradient means binding `param.main_grad` to a view of its row's buffer while that
+microbatch runs.
+
+Legend: B blocks, L = S + target buffers of this rank, N elements, K sketch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,94 +25,157 @@ from megatron_dr.projection import Sketch
 CHUNK = 1 << 20  # elements that are sketched at a time: bounds the temporaries
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A parameter's elements [start, stop) in one of Megatron's buffers."""
+
+    number: int
+    buffer: int
+    start: int
+    stop: int
+
+
 class GradRows:
     """The S general slots and the target of one rank.
 
-    Rows are numbered 0..S-1 for the slots and S for the target.
+    Local buffers are numbered 0..S-1 for the slots and S, S + 1 for the target's.
+
+    Attributes:
+        buffers: Megatron's gradient buffers, of all chunks, dense ones first.
+        pieces: where each owned parameter lies, in the order of `owned`.
     """
 
     def __init__(
-        self, owned: Sequence[OwnedParameter], num_slots: int, slot_dtype: torch.dtype
+        self,
+        owned: Sequence[OwnedParameter],
+        model: Sequence[Any],
+        num_slots: int,
+        slot_dtype: torch.dtype,
+        num_targets: int,
     ) -> None:
-        self.owned = owned
-        self.num_slots = num_slots
+        self.owned, self.num_slots, self.num_targets = owned, num_slots, num_targets
         self.slot_dtype = slot_dtype
-        self._extra: dict[int, list[torch.Tensor]] = {}  # row -> one view per parameter
-        self._storage: list[torch.Tensor] = []
-        self._stock: list[torch.Tensor] = []
+        self.buffers = [b for module in model for b in module.buffers]
+        self.buffers += [b for module in model for b in module.expert_parallel_buffers]
+        number = {id(o.parameter): n for n, o in enumerate(owned)}
+        places = {
+            number[id(parameter)]: Piece(number[id(parameter)], j, start, stop)
+            for j, buffer in enumerate(self.buffers)
+            for parameter, (start, stop, _) in buffer.param_index_map.items()
+        }
+        self.pieces = [places[n] for n in range(len(owned))]
+        self._extra: dict[int, list[torch.Tensor]] = {}  # local buffer -> flat, per Megatron buffer
         for slot in range(1, num_slots):
             self._allocate(slot, slot_dtype)
 
     def _allocate(self, row: int, dtype: torch.dtype | None) -> None:
-        """One flat buffer a row; dtype None: that of main_grad."""
-        first = self.owned[0].parameter
-        numel = sum(o.parameter.numel() for o in self.owned)
-        flat = torch.zeros(numel, dtype=dtype or first.main_grad.dtype, device=first.device)
-        sizes = [o.parameter.numel() for o in self.owned]
-        parts = flat.split(sizes)
-        self._extra[row] = [p.view(o.parameter.shape) for p, o in zip(parts, self.owned)]
-        self._storage.append(flat)
+        """dtype None: that of main_grad."""
+        self._extra[row] = [
+            torch.zeros_like(b.grad_data, dtype=dtype or b.grad_data.dtype) for b in self.buffers
+        ]
 
     @property
     def target(self) -> int:
-        """The target's row number."""
+        """The number of the target's first buffer."""
         return self.num_slots
+
+    @property
+    def num_local(self) -> int:
+        """L: buffers of this rank."""
+        return self.num_slots + self.num_targets
 
     @property
     def extra_bytes(self) -> int:
         """Bytes of the buffers beside Megatron's own."""
-        return sum(s.numel() * s.element_size() for s in self._storage)
+        return sum(flat.nbytes for flats in self._extra.values() for flat in flats)
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of the target's buffers, allocated with the first target batch."""
+        return self.num_targets * sum(b.grad_data.nbytes for b in self.buffers)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.buffers[0].grad_data.device
+        return device
 
     def begin_step(self, with_target: bool) -> None:
-        """Zero the rows (Megatron has zeroed its own) and remember Megatron's views."""
-        if with_target and self.target not in self._extra:
-            self._allocate(self.target, None)
-        for flat in self._storage:
-            flat.zero_()
-        self._stock = [o.parameter.main_grad for o in self.owned]
+        """Zero the rows; Megatron has zeroed its own."""
+        if with_target:
+            for row in range(self.num_slots, self.num_local):
+                if row not in self._extra:
+                    self._allocate(row, None)
+        for flats in self._extra.values():
+            for flat in flats:
+                flat.zero_()
+
+    def flat(self, row: int, buffer: int) -> torch.Tensor:
+        """A local buffer's copy of one of Megatron's buffers [elements]."""
+        if row == 0:
+            grads: torch.Tensor = self.buffers[buffer].grad_data
+            return grads
+        return self._extra[row][buffer]
 
     def view(self, row: int, number: int) -> torch.Tensor:
-        """Gradient of parameter `number` in a row, in the parameter's shape."""
-        return self._stock[number] if row == 0 else self._extra[row][number]
+        """Gradient of parameter `number` in a local buffer, in the parameter's shape."""
+        piece = self.pieces[number]
+        flat = self.flat(row, piece.buffer)[piece.start : piece.stop]
+        return flat.view(self.owned[number].parameter.shape)
 
     def bind(self, row: int, chunk: int | None = None) -> None:
-        """Let gradients of a model chunk (None: all) accumulate in a row."""
+        """Let gradients of a model chunk (None: all) accumulate in a local buffer."""
         for number, o in enumerate(self.owned):
             if chunk is None or o.chunk == chunk:
                 o.parameter.main_grad = self.view(row, number)
 
     def end_step(self) -> None:
-        """Bind Megatron's own views back and hold none of them. Safe to call twice."""
-        if self._stock:
-            self.bind(0)
-            self._stock = []
+        """Bind Megatron's own views back. Safe to call twice."""
+        self.bind(0)
 
-    def sketch_(
-        self, out_BRK: torch.Tensor, sketch: Sketch, blocks: Sequence[int], with_target: bool
-    ) -> None:
-        """out[b, r] += S g_r, for this rank's pieces, each counted as `ownership` says."""
-        rows = range(self.num_slots + int(with_target))
+    def present(self) -> list[int]:
+        """Local buffers that hold something: the target's only once it was used."""
+        return [row for row in range(self.num_local) if row == 0 or row in self._extra]
+
+    def sketch_(self, out_BLK: torch.Tensor, sketch: Sketch, blocks: Sequence[int]) -> None:
+        """out[b, l] += S g_l, for this rank's pieces, each counted as `ownership` says."""
+        present = self.present()
         for number, o in enumerate(self.owned):
             if o.count == 0.0:
                 continue
-            flat = [self.view(r, number).view(-1) for r in rows]
+            flat = [self.view(row, number).view(-1) for row in present]
             for start in range(0, o.parameter.numel(), CHUNK):
                 stop = min(start + CHUNK, o.parameter.numel())
-                values_RN = [f[start:stop] for f in flat]
+                values_LN = [f[start:stop] for f in flat]
                 if o.count != 1.0:
-                    values_RN = [v * o.count for v in values_RN]
+                    values_LN = [v * o.count for v in values_LN]
                 index_N = o.global_index(start, stop)
-                sketch.add_(out_BRK[blocks[number], : len(flat)], values_RN, index_N, o.key)
+                sketch.add_(out_BLK[blocks[number], : len(flat)], values_LN, index_N, o.key)
 
-    def combine_(self, coefficients_BR: torch.Tensor, blocks: Sequence[int]) -> None:
-        """Megatron's buffer <- sum over rows r of coefficients[b, r] * row r, in place, locally.
+    def combine_(self, coefficients_BL: torch.Tensor, blocks: Sequence[int]) -> None:
+        """Megatron's buffer <- sum over local buffers l of coefficients[b, l] * l, in place.
 
         Every rank combines the partial gradients that it has: sums over data, tensor and pipeline
         ranks that Megatron does afterwards are linear, so nothing is counted twice.
         """
-        for number in range(len(self.owned)):
-            scale_R = coefficients_BR[blocks[number]]
-            out = self.view(0, number)
-            out.mul_(scale_R[0].to(out.dtype))
-            for row in range(1, coefficients_BR.shape[1]):
-                out.addcmul_(self.view(row, number).to(out.dtype), scale_R[row].to(out.dtype))
+        present = self.present()
+        for buffer, start, stop, block in self.spans(blocks):
+            scale_L = coefficients_BL[block]
+            out = self.flat(0, buffer)[start:stop]
+            out.mul_(scale_L[0].to(out.dtype))
+            for row in present[1:]:
+                values = self.flat(row, buffer)[start:stop]
+                out.addcmul_(values.to(out.dtype), scale_L[row].to(out.dtype))
+
+    def spans(self, blocks: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+        """(buffer, start, stop, block): neighbours of one block are joined, padding included."""
+        ordered = sorted(self.pieces, key=lambda p: (p.buffer, p.start))
+        begin = 0
+        for end in range(1, len(ordered) + 1):
+            first = ordered[begin]
+            if end < len(ordered):
+                here = ordered[end]
+                same = (here.buffer, blocks[here.number]) == (first.buffer, blocks[first.number])
+                if same:
+                    continue
+            yield first.buffer, first.start, ordered[end - 1].stop, blocks[first.number]
+            begin = end

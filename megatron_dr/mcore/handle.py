@@ -1,18 +1,25 @@
 """`attach`: the plugin on a Megatron model; `Handle.step`: one data-regularised step."""
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat, finalize, notes
+from megatron_dr.mcore import compat, finalize, notes, step_log
+from megatron_dr.mcore.choice import choose
+from megatron_dr.mcore.dial import AlphaDial
+from megatron_dr.mcore.exact_gram import ExactGram
 from megatron_dr.mcore.grad_rows import GradRows
-from megatron_dr.mcore.ownership import block_table, owned_parameters
+from megatron_dr.mcore.layout import Layout
+from megatron_dr.mcore.ownership import block_names, owned_parameters
 from megatron_dr.mcore.roles import RoleRouter, merge_reports
+from megatron_dr.mcore.row_map import RowMap
 from megatron_dr.mcore.stopwatch import Stopwatch
+from megatron_dr.projection import block_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ATTRIBUTE = "_megatron_dr_handle"
@@ -65,22 +72,26 @@ class Handle:
     ) -> None:
         self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
         owned = owned_parameters(model, config)
-        table = block_table(owned, dr.blocks)
-        self.layout = finalize.Layout(
-            blocks=tuple(table.number(o, dr.blocks) for o in owned),
-            num_blocks=len(table.names),
-            offsets=table.offsets,
-            exact_size=table.size,
+        names = block_names(owned, dr.blocks)
+        number = {name: n for n, name in enumerate(names)}
+        self.layout = Layout(
+            names=names,
+            blocks=tuple(number[block_of(o.name, dr.blocks)] for o in owned),
             ranks_per_row=compat.ranks_per_row(),
+            row_map=_row_map(dr),
         )
-        self.block_names = table.names
-        self.rows = GradRows(owned, dr.num_slots, _DTYPES[dr.slot_dtype])
+        row_map = self.layout.row_map
+        self.rows = GradRows(
+            owned, model, row_map.slots, _DTYPES[dr.slot_dtype], row_map.num_targets
+        )
+        self.source, why = choose(dr, self.rows, self.layout, model)
+        self.dial = AlphaDial(dr)
         self.steps = 0
         self.projection: finalize.Projection | None = None
         self.metrics: dict[str, torch.Tensor] = {}
         self._fired = 0
-        self._stopwatch = Stopwatch(owned[0].parameter.device)
-        notes.attached(dr, self.rows, self.layout)
+        self._stopwatch = Stopwatch(self.rows.device)
+        notes.attached(dr, self.rows, self.layout, why)
 
     # -- life ------------------------------------------------------------------------------------
     def __enter__(self) -> "Handle":
@@ -95,32 +106,40 @@ class Handle:
         if getattr(self.model[0], _ATTRIBUTE, None) is self:
             delattr(self.model[0], _ATTRIBUTE)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"steps": self.steps}
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done, and what alpha's rule has gathered."""
+        return {"steps": self.steps, "dial": self.dial.state}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.steps = state["steps"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.dial.state = state["steps"], state["dial"]
 
     # -- a step ----------------------------------------------------------------------------------
     @property
-    def num_rows(self) -> int:
-        """M: rows of all ranks in a step."""
-        return self.layout.num_row_groups * self.dr.num_slots
+    def on_target_rank(self) -> bool:
+        """Whether this rank runs only target microbatches."""
+        return self.layout.group < self.layout.row_map.target_groups
 
     def check_batch(self, num_general: int, num_target: int) -> None:
         """Raise ValueError where a step's microbatches can't make the rows that the set needs."""
-        dr, rows = self.dr, self.num_rows
-        if num_target == 0 and dr.needs_target():
+        dr, row_map = self.dr, self.layout.row_map
+        if num_target == 0 and dr.needs_target:
             raise ValueError(
                 f"--dr-set {dr.set} needs target data: give a target batch (--dr-target-data), "
                 "or --dr-set mean."
             )
-        if num_general % dr.num_slots:
+        if dr.rows == "slot" and num_general % dr.num_slots:
             raise ValueError(
                 f"{num_general} general microbatches per rank can't be divided into {dr.num_slots} "
                 "slots: change --dr-slots, or --global-batch-size."
             )
-        if dr.set in ("topk", "capped") and 1 < rows < 1.0 / dr.fraction - 1e-9:
+        if row_map.halves == "buffers" and num_target % 2:
+            raise ValueError(
+                f"--dr-alpha-style auto halves the target batch, but a rank has {num_target} "
+                "target microbatches and the data-parallel size is odd: change "
+                "--dr-target-batch-size."
+            )
+        rows = row_map.num_rows
+        if dr.set in ("topk", "greedy", "capped") and 1 < rows < 1.0 / dr.fraction - 1e-9:
             raise ValueError(
                 f"--dr-set {dr.set} with fraction {dr.fraction} needs at least "
                 f"{int(1 / dr.fraction + 0.999)} rows, but a step has {rows}: raise --dr-slots, "
@@ -133,6 +152,7 @@ class Handle:
         *,
         target_data_iterator: Any = None,
         num_target_microbatches: int = 0,
+        domains: Sequence[int] = (),
         **schedule: Any,
     ) -> Any:
         """`forward_backward_func(**schedule)` with the target's microbatches run first.
@@ -140,19 +160,23 @@ class Handle:
         Args:
             forward_backward_func: what `get_forward_backward_func()` returned.
             target_data_iterator: as `data_iterator`: one, or a list with one per model chunk.
-            num_target_microbatches: target microbatches of this rank in this step.
+            num_target_microbatches: target microbatches of this rank in this step; with
+                `target_ranks`, of each of those.
+            domains: with domain rows, the domain number of each general microbatch of this rank.
             schedule: the schedule's own arguments; `num_microbatches` counts the general ones.
 
         Returns:
             What the schedule returns, with 'target loss' and 'dr ...' values in the reports.
         """
+        num_target = num_target_microbatches
         forward_only = schedule.get("forward_only", False)
-        if num_target_microbatches == 0 and (forward_only or self.dr.set == "mean"):
+        off = self.dr.set == "mean" and self.dr.rows != "domain"
+        if num_target == 0 and (forward_only or off):
             return forward_backward_func(**schedule)  # off: Megatron's own, bit for bit
         if forward_only:
-            return self._run(forward_backward_func, None, target_data_iterator,
-                             num_target_microbatches, schedule)  # fmt: skip
-        self.check_batch(schedule["num_microbatches"], num_target_microbatches)
+            return self._run(forward_backward_func, None, target_data_iterator, num_target,
+                             domains, schedule)  # fmt: skip
+        self.check_batch(schedule["num_microbatches"], num_target)
         config, saved = self.config, {}
         for name in ("finalize_model_grads_func", "no_sync_func", "grad_sync_func"):
             saved[name] = getattr(config, name)
@@ -164,9 +188,9 @@ class Handle:
         try:
             config.no_sync_func = config.grad_sync_func = None
             compat.hold_gradient_sync(self.model)
-            self.rows.begin_step(with_target=num_target_microbatches > 0)
+            self.rows.begin_step(with_target=num_target > 0)
             return self._run(forward_backward_func, saved["finalize_model_grads_func"],
-                             target_data_iterator, num_target_microbatches, schedule)  # fmt: skip
+                             target_data_iterator, num_target, domains, schedule)  # fmt: skip
         finally:
             self.rows.end_step()
             for name, value in saved.items():
@@ -178,16 +202,23 @@ class Handle:
         stock_finalize: Callable[..., Any] | None,
         target_data: Any,
         num_target: int,
+        domains: Sequence[int],
         schedule: dict[str, Any],
     ) -> Any:
         num_general = schedule["num_microbatches"]
         training = stock_finalize is not None
+        samples = self._target_samples(num_target * schedule.get("micro_batch_size", 1))
+        both = not (training and self.layout.row_map.target_groups)
+        if not both:  # a rank has one role
+            num_target = num_target if self.on_target_rank else 0
+            num_general = 0 if self.on_target_rank else num_general
         router = RoleRouter(
-            self.model, self.rows if training else None, num_target, num_general, target_data
-        )
+            self.model, self.rows if training else None, num_target, num_general, target_data,
+            domains, self.layout.row_map,
+        )  # fmt: skip
         if training:
             self._fired = 0
-            self.config.finalize_model_grads_func = self._finalize(stock_finalize, router)
+            self.config.finalize_model_grads_func = self._finalize(stock_finalize, router, samples)
         reports = forward_backward_func(
             **{
                 **schedule,
@@ -198,18 +229,24 @@ class Handle:
         if training:
             self._check_fired()
             self.steps += 1
-        return merge_reports(reports, num_target, self.metrics if training else {})
+        return merge_reports(reports, num_target, self.metrics if training else {}, both)
 
-    def _finalize(self, stock: Callable[..., Any] | None, router: RoleRouter) -> Callable[..., Any]:
+    def _finalize(
+        self, stock: Callable[..., Any] | None, router: RoleRouter, samples: int
+    ) -> Callable[..., Any]:
         """The schedule's finalize hook: project, then Megatron's own."""
 
         def hook(model: Any, num_tokens: torch.Tensor | None = None, *args: Any, **kw: Any) -> None:
             assert stock is not None
             self._fired += 1
+            reduced: Any = contextlib.nullcontext()
             if self._fired == 1:
                 router.check_complete()
-                num_tokens = self._project(router, num_tokens)
-            stock(model, num_tokens, *args, **kw)
+                num_tokens = self._project(router, num_tokens, samples)
+                if isinstance(self.source, ExactGram):
+                    reduced = self.source.reduced()
+            with reduced:
+                stock(model, num_tokens, *args, **kw)
 
         return hook
 
@@ -223,42 +260,107 @@ class Handle:
             )
 
     @torch.no_grad()
-    def _project(self, router: RoleRouter, num_tokens: torch.Tensor | None) -> torch.Tensor | None:
+    def _project(
+        self, router: RoleRouter, num_tokens: torch.Tensor | None, samples: int
+    ) -> torch.Tensor | None:
         """Rows -> Megatron's buffer. Returns the token count that Megatron divides by."""
         self._stopwatch.start()
-        n_t, n_g = router.num_target, router.num_general
-        device = self.rows.view(0, 0).device
-        if num_tokens is None:  # each microbatch was divided by n_t + n_g
-            ratio = torch.tensor(n_g / n_t if n_t else 0.0, dtype=torch.float64, device=device)
-            role_scale = (n_t + n_g) / n_g
-        else:  # Megatron divides by the tokens: the general role's own
-            general, target = self._count_tokens(router, device)
-            ratio, role_scale = general / target.clamp(min=1), 1.0
-            num_tokens = _as_tensor(router.tokens[False], num_tokens)
+        row_map = self.layout.row_map
+        with_target = row_map.target_groups > 0 or router.num_target > 0
+        ratio, role_scale, share_D = self._normalisation(router, num_tokens is not None)
+        if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
+            num_tokens = _as_tensor(sum(router.tokens[:-1]), num_tokens)
         self.rows.bind(0)
+        dial = self.dial.of_step(self.steps, samples, with_target)
         self.projection = finalize.project(
-            self.rows, self.dr, self.layout, self.steps, ratio, role_scale, n_t > 0
-        )
+            self.source, self.dr, self.layout, row_map.mix(ratio, share_D), self.steps, dial,
+            role_scale, self._stopwatch,
+        )  # fmt: skip
         if self.model[0].ddp_config.check_for_nan_in_grad:  # Megatron waits for the device too
-            notes.not_finite(self.projection, self.dr.num_slots, self.layout, self.steps)
-        self.metrics = finalize.metrics(self.projection) if n_t else {}
-        self._stopwatch.stop()
-        cost = {"ms": self._stopwatch.milliseconds, "bytes": self.projection.wire_bytes}
-        for name, value in cost.items():
-            self.metrics[f"dr {name}"] = torch.tensor(float(value), device=device)
+            notes.not_finite(self.projection, self.layout, self.dr, self.steps)
+        self.metrics = step_log.metrics(
+            self.projection, self.dr, self._stopwatch, with_target, self.rows.device
+        )
         return num_tokens
 
-    def _count_tokens(self, router: RoleRouter, device: torch.device) -> torch.Tensor:
-        """Tokens of the general and the target role over all data ranks, float64 [2]."""
+    def _normalisation(
+        self, router: RoleRouter, per_token: bool
+    ) -> tuple[torch.Tensor, float, torch.Tensor | None]:
+        """c_t / c, the general role's scale, and with domain rows each domain's share."""
+        row_map, device = self.layout.row_map, self.rows.device
+        n_t, n_g, groups = router.num_target, router.num_general, row_map.target_groups
+        share_D = None
+        if per_token or row_map.kind == "domain":
+            amounts = self._total(router.tokens if per_token else router.microbatches, device)
+            general, target = amounts[:-1].sum(), amounts[-1]
+            if row_map.kind == "domain":
+                share_D = amounts[:-1] / general
+        if per_token:
+            return general / target.clamp(min=1), 1.0, share_D
+        if groups:  # each rank divided by its own microbatches, Megatron divides by all ranks
+            others = row_map.groups - groups
+            ratio, role_scale = others / groups, row_map.groups / others
+        else:  # each microbatch was divided by n_t + n_g
+            ratio, role_scale = n_g / n_t if n_t else 0.0, (n_t + n_g) / n_g
+        return torch.tensor(ratio, dtype=torch.float64, device=device), role_scale, share_D
+
+    def _total(self, amounts: list[torch.Tensor | int], device: torch.device) -> torch.Tensor:
+        """Microbatches, or tokens, by domain and of the target, over all data ranks, float64."""
         counts = torch.stack(
-            [_as_tensor(n, torch.zeros([], device=device)).double().to(device)
-             for n in router.tokens]
+            [_as_tensor(n, torch.zeros([], dtype=torch.float64, device=device)).to(device)
+             for n in amounts]
         )  # fmt: skip
-        if parallel_state.get_tensor_model_parallel_rank() != 0:
-            counts.zero_()  # each tensor-parallel rank of the last stage has counted the same
+        if not self._counts_here():
+            counts.zero_()
         dist.all_reduce(counts, group=compat.model_group())
         dist.all_reduce(counts, group=compat.data_group())
         return counts
+
+    def _target_samples(self, per_rank: int) -> int:
+        """Target samples of a step over all ranks that run them."""
+        ranks: int = parallel_state.get_data_parallel_world_size()
+        return per_rank * (self.dr.target_ranks or ranks)
+
+    @staticmethod
+    def _counts_here() -> bool:
+        """One rank of a model copy counts: the first tensor-parallel rank of the last stage."""
+        return (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        )
+
+
+def _row_map(dr: DRConfig) -> RowMap:
+    """Rows of all ranks.
+
+    Raises:
+        ValueError: target ranks or domains that this layout can't have.
+    """
+    peers = compat.ranks_per_row()
+    groups = dist.get_world_size(compat.data_group()) // peers
+    if dr.alpha_style in ("linear", "cosine") and dr.alpha_steps is None:
+        raise ValueError(f"alpha_style {dr.alpha_style!r} needs alpha_steps, the run's length.")
+    if dr.alpha_style == "auto" and dr.target_size is None:
+        raise ValueError("alpha_style 'auto' needs target_size, the samples of the target set.")
+    together = peers // parallel_state.get_context_parallel_world_size()
+    ranks = parallel_state.get_data_parallel_world_size()
+    if dr.target_ranks and (dr.target_ranks % together or dr.target_ranks >= ranks):
+        raise ValueError(
+            f"--dr-target-ranks {dr.target_ranks} must be a multiple of {together} (ranks that "
+            f"exchange tokens have one role) below the data-parallel size {ranks}."
+        )
+    target_groups = dr.target_ranks // together
+    if dr.rows == "domain" and len(dr.domains) < 2:
+        raise ValueError("domain rows need the names of at least two general corpora.")
+    halves: Literal["none", "groups", "buffers"] = "none"
+    if dr.alpha_style == "auto":
+        halves = "buffers" if (target_groups or groups) % 2 else "groups"
+        if target_groups % 2:
+            raise ValueError(
+                f"--dr-alpha-style auto halves the target batch over ranks: --dr-target-ranks "
+                f"{dr.target_ranks} must be a multiple of {2 * together}."
+            )
+    return RowMap(dr.rows, groups, dr.num_slots, target_groups, halves)
 
 
 def _as_tensor(value: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:

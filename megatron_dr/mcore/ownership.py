@@ -13,11 +13,15 @@ counts on one rank only:
 | tied embedding, copies on first and last pipeline stage | partial gradients | 1 on each copy |
 | experts | sharded over expert-parallel ranks | 1 on every rank |
 
+An exact gram multiplies gradients instead of summing sketches, so there partial gradients are first
+summed over the ranks named by `partial`, and count on the first of them.
+
 The rules are Megatron-Core's own: finalize_model_grads, param_is_not_tensor_parallel_duplicate.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -34,6 +38,8 @@ class OwnedParameter:
     Attributes:
         name: its name in the model without parallelism.
         count: how often this rank's piece counts (the table above).
+        partial: ranks over which Megatron sums this gradient after its data-parallel reduction:
+            `tensor`, `embedding` (first and last pipeline stage) or none.
         dim: the dimension that is sharded over `shards` ranks, this being number `shard`.
         stride: the sharded dimension is `stride` stacked matrices, each sharded by itself
             (gate and up of a gated MLP).
@@ -43,6 +49,7 @@ class OwnedParameter:
     name: str
     chunk: int
     count: float
+    partial: Literal["", "tensor", "embedding"]
     dim: int
     stride: int
     shard: int
@@ -124,15 +131,20 @@ def _place(
     if getattr(parameter, "tensor_model_parallel", False):
         gated = config.gated_linear_unit and ".linear_fc1." in name
         stride = max(getattr(parameter, "partition_stride", 1), 2 if gated else 1)
-        dim = parameter.partition_dim
-        return OwnedParameter(parameter, name, chunk, 1.0, dim, stride, shard, shards)
+        tied = not expert and getattr(parameter, "shared_embedding", False)
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        return OwnedParameter(
+            parameter, name, chunk, 1.0, "embedding" if tied and stages > 1 else "",
+            parameter.partition_dim, stride, shard, shards,
+        )  # fmt: skip
+    partial: Literal["", "tensor"] = ""
     if getattr(parameter, "average_gradients_across_tp_domain", False):
-        count = 1.0 / shards
+        count, partial = 1.0 / shards, "tensor"
     elif _is_partial(parameter, name, config):
-        count = 1.0
+        count, partial = 1.0, "tensor"
     else:
         count = 1.0 if shard == 0 else 0.0
-    return OwnedParameter(parameter, name, chunk, count, 0, 1, 0, 1)
+    return OwnedParameter(parameter, name, chunk, count, partial, 0, 1, 0, 1)
 
 
 def _is_partial(parameter: torch.nn.Parameter, name: str, config: TransformerConfig) -> bool:
@@ -142,37 +154,12 @@ def _is_partial(parameter: torch.nn.Parameter, name: str, config: TransformerCon
     return bool(sequence or qk)
 
 
-@dataclass(frozen=True)
-class BlockTable:
-    """The blocks of the whole model, in the same order on every rank.
-
-    Attributes:
-        names: block names, B of them.
-        offsets: parameter key -> first element in its block, for exact rows.
-        size: elements of the largest block.
-    """
-
-    names: tuple[str, ...]
-    offsets: dict[int, int]
-    size: int
-
-    def number(self, owned: OwnedParameter, kind: str) -> int:
-        return self.names.index(block_of(owned.name, kind))
-
-
-def block_table(owned: list[OwnedParameter], kind: str) -> BlockTable:
-    """Gather the parameters' names from all ranks and number the blocks (collective)."""
-    mine = {o.name: o.global_numel for o in owned}
-    everyone: list[dict[str, int]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, mine)
-    sizes = {name: numel for part in everyone for name, numel in part.items()}
-    filled: dict[str, int] = {}
-    offsets = {}
-    for name in sorted(sizes, key=_natural):
-        block = block_of(name, kind)
-        offsets[key_of(name)] = filled.get(block, 0)
-        filled[block] = filled.get(block, 0) + sizes[name]
-    return BlockTable(tuple(filled), offsets, max(filled.values()))
+def block_names(owned: list[OwnedParameter], kind: str) -> tuple[str, ...]:
+    """The blocks of the whole model, in the same order on every rank (collective)."""
+    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, [o.name for o in owned])
+    names = {name for part in everyone for name in part}
+    return tuple(dict.fromkeys(block_of(name, kind) for name in sorted(names, key=_natural)))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

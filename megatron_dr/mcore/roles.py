@@ -7,12 +7,13 @@ there) and when its backward begins, which a hook on the stage's output tells.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from megatron_dr.mcore.grad_rows import GradRows
+from megatron_dr.mcore.row_map import RowMap
 
 Report = dict[str, torch.Tensor]
 
@@ -24,6 +25,11 @@ class RoleRouter:
         rows: the buffers; None when gradients are not routed (validation).
         num_target, num_general: microbatches of each role.
         target_data_iterator: as the schedule's own: one iterator, or one per model chunk.
+        domains: domain number of each general microbatch, with domain rows.
+        row_map: which buffers make which rows.
+
+    Attributes:
+        tokens, microbatches: of each domain (one entry without domain rows) and, last, the target.
     """
 
     def __init__(
@@ -33,6 +39,8 @@ class RoleRouter:
         num_target: int,
         num_general: int,
         target_data_iterator: Any,
+        domains: Sequence[int],
+        row_map: RowMap,
     ) -> None:
         self.rows = rows
         self.num_target = num_target
@@ -41,15 +49,40 @@ class RoleRouter:
         self._target_data = target_data_iterator
         self._forwards: Counter[int] = Counter()
         self._backwards: Counter[int] = Counter()
-        self.tokens: list[torch.Tensor | int] = [0, 0]  # general, target
+        self._domains, self._row_map = domains, row_map
+        kinds = row_map.slots if row_map.kind == "domain" else 1
+        self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
+        self.microbatches: list[torch.Tensor | int] = [0] * (kinds + 1)
+        self._check_domains(training=rows is not None)
+
+    def _check_domains(self, training: bool) -> None:
+        if not training or self._row_map.kind != "domain":
+            return
+        slots = self._row_map.slots
+        if len(self._domains) != self.num_general or not all(0 <= d < slots for d in self._domains):
+            raise ValueError(
+                f"domain rows need a domain number below {slots} for each of the "
+                f"{self.num_general} general microbatches, not {list(self._domains)}."
+            )
 
     def row(self, microbatch: int) -> int:
-        """Row of a microbatch: the target's, or the slot of a general one."""
+        """Local buffer of a microbatch: the target's, or the slot of a general one."""
         assert self.rows is not None
         general = microbatch - self.num_target
         if general < 0:
-            return self.rows.target
+            if self._row_map.target_groups:
+                return 0
+            return self.rows.target + microbatch * self.rows.num_targets // self.num_target
+        if self._row_map.kind == "domain":
+            return self._domains[general]
         return general * self.rows.num_slots // self.num_general
+
+    def _kind(self, microbatch: int) -> int:
+        """Where a microbatch counts: its domain, or -1 for the target."""
+        general = microbatch - self.num_target
+        if general < 0:
+            return -1
+        return self._domains[general] if self._domains else 0
 
     def wrap(self, forward_step_func: Callable[..., Any]) -> Callable[..., Any]:
         def forward_step(data_iterator: Any, module: torch.nn.Module, *args: Any) -> Any:
@@ -63,7 +96,8 @@ class RoleRouter:
             output, loss_func = forward_step_func(data, module, *args)
             if self.rows is not None:
                 self._mark_backward(output, chunk, self.row(microbatch))
-            return output, self._count_tokens(loss_func, is_target)
+            self.microbatches[self._kind(microbatch)] += 1 if chunk == 0 else 0
+            return output, self._count_tokens(loss_func, self._kind(microbatch))
 
         return forward_step
 
@@ -85,14 +119,14 @@ class RoleRouter:
 
         output.register_hook(begin)
 
-    def _count_tokens(self, loss_func: Callable[..., Any], is_target: bool) -> Callable[..., Any]:
+    def _count_tokens(self, loss_func: Callable[..., Any], kind: int) -> Callable[..., Any]:
         if loss_func is None:
             return loss_func
 
         def counted(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             result = loss_func(output, *args, **kwargs)
             if isinstance(result, tuple) and len(result) == 3:
-                self.tokens[is_target] = self.tokens[is_target] + result[1]
+                self.tokens[kind] = self.tokens[kind] + result[1]
             return result
 
         return counted
@@ -110,14 +144,25 @@ class RoleRouter:
                 )
 
 
-def merge_reports(reports: list[Report], num_target: int, metrics: Report) -> list[Report]:
-    """One report per general microbatch, with the target's and the step's values beside its own.
+def merge_reports(
+    reports: list[Report], num_target: int, metrics: Report, both: bool
+) -> list[Report]:
+    """The general microbatches' reports, with the target's and the step's values beside their own.
 
     Megatron's loop sums two-element values (sum, count) over microbatches and data ranks and
     divides; one-element values it averages over microbatches. Both stay right: the target's pairs
     are summed into the first report and are zero in the others.
+
+    Args:
+        both: whether this rank ran both roles; else all of its reports are of one, and it reports
+            the other's pairs as zero, since every rank must report the same names.
     """
+    if not reports:
+        return reports
     target, general = reports[:num_target], [dict(r) for r in reports[num_target:]]
+    if not both:
+        like = {key: torch.zeros_like(value) for key, value in reports[0].items()}
+        target, general = target or [like], general or [dict(like)]
     if not general:
         return reports
     for key in target[0] if target else ():

@@ -1,39 +1,49 @@
-"""How long the projection takes, without making the host wait for the device."""
+"""How long the parts of a projection take, without making the host wait for the device."""
 
 import time
 
 import torch
 
+PARTS = ("sketch", "exchange", "solve", "combine")
+
 
 class Stopwatch:
-    """Milliseconds between `start` and `stop`.
+    """Milliseconds of each part; on a GPU read one step late, from events that have passed by then.
 
-    On a GPU they are read one step late, from events that have passed by then.
+    `start`, then `lap(part)` at the end of each part, in order.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.milliseconds = 0.0
-        self._began = 0.0
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            self._events = (
-                torch.cuda.Event(enable_timing=True),
-                torch.cuda.Event(enable_timing=True),
-            )
-        self._recorded = False
+        self.milliseconds: dict[str, float] = {}
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def start(self) -> None:
-        if self._events is None:
-            self._began = time.perf_counter()
-            return
-        first, last = self._events
-        if self._recorded and last.query():
-            self.milliseconds = first.elapsed_time(last)
-        first.record()
+        if self._cuda:
+            self._read()
+        self._marks = [("", self._now())]
 
-    def stop(self) -> None:
-        if self._events is None:
-            self.milliseconds = (time.perf_counter() - self._began) * 1e3
+    def lap(self, part: str) -> None:
+        self._marks.append((part, self._now()))
+        if not self._cuda:
+            self._read()
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _read(self) -> None:
+        """Take over the marks, unless the device has not reached the last of them."""
+        if self._cuda and self._marks and not self._marks[-1][1].query():  # type: ignore[union-attr]
             return
-        self._events[1].record()
-        self._recorded = True
+        found: dict[str, float] = {}
+        for (_, before), (part, after) in zip(self._marks, self._marks[1:]):
+            if isinstance(before, float) and isinstance(after, float):
+                span = (after - before) * 1e3
+            else:
+                span = before.elapsed_time(after)  # type: ignore[union-attr]
+            found[part] = found.get(part, 0.0) + span
+        self.milliseconds = found or self.milliseconds

@@ -33,6 +33,8 @@ class Layout:
     sequences: int = 2  # general sequences (microbatches of one) in a row
     targets: int = TARGETS
     full_masks: bool = False
+    target_ranks: int = 0  # that run only target microbatches; the others are a row each
+    domains: int = 0  # sequence n of row r is of domain (r + n) % domains
 
     @property
     def world(self) -> int:
@@ -44,7 +46,14 @@ class Layout:
         return max(1, self.ep * self.etp // (self.tp * self.cp))
 
     @property
+    def rows(self) -> int:
+        """M, but for domain rows."""
+        return self.dp - self.target_ranks if self.target_ranks else ROWS
+
+    @property
     def slots(self) -> int:
+        if self.target_ranks:
+            return 1
         return ROWS * self.dp_per_row // self.dp
 
     @property
@@ -53,7 +62,7 @@ class Layout:
 
     @property
     def num_target(self) -> int:
-        return self.targets // self.dp
+        return self.targets // (self.target_ranks or self.dp)
 
 
 Sequence = dict[str, torch.Tensor]
@@ -77,13 +86,23 @@ def sequence(role: str, step: int, row: int, number: int, full_mask: bool) -> Se
 
 def general(layout: Layout, step: int, dp_rank: int) -> list[dict[str, torch.Tensor]]:
     """A rank's general microbatches in order: slot by slot, its share of each row's sequences."""
-    group, peer = divmod(dp_rank, layout.dp_per_row)
+    group, peer = divmod(dp_rank - layout.target_ranks, layout.dp_per_row)
     batches = []
     for slot in range(layout.slots):
         row = group * layout.slots + slot
         for number in range(peer, layout.sequences, layout.dp_per_row):
             batches.append(sequence("general", step, row, number, layout.full_masks))
     return batches
+
+
+def domains(layout: Layout, dp_rank: int) -> list[int]:
+    """Domain of each of a rank's general microbatches."""
+    group, peer = divmod(dp_rank, layout.dp_per_row)
+    return [
+        (group * layout.slots + slot + number) % layout.domains
+        for slot in range(layout.slots)
+        for number in range(peer, layout.sequences, layout.dp_per_row)
+    ]
 
 
 def target(layout: Layout, step: int, dp_rank: int) -> list[dict[str, torch.Tensor]]:

@@ -243,7 +243,8 @@ def train(
             reports = handle.step(
                 function,
                 target_data_iterator=target if layout.vpp else target[0],
-                num_target_microbatches=len(batches),
+                num_target_microbatches=layout.num_target if layout.targets else 0,
+                domains=_data.domains(layout, dp_rank) if layout.domains else (),
                 **kwargs,
             )
         log.append((reports, handle.projection if handle else None))

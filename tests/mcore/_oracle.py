@@ -1,7 +1,7 @@
 """The oracle: one process, plain PyTorch, float64, dense rows. Obviously correct, but slow.
 
-Nothing here imports Megatron or the plugin: the model is written out by the names of Megatron's
-parameters, the feasible sets are solved by scipy on the dense rows.
+Nothing here imports Megatron, and of the plugin only the sketch's hash: the model is written out by
+the names of Megatron's parameters, the feasible sets are solved by scipy on the dense rows.
 """
 
 import math
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize, nnls
+from scipy.optimize import brentq, minimize, nnls
+
+from megatron_dr.projection import CountSketch, key_of
 
 from . import _data
-from ._data import ROWS, Layout
+from ._data import Layout
 
 HIDDEN, HEADS, GROUPS, HEAD, FFN, LAYERS = 32, 4, 2, 8, 48, 4
 EXPERTS, EXPERT_FFN, PADDED = 4, 24, 64
@@ -159,16 +161,34 @@ def rows(layout: Layout, p: Parameters, step: int) -> tuple[list[Parameters], Pa
     full = layout.full_masks
     data = [
         [_data.sequence("general", step, row, n, full) for n in range(layout.sequences)]
-        for row in range(ROWS)
+        for row in range(layout.rows)
     ]
-    target = [_data.sequence("target", step, 0, n, full) for n in range(layout.targets)]
-    divisor = target_divisor = None
-    if layout.per_token:
-        count = lambda batches: float(sum(b["loss_mask"].sum() for b in batches))  # noqa: E731
-        divisor = count([b for row in data for b in row]) / ROWS
-        target_divisor = count(target)
-    t = _gradient(p, target, target_divisor) if target else {k: 0 * v for k, v in p.items()}
+    if layout.domains:  # a row is the mean gradient of a domain's sequences
+        by_domain: list[list[dict]] = [[] for _ in range(layout.domains)]
+        for row, batches in enumerate(data):
+            for n, batch in enumerate(batches):
+                by_domain[(row + n) % layout.domains].append(batch)
+        data = by_domain
+    target = targets(layout, step)
+    t = {k: torch.zeros_like(v.detach()) for k, v in p.items()}
+    if target:
+        t = _gradient(p, target, _tokens(target, layout))
+    if layout.domains:
+        return [_gradient(p, row, _tokens(row, layout)) for row in data], t
+    tokens = _tokens([b for row in data for b in row], layout)
+    divisor = None if tokens is None else tokens / len(data)
     return [_gradient(p, row, divisor) for row in data], t
+
+
+def targets(layout: Layout, step: int) -> list[dict]:
+    return [
+        _data.sequence("target", step, 0, n, layout.full_masks) for n in range(layout.targets)
+    ]
+
+
+def _tokens(batches: list[dict], layout: Layout) -> float | None:
+    """What a sum of losses is divided by where Megatron normalises per token."""
+    return float(sum(b["loss_mask"].sum() for b in batches)) if layout.per_token else None
 
 
 # -- the projection ------------------------------------------------------------------------------
@@ -179,9 +199,16 @@ class Problem:
     set: str = "cone"
     fraction: float = 0.5
     ridge: float = 0.3
+    radius: float = 0.5
     alpha: float = 0.1
+    alpha_style: str = "constant"
+    end_alpha: float = 0.0
+    alpha_steps: int = 1
     norm: str = "general"
     blocks: str = "model"
+    gram: str = "exact"
+    sketch_size: int = 256
+    seed: int = 3
 
 
 def block(name: str, kind: str) -> str:
@@ -201,11 +228,28 @@ def solve(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
         return mean
     if problem.set == "target":
         return np.zeros(m)
-    if problem.set == "topk":
-        k = round(problem.fraction * m)
-        w = np.zeros(m)
-        w[np.argsort(-(j @ t), kind="stable")[:k]] = 1.0 / k
-        return w
+    if problem.set in ("topk", "greedy"):
+        k = max(1, round(problem.fraction * m))
+        chosen: list[int] = []
+        while len(chosen) < k:
+            others = [i for i in range(m) if i not in chosen]
+            if problem.set == "topk":
+                chosen.append(max(others, key=lambda i: j[i] @ t))
+            else:
+                chosen.append(
+                    min(others, key=lambda i: np.sum((j[chosen + [i]].sum(0) / k - t) ** 2))  # noqa: B023
+                )
+        return np.isin(np.arange(m), chosen) / k
+    if problem.set == "filter":
+        order = np.argsort(j @ t)
+        dropped = order[: round(problem.fraction * np.sum(j @ t < 0))]
+        kept = ~np.isin(np.arange(m), dropped)
+        return kept / max(kept.sum(), 1)
+    if problem.set == "halfspace":
+        step = -min(0.0, float(t @ j.mean(0))) / float(j.mean(0) @ j.mean(0))
+        return step * mean
+    if problem.set == "ball":
+        return _ball(problem, j, t)
     root = math.sqrt(problem.ridge * (j * j).sum() / m)
     a = np.vstack([j.T, root * np.eye(m)])
     b = np.concatenate([t, root * CENTRE[problem.set] * mean])
@@ -227,30 +271,66 @@ def solve(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
     return result.x
 
 
+def _ball(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """w = 1/M + (s G + rho)^-1 (c - G/M), s >= 1 the least that keeps |d - mean| <= r |mean|."""
+    m, g = len(j), j @ j.T
+    rho, b = problem.ridge * np.trace(g) / m, j @ (t - j.mean(0))
+    away = lambda s: np.linalg.solve(s * g + rho * np.eye(m), b)  # noqa: E731
+    excess = lambda s: (  # noqa: E731
+        np.linalg.norm(j.T @ away(s)) / np.linalg.norm(j.mean(0)) - problem.radius
+    )
+    s = 1.0 if excess(1.0) <= 0 else brentq(excess, 1.0, 1e9, xtol=1e-12, rtol=1e-14)
+    return 1.0 / m + away(s)
+
+
 CENTRE = {"span": 1.0, "cone": 1.0, "hull": 1.0, "capped": 1.0}
 
 
 def project(
-    problem: Problem, general: list[Parameters], t: Parameters
+    problem: Problem, general: list[Parameters], t: Parameters, step: int = 0
 ) -> tuple[Parameters, dict[str, np.ndarray]]:
     """The update, and the weights of each block."""
     update, weights = {}, {}
-    alpha = 1.0 if problem.set == "target" else problem.alpha
+    alpha = 1.0 if problem.set == "target" else _alpha(problem, step)
     for name in sorted({block(n, problem.blocks) for n in t}):
         members = [n for n in t if block(n, problem.blocks) == name]
         flat = lambda g: torch.cat([g[n].reshape(-1) for n in members]).numpy()  # noqa: B023, E731
         j, target = np.stack([flat(g) for g in general]), flat(t)
-        w = solve(problem, j, target)
-        d = j.T @ w
-        length = np.linalg.norm(d)
+        seen = np.vstack([j, target])  # what the plugin multiplies: whole rows, or sketches
+        if problem.gram == "sketch":
+            seen = _sketch(problem, [{n: g[n] for n in members} for g in [*general, t]], step)
+        w = solve(problem, seen[:-1], seen[-1])
+        own = 1.0 if problem.set in ("target", "halfspace") else 0.0
+        d, seen_d = j.T @ w + own * target, seen[:-1].T @ w + own * seen[-1]
+        length = np.linalg.norm(seen_d)
         if problem.norm != "none" and length > 0:
-            wanted = j.mean(0) if problem.norm == "general" else target
+            wanted = seen[:-1].mean(0) if problem.norm == "general" else seen[-1]
             d = d * np.linalg.norm(wanted) / length
         d = torch.from_numpy((1 - alpha) * d + alpha * target)
         weights[name] = w
         for n, part in zip(members, d.split([t[n].numel() for n in members])):
             update[n] = part.view(t[n].shape)
     return update, weights
+
+
+def _alpha(problem: Problem, step: int) -> float:
+    """From alpha to end_alpha over the run, as the style says."""
+    done = min(1.0, step / problem.alpha_steps)
+    if problem.alpha_style == "constant":
+        return problem.alpha
+    if problem.alpha_style == "cosine":
+        done = 0.5 * (1.0 - math.cos(math.pi * done))
+    return problem.alpha + done * (problem.end_alpha - problem.alpha)
+
+
+def _sketch(problem: Problem, vectors: list[Parameters], step: int) -> np.ndarray:
+    """CountSketches of dense gradients: the same function that the ranks apply to their pieces."""
+    sketch = CountSketch(problem.sketch_size, problem.seed * 1_000_003 + step)
+    out = torch.zeros(len(vectors), problem.sketch_size, dtype=torch.float64)
+    for name in vectors[0]:
+        values = torch.stack([v[name].reshape(-1) for v in vectors])
+        sketch.add_(out, values, torch.arange(values.shape[1]), key_of(name))
+    return out.numpy()
 
 
 def train(
@@ -262,7 +342,7 @@ def train(
                                   betas=(0.9, 0.999))  # fmt: skip
     history = []
     for step in range(steps):
-        update, weights = project(problem, *rows(layout, p, step))
+        update, weights = project(problem, *rows(layout, p, step), step)
         norm = math.sqrt(sum(float(u.square().sum()) for u in update.values()))
         for name, value in p.items():
             value.grad = update[name] * min(1.0, clip / (norm + 1e-6))

@@ -11,7 +11,7 @@ from megatron_dr.config import FEASIBLE_SETS, DRConfig, TargetConfig
 from megatron_dr.mcore.arguments import _NEEDS, add_arguments, configs_from_args
 
 TITLE = "megatron-dr (data-regularised post-training):"
-FIELDS = {f.name: f for c in (DRConfig, TargetConfig) for f in dataclasses.fields(c)}
+FIELDS = {f.name: f for c in (DRConfig, TargetConfig) for f in dataclasses.fields(c) if f.metadata}
 
 
 def option(name: str) -> str:
@@ -97,20 +97,27 @@ SKETCHED = {
     "set": "topk",
     "fraction": 0.5,
     "alpha": 0.2,
+    "alpha_style": "cosine",
+    "end_alpha": 0.4,
     "norm": "target",
     "rows": "slot",
     "slots": 4,
     "slot_dtype": "bf16",
     "blocks": "layer",
+    "gram": "sketch",
     "sketch_size": 64,
     "seed": 7,
+    "log_blocks": True,
 }
-EXACT = {"set": "span", "ridge": 0.7, "rows": "rank", "exact": True}
+EXACT = {
+    "set": "ball", "radius": 0.1, "ridge": 0.7, "rows": "rank", "gram": "exact", "target_ranks": 1
+}  # fmt: skip
+SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1}
 
 
-@pytest.mark.parametrize("values", [SKETCHED, EXACT])
+@pytest.mark.parametrize("values", [SKETCHED, EXACT, SIZED])
 def test_round_trip(values: dict[str, Any]) -> None:
-    assert FIELDS.keys() == SKETCHED.keys() | EXACT.keys() | TARGET.keys()
+    assert FIELDS.keys() == SKETCHED.keys() | EXACT.keys() | SIZED.keys() | TARGET.keys()
     flags = []
     for name, value in {**values, **TARGET}.items():
         flags += [option(name)] if value is True else [option(name), str(value)]
@@ -123,7 +130,11 @@ def test_the_default_given_is_the_default(name: str) -> None:
     if default is None or default is False:
         return
     base = ["--dr-target-data", "t.jsonl"]
-    base += ["--dr-set", "topk"] if name == "fraction" else []
+    base += {
+        "fraction": ["--dr-set", "topk"],
+        "radius": ["--dr-set", "ball"],
+        "end_alpha": ["--dr-alpha-style", "linear"],
+    }.get(name, [])
     assert configs(*base, option(name), str(default)) == configs(*base)
 
 
@@ -139,7 +150,7 @@ def test_mean_needs_no_target_data() -> None:
 
 def test_target_with_its_own_alpha() -> None:
     flags = ("--dr-set", "target", "--dr-target-data", "t.jsonl", "--dr-alpha", "1")
-    assert configs(*flags)[0].target_share == 1.0
+    assert configs(*flags)[0].alpha == 1.0
 
 
 ENOUGH = {"set", "target_data", "metrics", "target_valid_data"}
@@ -158,18 +169,25 @@ def test_watching_alone_leaves_the_step_to_megatron() -> None:
     assert (target.metrics, target.target_valid_data) == ("m.jsonl", "v.jsonl")
 
 
-GIVEN = {"fraction": "0.5", "ridge": "0.5", "slots": "4", "slot_dtype": "bf16", "sketch_size": "64"}
+GIVEN = {
+    "fraction": "0.5", "ridge": "0.5", "radius": "0.25", "end_alpha": "0.5", "slots": "4",
+    "slot_dtype": "bf16", "sketch_size": "64", "sketch_error": "0.1",
+}  # fmt: skip
 OTHERS: dict[str, tuple[Any, ...]] = {
     "set": tuple(FEASIBLE_SETS),
-    "rows": ("rank", "slot"),
-    "exact": (True, False),
+    "rows": ("rank", "slot", "domain"),
+    "gram": ("auto", "exact", "sketch"),
+    "alpha_style": ("constant", "linear", "cosine", "auto"),
 }
 WHERE_READ: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "fraction": ("set", ("topk", "capped")),
-    "ridge": ("set", ("capped", "hull", "cone", "span")),
+    "fraction": ("set", ("topk", "greedy", "filter", "capped")),
+    "ridge": ("set", ("capped", "hull", "cone", "span", "ball")),
+    "radius": ("set", ("ball",)),
+    "end_alpha": ("alpha_style", ("linear", "cosine")),
     "slots": ("rows", ("slot",)),
-    "slot_dtype": ("rows", ("slot",)),
-    "sketch_size": ("exact", (False,)),
+    "slot_dtype": ("rows", ("slot", "domain")),
+    "sketch_size": ("gram", ("sketch", "auto")),
+    "sketch_error": ("gram", ("sketch", "auto")),
 }
 PAIRS = [(name, other, v) for name, (other, _) in WHERE_READ.items() for v in OTHERS[other]]
 
@@ -181,8 +199,7 @@ def test_this_table_has_every_pair() -> None:
 @pytest.mark.parametrize("name, other, value", PAIRS)
 def test_flag_that_needs_a_value_of_another(name: str, other: str, value: Any) -> None:
     flags = ["--dr-target-data", "t.jsonl", option(name), GIVEN[name]]
-    if value is not False:
-        flags += [option(other)] if value is True else [option(other), value]
+    flags += [option(other), value]
     if value in WHERE_READ[name][1]:
         assert str(getattr(configs(*flags)[0], name)) == GIVEN[name]
         return
@@ -193,6 +210,22 @@ def test_flag_that_needs_a_value_of_another(name: str, other: str, value: Any) -
 
 NEEDING_TARGET = [n for n in FEASIBLE_SETS if n != "mean"]
 CONTRADICTIONS = [
+    (
+        "--dr-set target --dr-target-data t --dr-alpha-style linear",
+        "--dr-alpha-style has no meaning with --dr-set target",
+    ),
+    (
+        "--dr-target-data t --dr-alpha-style auto --dr-alpha 0.5",
+        "--dr-alpha has no meaning with --dr-alpha-style auto",
+    ),
+    (
+        "--dr-target-data t --dr-sketch-size 64 --dr-sketch-error 0.1",
+        "--dr-sketch-error sets the sketch's size, and so does --dr-sketch-size",
+    ),
+    (
+        "--dr-set mean --dr-alpha-style auto",
+        "--dr-set mean with --dr-alpha-style auto needs --dr-target-data",
+    ),
     (
         "--dr-set target --dr-target-data t --dr-alpha 0.5",
         "--dr-alpha has no meaning with --dr-set target",
@@ -226,7 +259,10 @@ def test_out_of_range_is_refused(flags: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--dr-set ball", "--dr-rows domain", "--dr-slots two", "--dr-alpha x", "--dr-exact 1"]
+    "flags",
+    [
+        "--dr-set sphere", "--dr-rows corpus", "--dr-slots two", "--dr-alpha x", "--dr-log-blocks 1"
+    ],  # fmt: skip
 )
 def test_what_is_no_value_of_a_flag_ends_the_parser(flags: str) -> None:
     with pytest.raises(SystemExit) as end:

@@ -39,13 +39,13 @@ def jsonl(folder: Path, name: str, *more: str) -> str:
     return str(path)
 
 
-def indexed(folder: Path, documents: int = SAMPLES) -> str:
+def indexed(folder: Path, documents: int = SAMPLES, name: str = "indexed", start: int = 0) -> str:
     """The prefix of an indexed dataset of documents of one sequence each, no token twice."""
-    builder = IndexedDatasetBuilder(str(folder / "indexed.bin"))
-    for first in range(0, documents * LENGTH, LENGTH):
+    builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"))
+    for first in range(start, start + documents * LENGTH, LENGTH):
         builder.add_document(torch.arange(first, first + LENGTH), [LENGTH])
-    builder.finalize(str(folder / "indexed.idx"))
-    return str(folder / "indexed")
+    builder.finalize(str(folder / f"{name}.idx"))
+    return str(folder / name)
 
 
 def arguments(*flags: str, tp: int = 1) -> Any:
@@ -210,7 +210,7 @@ def target(tp: int, path: str, flags: list[str], micro: int, microbatches: int) 
     """What this data rank's stream gives: lists of tokens; None where it reads nothing."""
     args = arguments(*flags, tp=tp)
     samples = datasets.target_samples(args, path)
-    (stream,) = datasets.target_streams(args, samples, micro, 1)
+    (stream,) = datasets.target_streams(args, samples, micro, 1, args.data_parallel_size)
     if stream is None:
         return None
     return [row for _ in range(microbatches) for row in next(stream)["tokens"].tolist()]
@@ -270,7 +270,8 @@ def test_indexed_target_shorter_than_a_sequence_is_refused_by_name(tmp_path: Pat
 def received(tp: int, path: str, flags: list[str]) -> list[list[int]]:
     """Two target microbatches as the model's forward step gets them."""
     args = arguments(*flags, tp=tp)
-    (stream,) = datasets.target_streams(args, datasets.target_samples(args, path), 1, 1)
+    samples = datasets.target_samples(args, path)
+    (stream,) = datasets.target_streams(args, samples, 1, 1, args.data_parallel_size)
     return [train._batch(stream, None)["tokens"].tolist()[0] for _ in range(2)]
 
 

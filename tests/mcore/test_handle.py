@@ -94,8 +94,8 @@ def test_reports_keep_the_roles_apart() -> None:
     mean = {k: float(v[0] / v[1]) for k, v in total.items()}
     assert mean["lm loss"] == pytest.approx(general, rel=1e-6)
     assert mean["target loss"] == pytest.approx(target, rel=1e-6)
-    assert -1 <= mean["dr cos target"] <= 1 and 1 <= mean["dr rows"] <= 4
-    assert mean["dr ms"] > 0 and mean["dr bytes"] == 0  # one rank sends nothing
+    assert -1 <= mean["dr cos update"] <= 1 and 1 <= mean["dr rows"] <= 4
+    assert mean["dr combine ms"] > 0 and mean["dr bytes"] == 0  # one rank sends nothing
 
 
 def test_finalize_must_fire() -> None:
@@ -242,13 +242,13 @@ def test_batches_that_make_no_rows(dr: DRConfig, general: int, target: int, word
 
 
 def test_one_row_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
-    one(lambda: megatron_dr.attach(*fresh(), DRConfig(rows="rank")).num_rows)
+    one(lambda: megatron_dr.attach(*fresh(), DRConfig(rows="rank")).layout.row_map.num_rows)
     assert "note: one row" in capfd.readouterr().out
 
 
 def test_slot_buffers_in_bf16_are_half_the_bytes_and_close() -> None:
     def case(dtype: str) -> tuple[int, torch.Tensor]:
-        dr = DRConfig(rows="slot", slots=4, slot_dtype=dtype, exact=True)  # type: ignore[arg-type]
+        dr = DRConfig(rows="slot", slots=4, slot_dtype=dtype, gram="exact")  # type: ignore[arg-type]
         model, optimizer, config = fresh()
         handle = megatron_dr.attach(model, optimizer, config, dr)
         model[0].zero_grad_buffer()

@@ -1,5 +1,6 @@
 """Weights and parameters after three steps equal the oracle's, in every layout."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -20,17 +21,16 @@ STEPS = 3
 
 def config(layout: Layout, problem: Problem, **changes: Any) -> DRConfig:
     slots = layout.slots
+    values = dataclasses.asdict(problem)
+    if layout.domains:
+        changes["rows"] = "domain"
+        changes["domains"] = tuple(f"corpus {d}" for d in range(layout.domains))
+    if layout.target_ranks:
+        changes["target_ranks"] = layout.target_ranks
+    if problem.gram == "exact":
+        del values["sketch_size"]
     return DRConfig(
-        set=problem.set,
-        fraction=problem.fraction,
-        ridge=problem.ridge,
-        alpha=problem.alpha,
-        norm=problem.norm,
-        blocks=problem.blocks,
-        rows="slot" if slots > 1 else "rank",
-        slots=slots,
-        exact=True,
-        **changes,
+        **{**values, "rows": "slot" if slots > 1 else "rank", "slots": slots, **changes}
     )
 
 
@@ -40,7 +40,7 @@ def run(layout: Layout, problem: Problem, initial: Any, changes: dict[str, Any])
     model, optimizer, cfg, log = _megatron.train(
         layout, STEPS, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr)
     )
-    names = megatron_dr.mcore.handle.attached(model).block_names
+    names = megatron_dr.mcore.handle.attached(model).layout.names
     weights = [p.weights_BM.numpy() for _, p in log]
     return _megatron.pieces(model, cfg), weights, names
 
@@ -67,7 +67,7 @@ def check(
     weighs = problem.set not in ("mean", "target")  # these two keep no slots
     for step, expected in enumerate(history if weighs else []):
         found = ranks[0][1][step]
-        assert found.shape == (len(names), ROWS)
+        assert found.shape == (len(names), layout.domains or layout.rows)
         for number, name in enumerate(names):
             key = "" if problem.blocks == "model" else name
             torch.testing.assert_close(
@@ -138,8 +138,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layout_equals_oracle(layout: Layout) -> None:
+def test_exact_equals_oracle(layout: Layout) -> None:
     check(layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_sketched_equals_sketching_oracle(layout: Layout) -> None:
+    check(layout, Problem(gram="sketch"))
 
 
 def first_gradient(layout: Layout, initial: Any) -> Any:

@@ -10,9 +10,12 @@ TWO_RANKS = Layout(dp=2, distributed_optimizer=True)
 
 
 @pytest.mark.parametrize("blocks", ["model", "layer", "matrix"])
-@pytest.mark.parametrize("name", ["topk", "capped", "hull", "cone", "span"])
+@pytest.mark.parametrize(
+    "name",
+    ["topk", "greedy", "filter", "capped", "hull", "cone", "span", "ball", "halfspace"],
+)
 def test_set_and_blocks(name: str, blocks: str) -> None:
-    check(TWO_RANKS, Problem(set=name, blocks=blocks, alpha=0.0))
+    check(TWO_RANKS, Problem(set=name, blocks=blocks, alpha=0.0), atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,11 @@ def test_set_and_blocks(name: str, blocks: str) -> None:
         Problem(norm="target", blocks="layer"),
         Problem(alpha=1.0),
         Problem(set="topk", fraction=0.25, norm="none", alpha=0.5),
+        Problem(set="filter", fraction=1.0, norm="none"),
+        Problem(set="ball", radius=0.01, ridge=0.1),
+        Problem(set="halfspace", norm="target", alpha=0.3),
+        Problem(alpha=0.4, alpha_style="linear", end_alpha=0.1, alpha_steps=2),
+        Problem(alpha=0.0, alpha_style="cosine", end_alpha=0.6, alpha_steps=3, gram="sketch"),
     ],
     ids=str,
 )

@@ -26,7 +26,9 @@ LAYOUTS = [
 
 
 def first_gram(layout: Layout, initial: Any) -> np.ndarray:
-    dr = DRConfig(rows="slot", slots=layout.slots, sketch_size=SIZE, seed=SEED)
+    dr = DRConfig(
+        rows="slot", slots=layout.slots, gram="sketch", sketch_size=SIZE, seed=SEED
+    )
     log = _megatron.train(layout, 1, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr))[3]
     gram: np.ndarray = log[0][1].gram_BRR.numpy()[0]
     return gram
@@ -50,7 +52,7 @@ def test_sketched_gram_is_the_same_in_every_layout() -> None:
 
 
 def test_every_step_has_its_own_sketch() -> None:
-    dr = DRConfig(rows="slot", slots=4, sketch_size=SIZE)
+    dr = DRConfig(rows="slot", slots=4, gram="sketch", sketch_size=SIZE)
     layout = Layout()
 
     def two_steps() -> list[np.ndarray]:

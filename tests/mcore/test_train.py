@@ -77,7 +77,7 @@ def test_both_roles_are_trained_logged_and_validated(data: dict[str, str], tmp_p
     path = tmp_path / "metrics.jsonl"
     code, out, _ = run(flags(data, f"{cone(data)} --dr-metrics {path}"))[1]
     assert code == 0
-    assert re.search(r"iteration +6/.*lm loss: .*target loss: .*dr cos target: .*dr ms: ", out)
+    assert re.search(r"iteration +6/.*lm loss: .*target loss: .*dr residual: .*dr solve ms: ", out)
     assert re.search(r"validation loss at iteration 6 .*lm loss value.*target loss value", out)
     trained = losses(path, "train")
     assert list(trained) == [1, 2, 3, 4, 5, 6]
@@ -209,3 +209,71 @@ def test_bad_input_is_one_sentence_at_start(
     assert "megatron_dr: error" not in other  # rank 0 alone speaks
     assert first == second == 2
     assert "iteration        1/" not in out
+
+
+def two_corpora(data: dict[str, str], tmp_path: Path) -> str:
+    lines = Path(data["general"]).read_text().splitlines(keepends=True)
+    paths = [tmp_path / "english.jsonl", tmp_path / "german.jsonl"]
+    for number, path in enumerate(paths):
+        path.write_text("".join(lines[number::2]))
+    return f"--train-data-path 0.75 {paths[0]} 0.25 {paths[1]}"
+
+
+def test_domain_rows_are_weighed_and_logged_by_name(data: dict[str, str], tmp_path: Path) -> None:
+    metrics_path = tmp_path / "m.jsonl"
+    more = f"""{two_corpora(data, tmp_path)} --dr-target-data {data["target"]}
+        --dr-target-batch-size 4 --dr-rows domain --dr-blocks layer --dr-log-blocks
+        --dr-metrics {metrics_path}"""
+    code, out, error = run(flags(data, more))[1]
+    assert code == 0, error
+    assert "2 rows a step (domain)" in run(flags(data, more))[0][1]
+    assert re.search(r"iteration +6/.*dr weight english: .*dr weight german: ", out)
+    assert re.search(r"iteration 6 \| decoder.layers.1 \| dr cos general: ", out)
+    for line in metrics.read(metrics_path, "train"):
+        assert line["dr weight english"] >= 0 and line["dr weight german"] >= 0
+
+
+def test_target_ranks_train_and_report_both_roles(data: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    more = f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-rows rank
+        --dr-target-ranks 1 --dr-target-valid-data {data["held_out"]} --dr-metrics {path}"""
+    results = run(flags(data, more))
+    assert [code for code, _, _ in results] == [0, 0], results[0][2]
+    assert "exact gram (auto: fewer bytes)" in results[0][1]
+    trained = metrics.read(path, "train")
+    assert len(trained) == 6
+    for line in trained:
+        assert 0 < line["lm loss"] < 7 and 0 < line["target loss"] < 7
+    assert trained[-1]["target loss"] < trained[0]["target loss"]
+
+
+def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_path: Path) -> None:
+    auto = cone(data) + " --dr-alpha-style auto"
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    code, _, error = run(flags(data, f"{auto} --dr-metrics {whole}"))[0]
+    assert code == 0, error
+    saved = f"{auto} --dr-metrics {parts} --save {tmp_path / 'save'} --save-interval 3"
+    assert run(flags(data, saved + " --exit-interval 3"))[0][0] == 0
+    code, _, error = run(flags(data, f"{saved} --load {tmp_path / 'save'}"))[0]
+    assert code == 0, error
+    one, other = metrics.read(whole, "train"), metrics.read(parts, "train")
+    assert len(one) == len(other) == 6
+    for a, b in zip(one, other):
+        assert abs(a["dr alpha"] - b["dr alpha"]) < 1e-5
+        assert abs(a["lm loss"] - b["lm loss"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--dr-rows domain", "--dr-rows domain needs at least two corpora"),
+        ("--dr-rows rank --dr-target-ranks 2", "--dr-target-ranks 2 must be a multiple of 1"),
+        ("--dr-rows rank --dr-target-ranks 1 --dr-alpha-style auto", "must be a multiple of 2"),
+        ("--dr-target-ranks 1", "target_ranks needs rows='rank'"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(data: dict[str, str], more: str, message: str) -> None:
+    target = f"--dr-target-data {data['target']} --dr-target-batch-size 4 "
+    results = run(flags(data, target + more))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert message in results[0][2]

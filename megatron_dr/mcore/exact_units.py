@@ -1,0 +1,159 @@
+"""The ranges of Megatron's gradient buffers that are exchanged together, and what lies in them.
+
+Without the distributed optimizer buckets are not padded to a multiple of the D ranks: what is left
+over, fewer than D elements, is gathered by all of them.
+
+Legend: D ranks of a group, N elements of a shard.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dr.mcore.grad_rows import GradRows, Piece
+from megatron_dr.mcore.layout import Layout
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring columns [start, stop) of a shard, of one block and one way of counting."""
+
+    block: int
+    count: float
+    partial: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Unit:
+    """A range of one of Megatron's buffers that is exchanged together: D x N elements.
+
+    Attributes:
+        group: the D ranks; member i belongs to row group `members[i]`.
+        scale: what Megatron multiplies a summed gradient of this range by.
+        segments: of this rank's shard.
+        gathered: for a remainder, every rank's copy of it per local buffer [D, N]; a remainder has
+            no shards, it is all on every rank and counts on the first.
+    """
+
+    buffer: int
+    start: int
+    columns: int
+    group: Any
+    members: torch.Tensor
+    scale: float
+    segments: list[Segment]
+    remainder: bool
+    gathered: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.members)
+
+    def slices(self, rows: GradRows, row: int) -> torch.Tensor:
+        """[D, N]: after the exchange, this rank's shard of every rank's local buffer `row`."""
+        if self.remainder:
+            return self.gathered[row]
+        flat = rows.flat(row, self.buffer)
+        return flat[self.start : self.start + self.ranks * self.columns].view(self.ranks, -1)
+
+    def out(self, rows: GradRows) -> torch.Tensor:
+        """[N]: where this rank's shard of the reduced gradient belongs."""
+        if self.remainder:
+            return rows.flat(0, self.buffer)[self.start : self.start + self.columns]
+        return self.slices(rows, 0)[dist.get_rank(self.group)]
+
+
+def units_of(model: list[Any], rows: GradRows, layout: Layout) -> dict[int, list["Unit"]]:
+    """Every range of every bucket, by the id of Megatron's bucket group (collective)."""
+    out: dict[int, list[Unit]] = {}
+    members: dict[int, torch.Tensor] = {}
+    for group in bucket_groups(model):
+        ranks = _ranks(group)
+        if id(ranks) not in members:
+            members[id(ranks)] = _members(ranks, layout.group, rows.device)
+        out[id(group)] = [
+            unit
+            for bucket in group.buckets
+            for unit in _units(bucket, group, rows, layout, members[id(ranks)])
+        ]
+    return out
+
+
+def bucket_groups(model: list[Any]) -> Iterator[Any]:
+    for module in model:
+        yield from module.bucket_groups
+        yield from module.expert_parallel_bucket_groups
+
+
+def _ranks(group: Any) -> Any:
+    """The ranks over which a bucket group is reduced."""
+    if group.ddp_config.use_distributed_optimizer:
+        return group.intra_distributed_optimizer_instance_group
+    return group.data_parallel_group
+
+
+def _members(ranks: Any, row_group: int, device: torch.device) -> torch.Tensor:
+    """Row group of each of the ranks (collective)."""
+    found: list[int] = [0] * dist.get_world_size(ranks)
+    dist.all_gather_object(found, row_group, group=ranks)
+    return torch.tensor(found, device=device)
+
+
+def _units(
+    bucket: Any, group: Any, rows: GradRows, layout: Layout, members: torch.Tensor
+) -> Iterator[Unit]:
+    """A bucket's ranges. The distributed optimizer's shards are its own: one range."""
+    ddp, ranks = group.ddp_config, len(members)
+    inside = {id(p) for p in bucket.params_list}
+    pieces = [p for p in rows.pieces if id(rows.owned[p.number].parameter) in inside]
+    pieces.sort(key=lambda p: p.start)
+    begin, end = bucket.offset, bucket.offset + bucket.grad_data.numel()
+    cuts = [begin, end]
+    if not ddp.use_distributed_optimizer:  # a tied embedding's shards are alike on both stages
+        tied = [p for p in pieces if rows.owned[p.number].partial == "embedding"]
+        cuts = sorted({begin, end, *(x for p in tied for x in (p.start, p.stop))})
+    scale = bucket.gradient_scaling_factor / (ranks if ddp.average_in_collective else 1)
+    for start, stop in zip(cuts, cuts[1:]):
+        columns, left = divmod(stop - start, ranks)
+        low = start + dist.get_rank(_ranks(group)) * columns
+        if columns:
+            segments = _segments(pieces, rows, layout, low, low + columns)
+            yield Unit(pieces[0].buffer, start, columns, _ranks(group), members, scale, segments,
+                       remainder=False)  # fmt: skip
+        if left:
+            segments = _segments(pieces, rows, layout, stop - left, stop)
+            yield Unit(pieces[0].buffer, stop - left, left, _ranks(group), members, scale, segments,
+                       remainder=True)  # fmt: skip
+
+
+def _segments(
+    pieces: list[Piece], rows: GradRows, layout: Layout, low: int, high: int
+) -> list[Segment]:
+    """What lies in [low, high) of a buffer, in columns from `low`; like neighbours joined."""
+    out: list[Segment] = []
+    for piece in pieces:
+        start, stop = max(piece.start, low) - low, min(piece.stop, high) - low
+        if start >= stop:
+            continue
+        owned, block = rows.owned[piece.number], layout.blocks[piece.number]
+        new = Segment(block, owned.count, owned.partial, start, stop)
+        if out and (out[-1].block, out[-1].count, out[-1].partial) == (
+            new.block, new.count, new.partial,
+        ):  # fmt: skip
+            new = Segment(block, owned.count, owned.partial, out.pop().start, stop)
+        out.append(new)
+    return out
+
+
+def by_block(segments: list[Segment]) -> list[Segment]:
+    """Neighbours of one block joined, however they count."""
+    out: list[Segment] = []
+    for segment in segments:
+        start = out.pop().start if out and out[-1].block == segment.block else segment.start
+        out.append(Segment(segment.block, 1.0, "", start, segment.stop))
+    return out

@@ -1,0 +1,90 @@
+"""The gram from sketches: rows stay where they are, K numbers per block and row cross the wire.
+
+Sketches sum over data ranks; grams sum over parameter shards. A block's sketch is the sum over all
+ranks that hold a piece of it, so the gram does not depend on the layout.
+
+    wire, per rank    2 (m - 1)/m 4 B L K + (D - 1) 4 ceil(B/m) L K + 2 (m - 1)/m 8 B R (R + 2)
+
+Legend: B blocks, L buffers of a rank, P of all row groups, R rows and target, K sketch size, D data
+x context ranks, m tensor x pipeline ranks.
+"""
+
+import torch
+import torch.distributed as dist
+
+from megatron_dr.mcore import compat, wire
+from megatron_dr.mcore.grad_rows import GradRows
+from megatron_dr.mcore.layout import Gram, Layout, not_finite
+from megatron_dr.mcore.stopwatch import Stopwatch
+from megatron_dr.projection import CountSketch, gram_and_error
+
+
+class SketchedGram:
+    """Grams by CountSketch; combined rows are left for Megatron to reduce.
+
+    Attributes:
+        size: K.
+    """
+
+    reduces = False  # whether `combine` leaves a gradient that is reduced over data ranks
+
+    def __init__(self, rows: GradRows, layout: Layout, size: int, seed: int) -> None:
+        self.rows, self.layout, self.size, self.seed = rows, layout, size, seed
+
+    def gram(self, mix_RP: torch.Tensor, step: int, watch: Stopwatch) -> Gram:
+        """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
+        sketch = CountSketch(self.size, self.seed * 1_000_003 + step)
+        local_BLK = torch.zeros(
+            len(self.layout.names), self.rows.num_local, self.size, device=mix_RP.device
+        )
+        self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
+        watch.lap("sketch")
+        return self._exchange(local_BLK, mix_RP)
+
+    def combine(self, coefficients_BP: torch.Tensor) -> None:
+        """This rank's share of the update into Megatron's buffer."""
+        local = self.rows.num_local
+        mine_BL = coefficients_BP[:, self.layout.group * local : (self.layout.group + 1) * local]
+        self.rows.combine_(mine_BL, self.layout.blocks)
+
+    def _exchange(self, local_BLK: torch.Tensor, mix_RP: torch.Tensor) -> Gram:
+        """Local sketches -> the gram of all rows on every rank."""
+        model_group, data_group = compat.model_group(), compat.data_group()
+        num_model, num_data = dist.get_world_size(model_group), dist.get_world_size(data_group)
+        sent = 0
+        if num_model > 1:
+            dist.all_reduce(local_BLK, group=model_group)
+            sent += wire.all_reduce(local_BLK.nbytes, num_model)
+        own = self.layout.own_blocks()
+        mine_bLK = local_BLK[own].contiguous()
+        gathered = mine_bLK.new_empty(num_data, *mine_bLK.shape)
+        if mine_bLK.numel():
+            dist.all_gather_into_tensor(gathered.view(-1), mine_bLK.view(-1), group=data_group)
+            sent += wire.scatter(gathered.nbytes, num_data)
+        groups_GbLK = gathered.unflatten(0, (-1, self.layout.ranks_per_row)).sum(1)
+        buffers_bPK = groups_GbLK.transpose(0, 1).flatten(1, 2)
+        num_rows, blocks = len(mix_RP), len(local_BLK)
+        products_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 2)
+        gram_bRR, error_b = gram_and_error(mix_RP.to(buffers_bPK.dtype) @ buffers_bPK)
+        products_BRX[own, :, :-2] = gram_bRR
+        products_BRX[own, :, -2] = not_finite(mix_RP, buffers_bPK)
+        products_BRX[own, :, -1] = error_b[:, None]
+        if num_model > 1:
+            dist.all_reduce(products_BRX, group=model_group)
+            sent += wire.all_reduce(products_BRX.nbytes, num_model)
+        finite_R = (products_BRX[:, :, -2] == 0).all(0)
+        return Gram(products_BRX[:, :, :-2], finite_R, products_BRX[:, 0, -1], sent)
+
+
+def extra_bytes(rows: GradRows, layout: Layout, size: int) -> int:
+    """What this rank will send in a step."""
+    num_model = dist.get_world_size(compat.model_group())
+    num_data = dist.get_world_size(compat.data_group())
+    blocks, each = len(layout.names), -(-len(layout.names) // num_model)
+    row = 4 * rows.num_local * size
+    vectors = layout.row_map.num_vectors
+    grams = 8 * blocks * vectors * (vectors + 2)
+    return (
+        wire.all_reduce(blocks * row + grams, num_model)
+        + wire.scatter(num_data * each * row, num_data)
+    )

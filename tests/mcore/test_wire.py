@@ -1,0 +1,205 @@
+"""Exact rows cost no wire and at most one bucket of memory: counted, not claimed."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+import megatron_dr
+from megatron_dr import DRConfig
+from megatron_dr.mcore import wire
+from megatron_dr.mcore.exact_gram import ExactGram
+from megatron_dr.mcore.handle import attached
+
+from . import _megatron, _oracle
+from ._data import Layout
+from ._ranks import run_ranks
+
+DP4 = Layout(dp=4, target_ranks=1)
+LAYOUTS = {
+    "dp4": DP4,
+    "dp4-distopt": Layout(dp=4, target_ranks=1, distributed_optimizer=True),
+    "dp4-distopt-overlap": Layout(
+        dp=4, target_ranks=1, distributed_optimizer=True, overlap=True
+    ),
+    "dp2-tp2": Layout(dp=2, tp=2, target_ranks=1, targets=2, distributed_optimizer=True),
+    "dp2-pp2": Layout(dp=2, pp=2, target_ranks=1, targets=2, distributed_optimizer=True),
+}
+
+
+class Counter:
+    """Counts what a rank sends: wraps torch.distributed's collectives, which still run."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        reduce, gather = wire.all_reduce, wire.scatter
+        self._count("all_reduce", lambda x, n: reduce(x[0].nbytes, n))
+        self._count("reduce_scatter_tensor", lambda x, n: gather(x[1].nbytes, n))
+        self._count("all_gather_into_tensor", lambda x, n: gather(x[0].nbytes, n))
+        self._count("all_to_all_single", lambda x, n: gather(x[0].nbytes, n))
+        for name in ("_reduce_scatter_base", "_all_gather_base", "dist_reduce_scatter_func"):
+            self._alias(name)
+
+    def _count(self, name: str, cost: Any) -> None:
+        stock = getattr(dist, name)
+
+        def counted(*args: Any, **kw: Any) -> Any:
+            tensors = [*args, *(kw[k] for k in ("output", "tensor", "input") if k in kw)]
+            self.bytes += cost(tensors, dist.get_world_size(kw.get("group")))
+            return stock(*args, **kw)
+
+        setattr(dist, name, counted)
+
+    def _alias(self, name: str) -> None:
+        """Megatron's own name for the reduce-scatter."""
+        from megatron.core.distributed import param_and_grad_buffer as module
+
+        if hasattr(module, name):
+            setattr(module, name, dist.reduce_scatter_tensor)
+
+
+def sent(layout: Layout, dr: DRConfig | None, initial: Any) -> int:
+    """Bytes that a rank sends in two steps after the model is built."""
+    counter = Counter()
+    started = {}
+
+    def plugin(model: Any, optimizer: Any, config: Any) -> Any:
+        handle = None if dr is None else megatron_dr.attach(model, optimizer, config, dr)
+        started["at"] = counter.bytes
+        return handle
+
+    _megatron.train(layout, 2, initial, plugin)
+    return counter.bytes - started["at"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_exact_rows_send_what_plain_megatron_sends(layout: Layout) -> None:
+    initial = _oracle.initial(layout)
+    dr = DRConfig(rows="rank", target_ranks=1)  # auto: exact, as it sends less
+    stock = run_ranks(layout.world, sent, layout, None, initial)
+    ours = run_ranks(layout.world, sent, layout, dr, initial)
+    assert min(stock) > 50_000
+    for plain, projected in zip(stock, ours):
+        assert abs(projected - plain) <= 0.01 * plain, (projected, plain)
+
+
+def test_sketches_send_less_than_exact_slots() -> None:
+    layout = Layout(dp=2, distributed_optimizer=True)
+    initial = _oracle.initial(layout)
+    few = DRConfig(slots=2, gram="sketch", sketch_size=64)
+    stock, exact, sketched = (
+        run_ranks(2, sent, layout, dr, initial)[0]
+        for dr in (None, DRConfig(slots=2, gram="exact"), few)
+    )
+    assert stock < sketched < exact
+
+
+def announced(layout: Layout, dr: DRConfig, initial: Any) -> tuple[str, int, int]:
+    """The kind of gram, and the extra bytes that the step reports and that were counted."""
+    counter, marks = Counter(), []
+
+    def plugin(model: Any, optimizer: Any, config: Any) -> Any:
+        handle = megatron_dr.attach(model, optimizer, config, dr)
+        source, stock = handle.source, handle.source.gram
+
+        def measured(*args: Any) -> Any:
+            before = counter.bytes
+            gram = stock(*args)
+            marks.append(counter.bytes - before)
+            return gram
+
+        source.gram = measured
+        return handle
+
+    model = _megatron.train(layout, 1, initial, plugin)[0]
+    handle = attached(model)
+    assert handle is not None and handle.projection is not None
+    return type(handle.source).__name__, handle.projection.wire_bytes, marks[0]
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, tp=2)], ids=["dp2", "dp2-tp2"])
+def test_reported_bytes_are_the_counted_ones(layout: Layout) -> None:
+    initial = _oracle.initial(layout)
+    dr = DRConfig(slots=2, gram="sketch", sketch_size=64)
+    for kind, reported, counted in run_ranks(layout.world, announced, layout, dr, initial):
+        assert kind == "SketchedGram" and reported == counted > 0
+
+
+@pytest.mark.parametrize(
+    "layout, dr, kind",
+    [
+        (DP4, DRConfig(rows="rank", target_ranks=1), "ExactGram"),
+        (Layout(), DRConfig(slots=4), "ExactGram"),  # one rank: nothing to send
+        (Layout(dp=2), DRConfig(slots=2, sketch_size=64), "SketchedGram"),
+        (Layout(dp=2), DRConfig(slots=2, sketch_size=2**20), "ExactGram"),
+        (Layout(dp=2), DRConfig(slots=2, sketch_size=64, gram="exact"), "ExactGram"),
+    ],
+    ids=["target-ranks", "one-rank", "small-sketch", "large-sketch", "asked"],
+)
+def test_auto_takes_what_sends_less(layout: Layout, dr: DRConfig, kind: str) -> None:
+    if dr.gram == "exact":
+        dr = DRConfig(slots=2, gram="exact")
+    found = run_ranks(layout.world, announced, layout, dr, _oracle.initial(layout))
+    assert {k for k, _, _ in found} == {kind}
+
+
+def peak(layout: Layout, initial: Any) -> tuple[int, int]:
+    """Most bytes that a projection holds beyond what was there, and a bucket's."""
+    from megatron_dr.mcore import exact_gram
+
+    exact_gram._PRODUCT = 500  # small beside a bucket, as it is in a large model
+    dr = DRConfig(rows="rank", target_ranks=1, gram="exact")
+    found = []
+
+    def plugin(model: Any, optimizer: Any, config: Any) -> Any:
+        handle = megatron_dr.attach(model, optimizer, config, dr)
+        stock = handle.source.gram
+
+        def measured(*args: Any) -> Any:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                gram = stock(*args)
+            held = most = 0
+            for event in profiler.profiler.kineto_results.events():
+                if event.name() == "[memory]":
+                    held += event.nbytes()
+                    most = max(most, held)
+            found.append(most)
+            return gram
+
+        handle.source.gram = measured
+        return handle
+
+    model = _megatron.train(layout, 1, initial, plugin)[0]
+    groups = model[0].bucket_groups
+    return found[0], max(b.grad_data.nbytes for g in groups for b in g.buckets)
+
+
+def test_extra_memory_is_about_a_bucket() -> None:
+    """One bucket is received while another is sent from in place."""
+    layout = Layout(dp=4, target_ranks=1, distributed_optimizer=True)
+    for most, bucket in run_ranks(4, peak, layout, _oracle.initial(layout)):
+        assert 0.9 * bucket < most < 1.2 * bucket, (most, bucket)
+
+
+def test_a_large_unit_is_exchanged_and_multiplied_in_chunks() -> None:
+    from megatron_dr.mcore import exact_gram
+
+    layout = Layout(dp=2)
+    initial = _oracle.initial(layout)
+
+    def gram(small: bool) -> Any:
+        if small:
+            exact_gram._CHUNK, exact_gram._PRODUCT = 1000, 777
+        dr = DRConfig(slots=2, gram="exact")
+        model, _, cfg, log = _megatron.train(
+            layout, 1, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr)
+        )
+        assert isinstance(attached(model).source, ExactGram)  # type: ignore[union-attr]
+        return log[0][1].gram_BRR, _megatron.pieces(model, cfg)
+
+    (whole, parameters), (parts, others) = run_ranks(2, gram, False)[0], run_ranks(2, gram, True)[0]
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    for (_, _, _, one), (_, _, _, other) in zip(parameters, others):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
