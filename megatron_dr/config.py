@@ -147,7 +147,8 @@ class DRConfig:
             raise ValueError(f"sketch_size must be a power of two up to 2**31, not {size}.")
         if not 0.0 < self.sketch_error < 1.0:
             raise ValueError(f"sketch_error must be in (0, 1), not {self.sketch_error}.")
-        if self.alpha_style in ("linear", "cosine") and not (self.alpha_steps or 1) >= 1:
+        steps = self.alpha_steps
+        if self.alpha_style in ("linear", "cosine") and steps is not None and steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains must have different names, not {', '.join(self.domains)}.")

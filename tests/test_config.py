@@ -62,6 +62,7 @@ OUT_OF_RANGE = [
     ("end_alpha", -0.1, {}),
     ("end_alpha", 1.5, {"alpha_style": "linear"}),
     ("alpha_steps", -1, {"alpha_style": "linear"}),
+    ("alpha_steps", 0, {"alpha_style": "cosine"}),
     ("radius", -0.5, {"set": "ball"}),
     ("radius", math.nan, {"set": "ball"}),
     ("target_ranks", -1, {"rows": "rank"}),

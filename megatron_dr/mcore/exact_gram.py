@@ -37,8 +37,6 @@ _PRODUCT = 1 << 20  # elements in float64 that are multiplied at a time
 class ExactGram:
     """Grams of whole gradients; `combine` leaves the gradient reduced over data ranks."""
 
-    reduces = True
-
     def __init__(self, rows: GradRows, layout: Layout, model: list[Any]) -> None:
         self.rows, self.layout, self.model = rows, layout, model
         self.units = units_of(model, rows, layout)  # by bucket group

@@ -26,8 +26,6 @@ class SketchedGram:
         size: K.
     """
 
-    reduces = False  # whether `combine` leaves a gradient that is reduced over data ranks
-
     def __init__(self, rows: GradRows, layout: Layout, size: int, seed: int) -> None:
         self.rows, self.layout, self.size, self.seed = rows, layout, size, seed
 
