@@ -2,14 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat, finalize, notes, step_log
+from megatron_dr.mcore import compat, finalize, normalisation, notes, row_groups, step_log
 from megatron_dr.mcore.choice import choose
 from megatron_dr.mcore.dial import AlphaDial
 from megatron_dr.mcore.exact_gram import ExactGram
@@ -17,7 +16,6 @@ from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.layout import Layout
 from megatron_dr.mcore.ownership import block_names, owned_parameters
 from megatron_dr.mcore.roles import RoleRouter, merge_reports
-from megatron_dr.mcore.row_map import RowMap
 from megatron_dr.mcore.stopwatch import Stopwatch
 from megatron_dr.projection import block_of
 
@@ -47,7 +45,12 @@ def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) 
         if existing.dr == dr:
             return existing
         existing.detach()
-    handle = Handle(list(model), optimizer, config, dr)
+    kind = Handle
+    if dr.rows == "sample":
+        from megatron_dr.mcore.samples.handle import SampleHandle
+
+        kind = SampleHandle
+    handle = kind(list(model), optimizer, config, dr)
     setattr(model[0], _ATTRIBUTE, handle)
     return handle
 
@@ -70,6 +73,7 @@ class Handle:
     def __init__(
         self, model: list[torch.nn.Module], optimizer: Any, config: Any, dr: DRConfig
     ) -> None:
+        _check_dial(dr)
         self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
         owned = owned_parameters(model, config)
         names = block_names(owned, dr.blocks)
@@ -78,7 +82,7 @@ class Handle:
             names=names,
             blocks=tuple(number[block_of(o.name, dr.blocks)] for o in owned),
             ranks_per_row=compat.ranks_per_row(),
-            row_map=_row_map(dr),
+            row_map=row_groups.row_map_of(dr),
         )
         row_map = self.layout.row_map
         self.rows = GradRows(
@@ -103,6 +107,9 @@ class Handle:
     def detach(self) -> None:
         """Take the plugin off; the rows' buffers go with the handle."""
         self.rows.end_step()
+        self._forget()
+
+    def _forget(self) -> None:
         if getattr(self.model[0], _ATTRIBUTE, None) is self:
             delattr(self.model[0], _ATTRIBUTE)
 
@@ -115,36 +122,18 @@ class Handle:
 
     # -- a step ----------------------------------------------------------------------------------
     @property
+    def target_due(self) -> bool:
+        """Whether the next step needs target microbatches."""
+        return True
+
+    @property
     def on_target_rank(self) -> bool:
         """Whether this rank runs only target microbatches."""
         return self.layout.group < self.layout.row_map.target_groups
 
     def check_batch(self, num_general: int, num_target: int) -> None:
         """Raise ValueError where a step's microbatches can't make the rows that the set needs."""
-        dr, row_map = self.dr, self.layout.row_map
-        if num_target == 0 and dr.needs_target:
-            raise ValueError(
-                f"--dr-set {dr.set} needs target data: give a target batch (--dr-target-data), "
-                "or --dr-set mean."
-            )
-        if dr.rows == "slot" and num_general % dr.num_slots:
-            raise ValueError(
-                f"{num_general} general microbatches per rank can't be divided into {dr.num_slots} "
-                "slots: change --dr-slots, or --global-batch-size."
-            )
-        if row_map.halves == "buffers" and num_target % 2:
-            raise ValueError(
-                f"--dr-alpha-style auto halves the target batch, but a rank has {num_target} "
-                "target microbatches and the data-parallel size is odd: change "
-                "--dr-target-batch-size."
-            )
-        rows = row_map.num_rows
-        if dr.set in ("topk", "greedy", "capped") and 1 < rows < 1.0 / dr.fraction - 1e-9:
-            raise ValueError(
-                f"--dr-set {dr.set} with fraction {dr.fraction} needs at least "
-                f"{int(1 / dr.fraction + 0.999)} rows, but a step has {rows}: raise --dr-slots, "
-                "the data-parallel size or --dr-fraction."
-            )
+        row_groups.check_batch(self.dr, self.layout.row_map, num_general, num_target)
 
     def step(
         self,
@@ -152,6 +141,7 @@ class Handle:
         *,
         target_data_iterator: Any = None,
         num_target_microbatches: int = 0,
+        target_micro_batch_size: int | None = None,
         domains: Sequence[int] = (),
         **schedule: Any,
     ) -> Any:
@@ -162,6 +152,8 @@ class Handle:
             target_data_iterator: as `data_iterator`: one, or a list with one per model chunk.
             num_target_microbatches: target microbatches of this rank in this step; with
                 `target_ranks`, of each of those.
+            target_micro_batch_size: samples in a target microbatch; only with sample rows may
+                they differ from the general ones' number.
             domains: with domain rows, the domain number of each general microbatch of this rank.
             schedule: the schedule's own arguments; `num_microbatches` counts the general ones.
 
@@ -267,9 +259,11 @@ class Handle:
         self._stopwatch.start()
         row_map = self.layout.row_map
         with_target = row_map.target_groups > 0 or router.num_target > 0
-        ratio, role_scale, share_D = self._normalisation(router, num_tokens is not None)
+        ratio, role_scale, share_D = normalisation.factors(
+            router, row_map, num_tokens is not None, self.rows.device
+        )
         if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
-            num_tokens = _as_tensor(sum(router.tokens[:-1]), num_tokens)
+            num_tokens = normalisation.general_tokens(router, num_tokens)
         self.rows.bind(0)
         dial = self.dial.of_step(self.steps, samples, with_target)
         self.projection = finalize.project(
@@ -283,89 +277,15 @@ class Handle:
         )
         return num_tokens
 
-    def _normalisation(
-        self, router: RoleRouter, per_token: bool
-    ) -> tuple[torch.Tensor, float, torch.Tensor | None]:
-        """c_t / c, the general role's scale, and with domain rows each domain's share."""
-        row_map, device = self.layout.row_map, self.rows.device
-        n_t, n_g, groups = router.num_target, router.num_general, row_map.target_groups
-        share_D = None
-        if per_token or row_map.kind == "domain":
-            amounts = self._total(router.tokens if per_token else router.microbatches, device)
-            general, target = amounts[:-1].sum(), amounts[-1]
-            if row_map.kind == "domain":
-                share_D = amounts[:-1] / general
-        if per_token:
-            return general / target.clamp(min=1), 1.0, share_D
-        if groups:  # each rank divided by its own microbatches, Megatron divides by all ranks
-            others = row_map.groups - groups
-            ratio, role_scale = others / groups, row_map.groups / others
-        else:  # each microbatch was divided by n_t + n_g
-            ratio, role_scale = n_g / n_t if n_t else 0.0, (n_t + n_g) / n_g
-        return torch.tensor(ratio, dtype=torch.float64, device=device), role_scale, share_D
-
-    def _total(self, amounts: list[torch.Tensor | int], device: torch.device) -> torch.Tensor:
-        """Microbatches, or tokens, by domain and of the target, over all data ranks, float64."""
-        counts = torch.stack(
-            [_as_tensor(n, torch.zeros([], dtype=torch.float64, device=device)).to(device)
-             for n in amounts]
-        )  # fmt: skip
-        if not self._counts_here():
-            counts.zero_()
-        dist.all_reduce(counts, group=compat.model_group())
-        dist.all_reduce(counts, group=compat.data_group())
-        return counts
-
     def _target_samples(self, per_rank: int) -> int:
         """Target samples of a step over all ranks that run them."""
         ranks: int = parallel_state.get_data_parallel_world_size()
         return per_rank * (self.dr.target_ranks or ranks)
 
-    @staticmethod
-    def _counts_here() -> bool:
-        """One rank of a model copy counts: the first tensor-parallel rank of the last stage."""
-        return (
-            parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        )
 
-
-def _row_map(dr: DRConfig) -> RowMap:
-    """Rows of all ranks.
-
-    Raises:
-        ValueError: target ranks or domains that this layout can't have.
-    """
-    peers = compat.ranks_per_row()
-    groups = dist.get_world_size(compat.data_group()) // peers
+def _check_dial(dr: DRConfig) -> None:
+    """Raise ValueError where alpha's rule lacks what only the run can say."""
     if dr.alpha_style in ("linear", "cosine") and dr.alpha_steps is None:
         raise ValueError(f"alpha_style {dr.alpha_style!r} needs alpha_steps, the run's length.")
     if dr.alpha_style == "auto" and dr.target_size is None:
         raise ValueError("alpha_style 'auto' needs target_size, the samples of the target set.")
-    together = peers // parallel_state.get_context_parallel_world_size()
-    ranks = parallel_state.get_data_parallel_world_size()
-    if dr.target_ranks and (dr.target_ranks % together or dr.target_ranks >= ranks):
-        raise ValueError(
-            f"--dr-target-ranks {dr.target_ranks} must be a multiple of {together} (ranks that "
-            f"exchange tokens have one role) below the data-parallel size {ranks}."
-        )
-    target_groups = dr.target_ranks // together
-    if dr.rows == "domain" and len(dr.domains) < 2:
-        raise ValueError("domain rows need the names of at least two general corpora.")
-    halves: Literal["none", "groups", "buffers"] = "none"
-    if dr.alpha_style == "auto":
-        halves = "buffers" if (target_groups or groups) % 2 else "groups"
-        if target_groups % 2:
-            raise ValueError(
-                f"--dr-alpha-style auto halves the target batch over ranks: --dr-target-ranks "
-                f"{dr.target_ranks} must be a multiple of {2 * together}."
-            )
-    return RowMap(dr.rows, groups, dr.num_slots, target_groups, halves)
-
-
-def _as_tensor(value: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.to(like.dtype)
-    return torch.full_like(like, value)
-
-

@@ -64,16 +64,32 @@ class OwnedParameter:
         return self.parameter.numel() * self.shards
 
     def global_index(self, start: int, stop: int) -> torch.Tensor:
-        """Positions [stop - start] in the whole parameter of local elements start..stop (flat)."""
-        flat = torch.arange(start, stop, device=self.parameter.device)
+        """Positions [stop - start] in the whole parameter of local elements start..stop (flat).
+
+        A shard is made of runs of elements that are neighbours in the whole parameter too, of
+        part x inner elements: part, this rank's share of one stacked matrix along `dim`, and
+        inner, the elements of the dimensions behind it. The whole parameter holds run r of every
+        shard, then run r + 1 of every shard, so that
+
+            local r run + i  is  global (r shards + shard) run + i .
+
+        A span is cut into the end of a run, whole runs and the beginning of a run, so that each
+        part is a sum of local positions and one number per run: no division per element, which
+        in int64 is slow.
+        """
+        index = torch.arange(start, stop, device=self.parameter.device)
         if self.shards == 1:
-            return flat
+            return index
         shape = self.parameter.shape
-        length, inner = shape[self.dim], shape[self.dim + 1 :].numel()
-        outer, along, within = flat // (length * inner), flat // inner % length, flat % inner
-        part = length // self.stride
-        along = (along // part) * (part * self.shards) + self.shard * part + along % part
-        return (outer * (length * self.shards) + along) * inner + within
+        run = shape[self.dim :].numel() // self.stride
+        first = min(start + -start % run, stop)  # whole runs lie in [first, last)
+        last = max(stop - stop % run, first)
+        for begin, end in ((start, first), (first, last), (last, stop)):
+            if begin < end:
+                runs = torch.arange(begin // run, -(-end // run), device=index.device)
+                shifts = (runs * (self.shards - 1) + self.shard) * run
+                index[begin - start : end - start].view(len(runs), -1).add_(shifts[:, None])
+        return index
 
 
 def owned_parameters(

@@ -18,13 +18,84 @@ from megatron_dr.mcore.row_map import RowMap
 Report = dict[str, torch.Tensor]
 
 
-class RoleRouter:
-    """Wraps a step's `forward_step_func`; lives for one schedule call.
+class MicrobatchRouter:
+    """Wraps a step's `forward_step_func`; lives for one schedule call. Target microbatches first.
+
+    Args:
+        num_target, num_general: microbatches of each role.
+        target_data_iterator: as the schedule's own: one iterator, or one per model chunk.
+    """
+
+    def __init__(
+        self,
+        model: list[torch.nn.Module],
+        num_target: int,
+        num_general: int,
+        target_data_iterator: Any,
+    ) -> None:
+        self.num_target = num_target
+        self.num_general = num_general
+        self._chunk = {id(module): number for number, module in enumerate(model)}
+        self._target_data = target_data_iterator
+        self._forwards: Counter[int] = Counter()
+        self._backwards: Counter[int] = Counter()
+
+    def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
+        """A microbatch's forward or backward begins on a model chunk."""
+
+    def forwarded(self, chunk: int, microbatch: int, loss_func: Any) -> Any:
+        """A microbatch's forward is done; returns the loss function to use."""
+        return loss_func
+
+    def wrap(self, forward_step_func: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_step(data_iterator: Any, module: torch.nn.Module, *args: Any) -> Any:
+            chunk = self._chunk[id(module)]
+            microbatch = self._forwards[chunk]
+            self._forwards[chunk] += 1
+            self.enter(chunk, microbatch, backward=False)
+            is_target = microbatch < self.num_target
+            data = self._target_iterator(chunk) if is_target else data_iterator
+            output, loss_func = forward_step_func(data, module, *args)
+            self._mark_backward(output, chunk, microbatch)
+            return output, self.forwarded(chunk, microbatch, loss_func)
+
+        return forward_step
+
+    def _target_iterator(self, chunk: int) -> Iterator[Any] | None:
+        if isinstance(self._target_data, list):
+            iterator: Iterator[Any] | None = self._target_data[chunk]
+            return iterator
+        return self._target_data  # type: ignore[no-any-return]
+
+    def _mark_backward(self, output: torch.Tensor, chunk: int, microbatch: int) -> None:
+        if not output.requires_grad:  # validation, or a stage without trainable parameters
+            self._backwards[chunk] += 1
+            return
+
+        def begin(grad: torch.Tensor) -> None:
+            self._backwards[chunk] += 1
+            self.enter(chunk, microbatch, backward=True)
+
+        output.register_hook(begin)
+
+    def check_complete(self) -> None:
+        """Raise unless every microbatch of every chunk ran backward once."""
+        expected = self.num_target + self.num_general
+        for chunk in self._chunk.values():
+            if self._forwards[chunk] != expected or self._backwards[chunk] != expected:
+                raise RuntimeError(
+                    f"model chunk {chunk} ran {self._forwards[chunk]} forwards and "
+                    f"{self._backwards[chunk]} backwards of {expected} microbatches, so gradients "
+                    "of target and general data are mixed: the schedule must call "
+                    "forward_step_func once per microbatch and run each backward once."
+                )
+
+
+class RoleRouter(MicrobatchRouter):
+    """Binds each microbatch's gradient to the buffer of its row.
 
     Args:
         rows: the buffers; None when gradients are not routed (validation).
-        num_target, num_general: microbatches of each role.
-        target_data_iterator: as the schedule's own: one iterator, or one per model chunk.
         domains: domain number of each general microbatch, with domain rows.
         row_map: which buffers make which rows.
 
@@ -42,13 +113,8 @@ class RoleRouter:
         domains: Sequence[int],
         row_map: RowMap,
     ) -> None:
+        super().__init__(model, num_target, num_general, target_data_iterator)
         self.rows = rows
-        self.num_target = num_target
-        self.num_general = num_general
-        self._chunk = {id(module): number for number, module in enumerate(model)}
-        self._target_data = target_data_iterator
-        self._forwards: Counter[int] = Counter()
-        self._backwards: Counter[int] = Counter()
         self._domains, self._row_map = domains, row_map
         kinds = row_map.slots if row_map.kind == "domain" else 1
         self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
@@ -84,40 +150,13 @@ class RoleRouter:
             return -1
         return self._domains[general] if self._domains else 0
 
-    def wrap(self, forward_step_func: Callable[..., Any]) -> Callable[..., Any]:
-        def forward_step(data_iterator: Any, module: torch.nn.Module, *args: Any) -> Any:
-            chunk = self._chunk[id(module)]
-            microbatch = self._forwards[chunk]
-            self._forwards[chunk] += 1
-            is_target = microbatch < self.num_target
-            if self.rows is not None:
-                self.rows.bind(self.row(microbatch), chunk)
-            data = self._target_iterator(chunk) if is_target else data_iterator
-            output, loss_func = forward_step_func(data, module, *args)
-            if self.rows is not None:
-                self._mark_backward(output, chunk, self.row(microbatch))
-            self.microbatches[self._kind(microbatch)] += 1 if chunk == 0 else 0
-            return output, self._count_tokens(loss_func, self._kind(microbatch))
+    def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
+        if self.rows is not None:
+            self.rows.bind(self.row(microbatch), chunk)
 
-        return forward_step
-
-    def _target_iterator(self, chunk: int) -> Iterator[Any] | None:
-        if isinstance(self._target_data, list):
-            iterator: Iterator[Any] | None = self._target_data[chunk]
-            return iterator
-        return self._target_data  # type: ignore[no-any-return]
-
-    def _mark_backward(self, output: torch.Tensor, chunk: int, row: int) -> None:
-        if not output.requires_grad:  # a stage without trainable parameters
-            self._backwards[chunk] += 1
-            return
-
-        def begin(grad: torch.Tensor) -> None:
-            self._backwards[chunk] += 1
-            assert self.rows is not None
-            self.rows.bind(row, chunk)
-
-        output.register_hook(begin)
+    def forwarded(self, chunk: int, microbatch: int, loss_func: Any) -> Any:
+        self.microbatches[self._kind(microbatch)] += 1 if chunk == 0 else 0
+        return self._count_tokens(loss_func, self._kind(microbatch))
 
     def _count_tokens(self, loss_func: Callable[..., Any], kind: int) -> Callable[..., Any]:
         if loss_func is None:
@@ -130,18 +169,6 @@ class RoleRouter:
             return result
 
         return counted
-
-    def check_complete(self) -> None:
-        """Raise unless every microbatch of every chunk ran backward once."""
-        expected = self.num_target + self.num_general
-        for chunk in self._chunk.values():
-            if self._forwards[chunk] != expected or self._backwards[chunk] != expected:
-                raise RuntimeError(
-                    f"model chunk {chunk} ran {self._forwards[chunk]} forwards and "
-                    f"{self._backwards[chunk]} backwards of {expected} microbatches, so gradients "
-                    "of target and general data are mixed: the schedule must call "
-                    "forward_step_func once per microbatch and run each backward once."
-                )
 
 
 def merge_reports(

@@ -198,9 +198,10 @@ class Halfspace:
         """w_i = -min(0, mean(c))/|mean|^2 / M, beside t itself."""
         gram_BMM, cross_BM = gram_BMM.double(), cross_BM.double()
         mean_sq_B = _mean_sq(gram_BMM)
-        against_B = -cross_BM.mean(1).clamp(max=0.0) / mean_sq_B / cross_BM.shape[1]
+        cross_B = cross_BM.mean(1)
         vanishes_B = mean_sq_B <= _VANISHING * gram_BMM.diagonal(dim1=1, dim2=2).mean(1)
-        weights_B1 = torch.where(vanishes_B, 0.0, against_B)[:, None]
+        against_B = -cross_B / mean_sq_B / cross_BM.shape[1]
+        weights_B1 = torch.where((cross_B >= 0.0) | vanishes_B, 0.0, against_B)[:, None]
         return spoil(weights_B1.expand_as(cross_BM).contiguous(), gram_BMM, cross_BM)
 
 

@@ -15,10 +15,10 @@ from megatron_dr.projection.feasible_sets import check_fraction, spoil
 
 
 @dataclass(frozen=True)
-class TopK:
-    """W = {1_S/|S| : |S| = k}, k = max(1, round(fraction M)), maximising c.w.
+class _Selection:
+    """Means of subsets, as large as `fraction` says.
 
-    First-order data selection: the projection's linear part. Equal scores: the lower row wins.
+    :raises ValueError: a fraction that is not above 0 and at most 1.
     """
 
     fraction: float
@@ -26,6 +26,14 @@ class TopK:
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
+
+
+@dataclass(frozen=True)
+class TopK(_Selection):
+    """W = {1_S/|S| : |S| = k}, k = max(1, round(fraction M)), maximising c.w.
+
+    First-order data selection: the projection's linear part. Equal scores: the lower row wins.
+    """
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """1/k on the k rows with the largest c."""
@@ -37,7 +45,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(_Selection):
     """W as in `TopK`; S grows by the row that lowers |J^T 1_S/k - t|^2 most, k times.
 
     The second-order term G makes rows that repeat each other lose to rows that add something.
@@ -45,12 +53,6 @@ class Greedy:
     Data for LLM Training in Every Iteration, NeurIPS 2024), which picks a batch greedily by a
     Taylor expansion of the validation loss. Equal gains: the lower row wins.
     """
-
-    fraction: float
-    target_weight: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """1/k on the rows taken; row i's gain is c_i/k - (G_ii + 2 sum_{j in S} G_ij)/(2 k^2)."""
@@ -67,18 +69,12 @@ class Greedy:
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(_Selection):
     """Drop the round(fraction n) most negative of the n rows with c_i < 0; W = {mean of the rest}.
 
     fraction = 1 drops every row that disagrees with the target. Where all M disagree no row is
     left: w = 0, and the update holds no general row at all. Equal scores: the lower row stays.
     """
-
-    fraction: float
-    target_weight: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """1/(rows left) on the rows left."""

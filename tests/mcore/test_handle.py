@@ -230,6 +230,7 @@ def test_wrong_arguments_are_refused() -> None:
         (DRConfig(set="cone", slots=4), 6, 4, "can't be divided into 4"),
         (DRConfig(set="topk", fraction=0.1, slots=4), 4, 4, "at least 10 rows"),
         (DRConfig(set="capped", fraction=0.2, slots=4), 4, 4, "at least 5 rows"),
+        (DRConfig(alpha_style="auto", target_size=9, slots=4), 4, 3, "halves the target batch"),
     ],
 )
 def test_batches_that_make_no_rows(dr: DRConfig, general: int, target: int, words: str) -> None:
@@ -237,6 +238,25 @@ def test_batches_that_make_no_rows(dr: DRConfig, general: int, target: int, word
         handle = megatron_dr.attach(*fresh(), dr)
         with pytest.raises(ValueError, match=words):
             handle.check_batch(general, target)
+
+    one(case)
+
+
+@pytest.mark.parametrize(
+    "dr, words",
+    [
+        (DRConfig(rows="domain"), "names of at least two general corpora"),
+        (DRConfig(rows="rank", target_ranks=1), "below the data-parallel size 1"),
+        (DRConfig(alpha_style="linear", slots=4), "'linear' needs alpha_steps"),
+        (DRConfig(alpha_style="auto", slots=4), "needs target_size"),
+    ],
+)
+def test_rows_and_dials_that_cannot_be(dr: DRConfig, words: str) -> None:
+    def case() -> None:
+        model, optimizer, config = fresh()
+        with pytest.raises(ValueError, match=words):
+            megatron_dr.attach(model, optimizer, config, dr)
+        assert attached(model) is None
 
     one(case)
 

@@ -143,6 +143,13 @@ def test_halfspace_is_the_projection(kind: str) -> None:
     assert (d[4:].norm(dim=1) <= 1e-9 * size[4:]).all()  # t = -mean is removed whole
 
 
+def test_halfspace_leaves_a_target_that_agrees_alone() -> None:
+    """By +0.0: an update's -0.0 would only be read as a sign."""
+    J = rows("generic", 3, 4)
+    w = Halfspace().weights(*products(J, J.mean(1)))
+    assert torch.equal(w, torch.zeros(3, 4).double()) and not w.signbit().any()
+
+
 def test_halfspace_without_a_mean_is_the_target() -> None:
     J = rows("generic", 3, 4)
     J[:, 2:] = -J[:, :2]
