@@ -82,13 +82,16 @@ class DRConfig:
         "name",
     )
     end_alpha: float = _dial(0.0, "alpha at the end of a linear or cosine style", "share, 0 to 1")
-    norm: Literal["none", "general", "target"] = _dial(
-        "general", "length of the projected gradient d, per block: |mean row| or |t|", "name"
+    norm: Literal["none", "general", "target", "tokens"] = _dial(
+        "general",
+        "length of the projected gradient d, per block: |mean row|, |t|, or, with sample rows, "
+        "that of the mean token loss of the weighed samples",
+        "name",
     )
-    rows: Literal["rank", "slot", "domain"] = _dial(
+    rows: Literal["rank", "slot", "domain", "sample"] = _dial(
         "slot",
-        "a row is a data-parallel rank's gradient, one slot of its microbatches, or one general "
-        "corpus over all ranks",
+        "a row is a data-parallel rank's gradient, one slot of its microbatches, one general "
+        "corpus over all ranks, or one sample inside each layer's backward",
         "name",
     )
     slots: int = _dial(8, "slots per rank; each beyond the first keeps a gradient buffer", "count")
@@ -112,6 +115,31 @@ class DRConfig:
     )
     sketch_size: int | None = _dial(
         None, "K: elements per row and block; a power of two", "elements"
+    )
+    score: Literal["auto", "ghost", "sketched", "exact"] = _dial(
+        "auto",
+        "how sample rows are multiplied: token by token, by Kronecker sketches, or formed; auto: "
+        "by the FLOPs of each layer",
+        "name",
+    )
+    kronecker_out: int = _dial(64, "output side of a sample's sketch", "elements")
+    kronecker_in: int = _dial(64, "input side of a sample's sketch", "elements")
+    window: Literal["microbatch", "streaming", "step"] = _dial(
+        "microbatch",
+        "which samples compete: of a microbatch, of all by a running threshold, or of the step",
+        "name",
+    )
+    passes: int = _dial(
+        1,
+        "where weights are known only at the step's end: 1 keeps the layers' inputs and output "
+        "gradients, 2 runs each microbatch twice",
+        "1 or 2",
+    )
+    target_pass: Literal["own", "merged"] = _dial(
+        "own", "target samples in microbatches of their own, or in each general one", "name"
+    )
+    target_refresh: int = _dial(
+        1, "steps between two target passes of their own; in between the last one is used", "steps"
     )
     seed: int = _dial(0, "seed of the sketches; each step uses seed and step", "integer")
     log_blocks: bool = _dial(False, "log each block's values beside the model's", "flag")
@@ -150,8 +178,40 @@ class DRConfig:
         steps = self.alpha_steps
         if self.alpha_style in ("linear", "cosine") and steps is not None and steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
+        if self.rows == "sample":
+            self._check_samples()
+        elif self.norm == "tokens":
+            raise ValueError(f"norm='tokens' needs rows='sample', not rows={self.rows!r}.")
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains must have different names, not {', '.join(self.domains)}.")
+
+    def _check_samples(self) -> None:
+        """What only sample rows have."""
+        for name in ("kronecker_out", "kronecker_in", "target_refresh"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.passes not in (1, 2):
+            raise ValueError(f"passes must be 1 or 2, not {self.passes}.")
+        if self.alpha_style == "auto":
+            raise ValueError("alpha_style='auto' needs rows='rank', 'slot' or 'domain'.")
+        if self.set == "halfspace" and self.target_pass == "own":
+            raise ValueError(
+                "set='halfspace' with sample rows needs target_pass='merged': how much of the "
+                "target enters is known only after its own microbatches."
+            )
+        if self.window == "streaming" and (self.set, self.blocks, self.passes) != (
+            "topk", "matrix", 1,
+        ):  # fmt: skip
+            raise ValueError(
+                "window='streaming' needs set='topk', blocks='matrix' and passes=1, not "
+                f"{self.set!r}, {self.blocks!r} and {self.passes}."
+            )
+        cached = self.target_refresh > 1
+        if cached and (self.target_pass == "merged" or self.alpha or self.set == "target"):
+            raise ValueError(
+                "target_refresh above 1 keeps the target's scores, not its gradient: it needs "
+                "target_pass='own' and alpha=0."
+            )
 
     def feasible_set(self) -> FeasibleSet:
         """The set as an object, with its dials."""
@@ -162,7 +222,7 @@ class DRConfig:
         """General buffers per rank: slots, or domains; 1 for the sets that weigh no rows."""
         if self.set in ("mean", "target") and self.rows != "domain":
             return 1
-        return {"rank": 1, "slot": self.slots, "domain": len(self.domains)}[self.rows]
+        return {"slot": self.slots, "domain": len(self.domains)}.get(self.rows, 1)
 
     @property
     def needs_target(self) -> bool:

@@ -149,13 +149,36 @@ def test_every_choice_is_checked() -> None:
     plain = (float, int, bool, int | None, tuple[str, ...])
     names = {f.name for f in dataclasses.fields(DRConfig) if f.type not in plain}
     assert names == set(config._choices())
-    assert names == {"set", "alpha_style", "norm", "rows", "slot_dtype", "blocks", "gram"}
+    assert names == {"set", "alpha_style", "norm", "rows", "slot_dtype", "blocks", "gram", "score",
+                     "window", "target_pass"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, choices", config._choices().items())
 def test_every_choice_is_allowed(name: str, choices: tuple[str, ...]) -> None:
+    streaming = {"rows": "sample", "set": "topk", "blocks": "matrix"}
+    others = {"tokens": {"rows": "sample"}, "streaming": streaming}
     for choice in choices:
-        assert getattr(DRConfig(**{name: choice}), name) == choice  # type: ignore[arg-type]
+        dr = DRConfig(**{name: choice, **others.get(choice, {})})  # type: ignore[arg-type]
+        assert getattr(dr, name) == choice
+
+
+@pytest.mark.parametrize(
+    "dials, words",
+    [
+        ({"norm": "tokens", "rows": "slot"}, "norm='tokens' needs rows='sample'"),
+        ({"passes": 3}, "passes must be 1 or 2, not 3"),
+        ({"kronecker_in": 0}, "kronecker_in must be at least 1"),
+        ({"target_refresh": 0}, "target_refresh must be at least 1"),
+        ({"alpha_style": "auto"}, "alpha_style='auto' needs rows='rank'"),
+        ({"set": "halfspace"}, "needs target_pass='merged'"),
+        ({"window": "streaming"}, "window='streaming' needs set='topk'"),
+        ({"target_refresh": 2}, "needs target_pass='own' and alpha=0"),
+        ({"target_refresh": 2, "alpha": 0.0, "target_pass": "merged"}, "needs target_pass='own'"),
+    ],
+)
+def test_what_sample_rows_refuse(dials: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DRConfig(**{"rows": "sample", **dials})
 
 
 def test_equal_by_value_and_hashable() -> None:

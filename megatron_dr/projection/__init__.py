@@ -1,5 +1,6 @@
 """Pure mathematics of the projection: imports torch and nothing else of ours."""
 
+from megatron_dr.projection import flops, per_sample
 from megatron_dr.projection.blocks import block_of
 from megatron_dr.projection.dial import alpha_at, alpha_of, smoothed, statistics
 from megatron_dr.projection.feasible_sets import (
@@ -14,6 +15,7 @@ from megatron_dr.projection.feasible_sets import (
     Target,
 )
 from megatron_dr.projection.gram import gram_of, split
+from megatron_dr.projection.kronecker import Kronecker
 from megatron_dr.projection.measures import norm_scale, report
 from megatron_dr.projection.selection import Filter, Greedy, TopK
 from megatron_dr.projection.sketch import CountSketch, Sketch, key_of
@@ -30,6 +32,7 @@ __all__ = [
     "Greedy",
     "Halfspace",
     "Hull",
+    "Kronecker",
     "Mean",
     "Sketch",
     "Span",
@@ -38,11 +41,13 @@ __all__ = [
     "alpha_at",
     "alpha_of",
     "block_of",
+    "flops",
     "gram_and_error",
     "gram_of",
     "kkt_residual",
     "key_of",
     "norm_scale",
+    "per_sample",
     "report",
     "size_for",
     "smoothed",

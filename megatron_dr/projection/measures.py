@@ -18,17 +18,34 @@ _VANISHING = 1e-12  # |d|^2 relative to the rows' mean |g|^2 that is rounding, n
 _ZERO_ROW = 1e-6  # |w| relative to the block's largest that counts as none
 
 
-def norm_scale(rule: str, gram_BRR: Tensor, direction_BR: Tensor) -> Tensor:
-    """What d is multiplied by [B]: 1 (`none`), |mean g|/|d| (`general`) or |t|/|d| (`target`).
+def norm_scale(
+    rule: str, gram_BRR: Tensor, direction_BR: Tensor, share_M: Tensor | None = None
+) -> Tensor:
+    """What d is multiplied by [B].
 
-    Where d vanishes (|d|^2 at most 1e-12 tr(G)/M, G the gram of the M rows) the scale is 1.
+    none:    1.
+    general: |mean g|/|d|.
+    target:  |t|/|d|.
+    tokens:  1/(M sum_i w_i T_i/T), for rows that are samples. Row i is g_i = M U_i/T, U_i its
+             gradient summed over its T_i tokens and T = sum T_i, so that the rows' mean is the
+             gradient of the mean token loss. Then scale d = sum_i w_i U_i / sum_i w_i T_i is
+             the gradient of the rows' weighted mean token loss: of the chosen rows' own, where w
+             chooses.
+
+    1, too, where d vanishes (`general`, `target`: |d|^2 at most 1e-12 tr(G)/M, G the gram of the
+    M rows) or sum_i w_i T_i is not positive (`tokens`: nothing chosen, or weights of both signs).
 
     :param gram_BRR: of the rows and, last, the target.
-    :param direction_BR: d's coefficients.
+    :param direction_BR: d's coefficients. `tokens` takes the rows' for w.
+    :param share_M: T_i/T, for `tokens` alone.
+    :raises ValueError: an unknown rule, or `tokens` without share_M.
     """
-    if rule not in ("none", "general", "target"):
-        raise ValueError(f"norm rule is {rule!r}; it must be 'none', 'general' or 'target'.")
+    if rule not in ("none", "general", "target", "tokens"):
+        known = "'none', 'general', 'target' or 'tokens'"
+        raise ValueError(f"norm rule is {rule!r}; it must be {known}.")
     gram_BRR, direction_BR = gram_BRR.double(), direction_BR.double()
+    if rule == "tokens":
+        return _tokens_scale(direction_BR, share_M)
     length_sq_B = _dot(gram_BRR, direction_BR, direction_BR).clamp(min=0.0)
     if rule == "none":
         return torch.ones_like(length_sq_B)
@@ -68,6 +85,13 @@ def report(
         "effective_rows": effective_B if per_block else effective_B.mean(),
         "zero_rows": zero_B if per_block else zero_B.mean(),
     }
+
+
+def _tokens_scale(direction_BR: Tensor, share_M: Tensor | None) -> Tensor:
+    if share_M is None:
+        raise ValueError("norm rule 'tokens' needs share_M, each row's share of the tokens.")
+    tokens_B = (direction_BR[:, :-1] * share_M.to(direction_BR)).sum(1)
+    return torch.where(tokens_B > 0, 1.0 / (share_M.shape[-1] * tokens_B), 1.0)
 
 
 def _cosine(gram_BRR: Tensor, vector_BR: Tensor, per_block: bool) -> Tensor:

@@ -113,15 +113,24 @@ EXACT = {
     "set": "ball", "radius": 0.1, "ridge": 0.7, "rows": "rank", "gram": "exact", "target_ranks": 1
 }  # fmt: skip
 SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1}
+SAMPLES = {
+    "set": "topk", "rows": "sample", "norm": "tokens", "blocks": "layer", "score": "ghost",
+    "kronecker_out": 16, "kronecker_in": 8, "window": "step", "passes": 2, "target_pass": "own",
+    "target_refresh": 3, "alpha": 0.0,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("values", [SKETCHED, EXACT, SIZED])
+@pytest.mark.parametrize("values", [SKETCHED, EXACT, SIZED, SAMPLES])
 def test_round_trip(values: dict[str, Any]) -> None:
-    assert FIELDS.keys() == SKETCHED.keys() | EXACT.keys() | SIZED.keys() | TARGET.keys()
+    assert FIELDS.keys() == {n for v in (SKETCHED, EXACT, SIZED, SAMPLES, TARGET) for n in v}
     flags = []
     for name, value in {**values, **TARGET}.items():
         flags += [option(name)] if value is True else [option(name), str(value)]
     assert configs(*flags) == (DRConfig(**values), TargetConfig(**TARGET))
+
+
+OF_SAMPLES = ("score", "kronecker_out", "kronecker_in", "window", "passes", "target_pass",
+              "target_refresh")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -134,6 +143,7 @@ def test_the_default_given_is_the_default(name: str) -> None:
         "fraction": ["--dr-set", "topk"],
         "radius": ["--dr-set", "ball"],
         "end_alpha": ["--dr-alpha-style", "linear"],
+        **dict.fromkeys(OF_SAMPLES, ["--dr-rows", "sample"]),
     }.get(name, [])
     assert configs(*base, option(name), str(default)) == configs(*base)
 
@@ -171,11 +181,13 @@ def test_watching_alone_leaves_the_step_to_megatron() -> None:
 
 GIVEN = {
     "fraction": "0.5", "ridge": "0.5", "radius": "0.25", "end_alpha": "0.5", "slots": "4",
-    "slot_dtype": "bf16", "sketch_size": "64", "sketch_error": "0.1",
+    "slot_dtype": "bf16", "sketch_size": "64", "sketch_error": "0.1", "gram": "exact",
+    "score": "exact", "kronecker_out": "8", "kronecker_in": "8", "window": "step", "passes": "2",
+    "target_pass": "merged", "target_refresh": "1",
 }  # fmt: skip
 OTHERS: dict[str, tuple[Any, ...]] = {
     "set": tuple(FEASIBLE_SETS),
-    "rows": ("rank", "slot", "domain"),
+    "rows": ("rank", "slot", "domain", "sample"),
     "gram": ("auto", "exact", "sketch"),
     "alpha_style": ("constant", "linear", "cosine", "auto"),
 }
@@ -188,6 +200,8 @@ WHERE_READ: dict[str, tuple[str, tuple[Any, ...]]] = {
     "slot_dtype": ("rows", ("slot", "domain")),
     "sketch_size": ("gram", ("sketch", "auto")),
     "sketch_error": ("gram", ("sketch", "auto")),
+    "gram": ("rows", ("rank", "slot", "domain")),
+    **dict.fromkeys(OF_SAMPLES, ("rows", ("sample",))),
 }
 PAIRS = [(name, other, v) for name, (other, _) in WHERE_READ.items() for v in OTHERS[other]]
 

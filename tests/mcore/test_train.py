@@ -277,3 +277,54 @@ def test_rows_that_cannot_be_are_refused(data: dict[str, str], more: str, messag
     results = run(flags(data, target + more))
     assert [code for code, _, _ in results] == [2, 2]
     assert message in results[0][2]
+
+
+SAMPLE_ROWS = {
+    "matrix": "--dr-set topk --dr-fraction 0.5 --dr-norm tokens --dr-blocks matrix",
+    "two passes": "--dr-blocks model --dr-passes 2 --dr-score sketched --dr-window step",
+    "refreshed": "--dr-set filter --dr-norm tokens --dr-blocks matrix --dr-alpha 0 "
+    "--dr-target-refresh 2",
+    "streaming": "--dr-set topk --dr-norm tokens --dr-blocks matrix --dr-window streaming",
+}
+
+
+def samples(data: dict[str, str], mode: str) -> str:
+    return f"""--dr-rows sample --dr-target-data {data["target"]} --dr-target-batch-size 4
+        --micro-batch-size 2 {SAMPLE_ROWS[mode]}"""
+
+
+@pytest.mark.parametrize("mode", SAMPLE_ROWS)
+def test_sample_rows_resume_where_they_stopped(
+    data: dict[str, str], tmp_path: Path, mode: str
+) -> None:
+    paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]
+    checkpoint = f"--save {tmp_path / 'saved'} --save-interval 2"
+    more = [
+        ("", 4, paths[0]),
+        (f"{checkpoint} --exit-interval 2", 4, paths[1]),
+        (f"{checkpoint} --load {tmp_path / 'saved'}", 4, paths[2]),
+    ]
+    for extra, steps, path in more:
+        found = run(flags(data, f"{samples(data, mode)} {extra} --dr-metrics {path}", steps))
+        assert [code for code, _, _ in found] == [0, 0], found[0][2]
+    whole, *parts = [
+        {line["iteration"]: line["lm loss"] for line in metrics.read(path, "train")}
+        for path in paths
+    ]
+    assert len(whole) == 4
+    assert parts[0] | parts[1] == pytest.approx(whole, abs=1e-5)
+
+
+def test_sample_rows_with_the_target_in_the_microbatches(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    """Tensor-parallel ranks get batches of general and target samples from the one that reads."""
+    path = tmp_path / "metrics.jsonl"
+    more = f"""{samples(data, "matrix")} --dr-target-pass merged --tensor-model-parallel-size 2
+        --sequence-parallel --dr-metrics {path}"""
+    code, out, _ = run(flags(data, more, 3))[1]
+    assert code == 0 and "dr zero rows: " in out
+    first, *_, last = metrics.read(path, "train")
+    assert last["lm loss"] < first["lm loss"]
+    code, _, error = run(flags(data, more.replace("batch-size 4", "batch-size 6"), 3))[0]
+    assert code != 0 and "not a multiple of the 4 general microbatches" in error

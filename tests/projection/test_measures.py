@@ -43,6 +43,57 @@ def test_a_vanishing_direction_is_not_scaled(rule: str) -> None:
     assert torch.equal(norm_scale(rule, gram_of(X), opposite), one)
 
 
+def samples(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """U [B, M, N], each sample's gradient summed over its tokens; T_i [M]; X [B, R, N] of rows
+    g_i = M U_i/T and a target."""
+    U = rows("generic", 4, 5, seed=seed, elements=9)
+    tokens = torch.tensor([3.0, 1.0, 7.0, 2.0, 12.0], dtype=torch.float64)
+    g = 5 * U / tokens.sum()
+    return U, tokens, torch.cat([g, target("outside", g)[:, None]], 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_rule_gives_the_mean_over_the_chosen_rows_tokens(seed: int) -> None:
+    """Whatever multiple of the indicator w is, and in weighted means too; t plays no part."""
+    U, tokens, X = samples(seed)
+    chosen = (normal(4, 5, seed=seed + 1) > 0).double()
+    chosen[:, seed] = 1.0
+    direction = torch.cat([normal(4, 1, seed=seed + 2).abs() * chosen, normal(4, 1, seed=9)], 1)
+    d = combine(X[:, :-1], direction[:, :-1])
+    scale = norm_scale("tokens", gram_of(X), direction, tokens / tokens.sum())
+    assert torch.allclose(scale[:, None] * d, combine(U, chosen) / (chosen @ tokens)[:, None])
+    w = normal(4, 5, seed=seed + 3).abs()
+    scale = norm_scale("tokens", gram_of(X), torch.cat([w, w[:, :1]], 1), tokens / tokens.sum())
+    assert torch.allclose(
+        scale[:, None] * combine(X[:, :-1], w), combine(U, w) / (w @ tokens)[:, None]
+    )
+
+
+def test_tokens_rule_of_all_rows_is_no_change() -> None:
+    _, tokens, X = samples()
+    mean = torch.full((4, 6), 1 / 5)
+    scale = norm_scale("tokens", gram_of(X), mean, (tokens / tokens.sum()).float())
+    assert torch.allclose(scale, torch.ones(4).double(), rtol=1e-6)
+
+
+def test_tokens_rule_where_no_token_is_chosen() -> None:
+    _, tokens, X = samples()
+    direction, share = normal(4, 6, seed=1), tokens / tokens.sum()
+    direction[0] = 0.0
+    direction[1] = -direction[1].abs()
+    direction[2, :-1] = torch.tensor([1.0, -1.0, 0.0, -1.0, 0.0])  # 3 - 1 - 2 tokens
+    direction[3] = direction[3].abs()
+    direction[3, :-1] *= torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
+    share[2] = 0.0  # a row without a token
+    scale = norm_scale("tokens", gram_of(X), direction, share)
+    assert torch.equal(scale, torch.ones(4).double())
+
+
+def test_tokens_rule_needs_shares() -> None:
+    with pytest.raises(ValueError, match="share_M"):
+        norm_scale("tokens", gram_of(samples()[2]), torch.ones(4, 6))
+
+
 def test_a_long_target_does_not_make_a_direction_vanish() -> None:
     X, direction, _ = problem()
     direction[:, -1], X[:, -1] = 0.0, 1e7 * X[:, -1]
@@ -133,4 +184,6 @@ def test_never_looks_at_a_value() -> None:
     """Tensors without values: whatever would make the host wait for a device fails on them."""
     gram, direction = torch.empty(3, 6, 6, device="meta"), torch.empty(3, 6, device="meta")
     assert norm_scale("general", gram, direction).shape == (3,)
+    share = torch.empty(5, device="meta")
+    assert norm_scale("tokens", gram, direction, share).shape == (3,)
     assert report(gram, direction, direction, per_block=False)["residual"].shape == ()

@@ -1,0 +1,1 @@
+"""The layer path: rows are samples, their gradients weighed inside the layers' backward."""

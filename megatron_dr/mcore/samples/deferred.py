@@ -1,0 +1,184 @@
+"""Weights at the end of a step: blocks of several parameters, or samples of the whole step.
+
+In the backward each parameter leaves its part of the window's gram, or its samples' features. At
+the end of the schedule call the parts are summed over tensor x pipeline ranks and solved at once.
+Then either the uses that were kept become weight gradients (one pass), or a second pass runs with
+the coefficients known (`Replay`).
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dr.config import DRConfig
+from megatron_dr.mcore import compat
+from megatron_dr.mcore.samples import scoring
+from megatron_dr.mcore.samples.path import gradient_of
+from megatron_dr.mcore.samples.places import Place
+from megatron_dr.mcore.samples.scoring import Use
+from megatron_dr.mcore.samples.targets import Targets
+from megatron_dr.mcore.samples.weigh import Solved, needs_rows, sample_map, solve
+
+
+class Deferred:
+    """A mode of `path.SamplePath`: see the module.
+
+    Args:
+        blocks: number of blocks of the whole model.
+        tokens: [n, b] of the general samples: n microbatches of this rank.
+        ratio, row_scale: see `units`, by general microbatch.
+        merged: q target samples at the end of each microbatch.
+        keep: whether uses are kept for their weight gradients.
+    """
+
+    def __init__(
+        self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
+        tokens: torch.Tensor, ratio: list[float], row_scale: list[float], merged: int, keep: bool,
+    ) -> None:  # fmt: skip
+        self.dr, self.places, self.targets, self.tokens = dr, places, targets, tokens
+        self.ratio, self.row_scale, self.merged, self.keep = ratio, row_scale, merged, keep
+        n, b = tokens.shape
+        self._rows = b + 1
+        self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=tokens.device)
+        self._features: dict[int, list[torch.Tensor]] = {}
+        self._cross: torch.Tensor = torch.zeros(blocks, n * b + 1, device=tokens.device)
+        self._kept: list[tuple[Place, int, list[Use]]] = []
+        self._places = {p.number: p for p in places}
+
+    # -- in the backward -------------------------------------------------------------------------
+    def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> None:
+        if self.keep:
+            self._kept.append((place, microbatch, uses))
+        if self._needs_features(place):
+            feature_NK = scoring.summed(place, scoring.features(place, uses))
+            self._features.setdefault(place.number, []).append(feature_NK)
+            return
+        b, ratio = self._rows - 1, self.ratio[microbatch]
+        map_RN = sample_map(b, self.merged, ratio, self.tokens.device)
+        target = None if self.merged else self.targets.of(place) * ratio
+        if self.dr.window == "microbatch":
+            gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr))
+            self._gram[microbatch, place.block] += place.share * gram_RR
+            return
+        gram_RR = scoring.gram(place, uses, map_RN, target, False)  # cross products alone
+        cross_B = place.share * gram_RR[-1] / b  # in units of U, not of M U
+        self._cross[place.block, microbatch * b : (microbatch + 1) * b] += cross_B[:-1]
+        if microbatch == 0:
+            self._cross[place.block, -1] += place.share * gram_RR[-1, -1]
+
+    def _needs_features(self, place: Place) -> bool:
+        """Kept to the end: where products need samples of other microbatches, ranks or stages."""
+        if place.owned.partial == "embedding":
+            return True
+        return self.dr.window == "step" and (needs_rows(self.dr) or bool(self.merged))
+
+    # -- after the schedule call -----------------------------------------------------------------
+    def solve(self, alpha: float) -> tuple[Solved, torch.Tensor]:
+        """What was solved, and coefficients [n, B, N] before the scale (collective)."""
+        if self.dr.window == "microbatch":
+            return self._solve_microbatches(alpha)
+        return self._solve_step(alpha)
+
+    def _solve_microbatches(self, alpha: float) -> tuple[Solved, torch.Tensor]:
+        n, b = self.tokens.shape
+        for number, parts in self._features.items():
+            place = self._places[number]
+            for microbatch, feature_NK in enumerate(self._over_stages(place, parts)):
+                ratio = self.ratio[microbatch]
+                map_RN = sample_map(b, self.merged, ratio, feature_NK.device)
+                target = None if self.merged else self._target(place) * ratio
+                gram_RR = scoring.dense_gram(feature_NK, map_RN, target)
+                self._gram[microbatch, place.block] += place.share * gram_RR
+        dist.all_reduce(self._gram, group=compat.model_group())
+        blocks = self._gram.shape[1]
+        share_nM = self.tokens / self.tokens.sum(1, keepdim=True).clamp(min=1)
+        share_BM = share_nM.repeat_interleave(blocks, 0)
+        solved = solve(self.dr, self._gram.flatten(0, 1), share_BM, alpha)
+        update_nBR = solved.update_BR.view(n, blocks, -1)
+        maps = [sample_map(b, self.merged, r, self.tokens.device) for r in self.ratio]
+        return solved, torch.einsum("nbr,nrs->nbs", update_nBR, torch.stack(maps))
+
+    def _solve_step(self, alpha: float) -> tuple[Solved, torch.Tensor]:
+        n, b = self.tokens.shape
+        group = parallel_state.get_data_parallel_group()
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        tokens_M = _gathered(self.tokens.reshape(-1), group, size)
+        M = len(tokens_M)
+        gram_BRR = self._gram.new_zeros(self._gram.shape[1], M + 1, M + 1)
+        if self._features:
+            for number, parts in self._features.items():
+                place = self._places[number]
+                gram_BRR[place.block] += place.share * self._step_gram(place, parts, group, size)
+        cross_BM = M * _gathered(self._cross[:, :-1].t().contiguous(), group, size).t()
+        gram_BRR[:, :-1, -1] += cross_BM
+        gram_BRR[:, -1, :-1] += cross_BM
+        gram_BRR[:, -1, -1] += self._cross[:, -1]
+        dist.all_reduce(gram_BRR, group=compat.model_group())
+        share_M = tokens_M / tokens_M.sum().clamp(min=1)
+        solved = solve(self.dr, gram_BRR, share_M, alpha)
+        own = solved.update_BR[:, rank * n * b : (rank + 1) * n * b] * M
+        coefficient_nBN = own.view(-1, n, b).transpose(0, 1)
+        if self.merged:
+            ratio_n = torch.tensor(self.ratio, dtype=torch.float64, device=own.device)
+            target_nB = ratio_n[:, None] * solved.update_BR[None, :, -1]
+            target_nBq = target_nB[:, :, None].expand(-1, -1, self.merged)
+            coefficient_nBN = torch.cat([coefficient_nBN, target_nBq], 2)
+        return solved, coefficient_nBN
+
+    def _step_gram(
+        self, place: Place, parts: list[torch.Tensor], group: dist.ProcessGroup, size: int
+    ) -> torch.Tensor:
+        """gram [M + 1, M + 1] of the step's samples on all data ranks."""
+        b = self._rows - 1
+        parts = self._over_stages(place, parts)
+        parts = [f * scale for f, scale in zip(parts, self.row_scale, strict=True)]
+        rows_MK = _gathered(torch.cat([f[:b] for f in parts]), group, size)
+        rows_MK = rows_MK * float(len(rows_MK))
+        if self.merged:
+            target_K = sum(r * f[b:].sum(0) for r, f in zip(self.ratio, parts, strict=True))
+            assert isinstance(target_K, torch.Tensor)
+            dist.all_reduce(target_K, group=group)
+        else:
+            target_K = self._target(place).flatten() * self.ratio[0]
+        rows_RK = torch.cat([rows_MK, target_K[None]])
+        return rows_RK @ rows_RK.t()
+
+    def _over_stages(self, place: Place, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """A tied embedding's features are summed over the first and the last stage."""
+        if place.owned.partial == "embedding":
+            for part in parts:
+                dist.all_reduce(part, group=parallel_state.get_embedding_group())
+        return parts
+
+    def _target(self, place: Place) -> torch.Tensor:
+        target = self.targets.of(place)
+        if place.owned.partial == "embedding":
+            target = target.clone()
+            dist.all_reduce(target, group=parallel_state.get_embedding_group())
+        return target
+
+    def write(self, coefficient_nBN: torch.Tensor) -> None:
+        """Add the kept uses' weighted gradients to Megatron's buffer, and let go of them."""
+        while self._kept:
+            place, microbatch, uses = self._kept.pop()
+            parameter = place.owned.parameter
+            coefficient_N = coefficient_nBN[microbatch, place.block]
+            gradient = gradient_of(uses, coefficient_N, parameter.shape[0])
+            parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+
+
+class Replay:
+    """The second pass: coefficients [n, B, N] are known."""
+
+    def __init__(self, coefficient_nBN: torch.Tensor) -> None:
+        self._coefficient_nBN = coefficient_nBN
+
+    def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
+        return self._coefficient_nBN[microbatch, place.block]
+
+
+def _gathered(part: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
+    """Parts of all ranks of the group, one after the other along the first dimension."""
+    out = part.new_empty(part.shape[0] * size, *part.shape[1:])
+    dist.all_gather_into_tensor(out, part.contiguous(), group=group)
+    return out

@@ -1,0 +1,232 @@
+"""Mixture of experts: whose token is whose inside an expert, and which samples it sees.
+
+Before the tokens of a layer are dispatched, a column of sample numbers [tokens, 1] goes the same
+way: through a copy of the layer's own dispatcher, so that dropping, padding, exchange and sorting
+are Megatron's. An expert's X [T, I] and dY [T, O] then become [L, N, .] by an index of tokens
+[L, N], L the most tokens that a sample has there, padded with rows of zeros. The cost per layer is
+one more exchange, of a number per token, and one wait for the host per expert.
+
+With e = expert parallel x expert tensor parallel ranks and s = tensor x context parallel ranks,
+which share their samples, an expert on this rank sees
+
+| e | samples | a sample's tokens |
+|---|---|---|
+| 1 | this rank's | spread over tensor- and context-parallel ranks |
+| tensor parallel size | this rank's | spread over context-parallel ranks |
+| a multiple of s | those of e / s peers' microbatches, which compete together | all here |
+
+Auxiliary losses (load balancing, z-loss) are attached to the router's scores token by token, so
+their gradient arrives in the gradient of each token's logits: it counts as that token's sample's,
+in scores and in the update, as in the input's gradient. Two passes record them twice in Megatron's
+log. TE's and fused permutations, the flex dispatcher and grouped experts have not run.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dr.config import DRConfig
+from megatron_dr.mcore import compat
+from megatron_dr.mcore.ownership import OwnedParameter
+from megatron_dr.projection import per_sample
+
+Routes = dict[torch.nn.Module, torch.Tensor]  # an expert's linear layer -> tokens [L, N], -1: none
+Undo = Callable[[], Any]
+
+
+# -- where experts are ---------------------------------------------------------------------------
+def is_expert(owned: OwnedParameter) -> bool:
+    return ".experts." in owned.name
+
+
+def peers() -> int:
+    """Sets of samples that an expert sees: e / s of the table, at least 1."""
+    return compat.ranks_per_row() // parallel_state.get_context_parallel_world_size()
+
+
+def token_groups() -> list[Any]:
+    """Ranks over which a sample's tokens for one expert are spread (the table's last column)."""
+    spread, tp = _ranks(), parallel_state.get_tensor_model_parallel_group()
+    cp = parallel_state.get_context_parallel_group()
+    return [tp, cp] if spread == 1 else [cp] if spread == dist.get_world_size(tp) else []
+
+
+def data_group() -> dist.ProcessGroup:
+    """Ranks that hold the same expert and see other samples of the target."""
+    if _ranks() in (1, parallel_state.get_tensor_model_parallel_world_size()):
+        return compat.data_group()
+    return parallel_state.get_expert_data_parallel_group()
+
+
+def is_first() -> bool:
+    """Whether this rank speaks for those that know the same of an expert."""
+    if _ranks() == 1:
+        return parallel_state.get_tensor_model_parallel_rank() == 0
+    return parallel_state.get_expert_tensor_parallel_rank() == 0
+
+
+def windows(tokens: torch.Tensor, ratio: list[float]) -> tuple[torch.Tensor, list[float]]:
+    """Tokens [n, peers b] and the target's ratio by microbatch, of all peers together (collective).
+
+    Args:
+        tokens: [n, b] of this rank's general samples.
+    """
+    if peers() == 1:
+        return tokens, ratio
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    own = torch.cat([tokens, tokens.new_tensor(ratio)[:, None]], 1)
+    every = own.new_empty(dist.get_world_size(group) * len(own), own.shape[1])
+    dist.all_gather_into_tensor(every, own.contiguous(), group=group)
+    parts = every.view(peers(), -1, *own.shape)[:, 0]  # the ranks of a peer have the same samples
+    tokens = parts[..., :-1].transpose(0, 1).flatten(1)
+    return tokens, parts[..., -1].sum(0).tolist()
+
+
+def check(dr: DRConfig, config: Any) -> None:
+    """Raise ValueError where samples can't be followed into experts."""
+    if not config.num_moe_experts:
+        return
+    if config.moe_token_dispatcher_type == "flex" or config.moe_shared_expert_overlap:
+        raise ValueError(
+            "sample rows can't follow tokens through the flex dispatcher or beside overlapped "
+            "shared experts: use --moe-token-dispatcher-type alltoall without "
+            "--moe-shared-expert-overlap."
+        )
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    shared = tp * parallel_state.get_context_parallel_world_size()
+    if _ranks() not in (1, tp) and _ranks() % shared:
+        raise ValueError(
+            f"sample rows can't follow tokens to experts over {_ranks()} ranks: expert model x "
+            f"expert tensor parallelism must be 1, {tp} or a multiple of {shared}."
+        )
+    if peers() > 1 and (dr.target_pass == "merged" or dr.window == "streaming"):
+        _refuse(f"--dr-target-pass {dr.target_pass} with --dr-window {dr.window}")
+
+
+def check_deferred(dr: DRConfig) -> None:
+    """Raise ValueError where experts are spread too far for weights found at a step's end."""
+    near = (1, parallel_state.get_tensor_model_parallel_world_size())
+    if _ranks() not in near:
+        _refuse(
+            f"--dr-blocks {dr.blocks}, --dr-window {dr.window} and --dr-passes {dr.passes} (or an "
+            "embedding that is tied over pipeline stages)"
+        )
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(
+        f"sample rows with experts over {_ranks()} ranks, which see other ranks' samples, can't "
+        f"have {what}: use --dr-blocks matrix --dr-window microbatch --dr-passes 1 "
+        "--dr-target-pass own, or no more expert parallelism than tensor parallelism."
+    )
+
+
+def _ranks() -> int:
+    """e of the table."""
+    return (
+        parallel_state.get_expert_model_parallel_world_size()
+        * parallel_state.get_expert_tensor_parallel_world_size()
+    )
+
+
+# -- taps ----------------------------------------------------------------------------------------
+def tap_dispatcher(layer: Any, observer: Any, routes: Routes) -> list[Undo]:
+    """Follow the tokens of a `MoELayer` into its experts' linear layers.
+
+    Args:
+        routes: gets the index of each local expert's two layers, before they run.
+    """
+    dispatcher, experts = layer.token_dispatcher, getattr(layer.experts, "local_experts", None)
+    if experts is None:
+        return []  # grouped: their parameters are covered by no tap
+    stock = dispatcher.dispatch_preprocess
+
+    def preprocess(
+        hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> Any:
+        if observer.active and torch.is_grad_enabled():
+            indices = _indices(dispatcher, hidden_states, routing_map, probs)
+            for expert, index_LN in zip(experts, indices, strict=True):
+                routes[expert.linear_fc1] = routes[expert.linear_fc2] = index_LN
+        return stock(hidden_states, routing_map, probs)
+
+    dispatcher.dispatch_preprocess = preprocess
+    return [lambda: dispatcher.__dict__.pop("dispatch_preprocess"), routes.clear]
+
+
+@torch.no_grad()
+def _indices(
+    dispatcher: Any, hidden: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+) -> list[torch.Tensor]:
+    """Of each local expert: which of its tokens [L, N] are whose, -1 for none.
+
+    Args:
+        hidden: [s, b, H].
+    """
+    stock, shadow = type(dispatcher), copy.copy(dispatcher)  # its state stays as it is
+    length, samples = hidden.shape[:2]
+    first = 0
+    if peers() > 1:
+        shared = _ranks() // peers()
+        first = dist.get_rank(dispatcher.tp_ep_group) // shared * samples
+    number_N = torch.arange(first, first + samples, device=hidden.device, dtype=torch.float32)
+    number_T1 = number_N.repeat(length).view(length, samples, 1)
+    number_T1, probs = stock.dispatch_preprocess(shadow, number_T1, routing_map, probs)
+    number_T1, probs = stock.token_dispatch(shadow, number_T1, probs)
+    number_T1, counts, _ = stock.dispatch_postprocess(shadow, number_T1, probs)
+    return [
+        per_sample.by_sample(
+            torch.arange(len(part), device=part.device), part.flatten().long(), samples * peers(), -1
+        )
+        for part in number_T1.split(counts.tolist())
+    ]
+
+
+def by_sample(weigh: Callable[..., Any], index_LN: torch.Tensor) -> Callable[..., Any]:
+    """`weigh` of [L, N, I] and [L, N, O], for tokens [T, I] and [T, O]."""
+
+    def weigh_tokens(x_TI: torch.Tensor, dy_TO: torch.Tensor) -> Any:
+        return weigh(_rows(x_TI, index_LN), _rows(dy_TO, index_LN))
+
+    return weigh_tokens
+
+
+def _rows(x_TI: torch.Tensor, index_LN: torch.Tensor) -> torch.Tensor:
+    """Rows by number; -1 is the row of zeros behind the last."""
+    return torch.nn.functional.pad(x_TI, (0, 0, 0, 1))[index_LN]
+
+
+def tap_router(router: Any, observer: Any) -> list[Undo]:
+    """A router's weight and bias: X is its input, dY the gradient of the logits."""
+    own = {n: p for n, p in router.named_parameters(recurse=False) if observer.covers(p)}
+    if not own:
+        return []
+    stock = router.gating
+    found: dict[str, torch.Tensor] = {}
+
+    def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
+        for name, parameter in own.items():
+            if name == "weight":
+                operands = observer.linear(parameter, x.to(dy.dtype), dy)
+                grad = None if operands is None else operands[1].t().matmul(operands[0])
+            else:
+                grad = observer.vector(parameter, dy.float().sum(0))
+            found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+
+    def gating(input: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = stock(input)
+        if observer.active and logits.requires_grad:
+            logits.register_hook(functools.partial(observe, input.detach()))
+        return logits
+
+    router.gating = gating
+    undo: list[Undo] = [lambda: router.__dict__.pop("gating")]
+    for name, parameter in own.items():
+        hook = parameter.register_hook(lambda grad, name=name: found.pop(name, grad))
+        undo.append(hook.remove)
+    return undo

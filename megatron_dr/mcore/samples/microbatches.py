@@ -1,0 +1,113 @@
+"""A step's microbatches, read ahead: how many tokens each sample has, on every rank.
+
+Weights inside a backward need the token counts of both roles before the loss is computed, and the
+stages in the middle never see a loss. So a rank that has data reads the step's microbatches first
+(they are token ids: small), and the first rank of each model copy tells the others the counts.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dr.mcore import compat
+
+Batch = dict[str, Any]
+
+
+class Microbatches:
+    """General and target microbatches of a step on this rank.
+
+    Args:
+        general, target: data iterators as the schedule takes them: one, or one per model chunk,
+            or None on ranks that read nothing.
+        num_general, num_target: microbatches of each.
+        sizes: samples in a general and in a target microbatch.
+        merged: a target microbatch is appended to each general one, as further samples.
+
+    Attributes:
+        tokens: [num_general, samples] of each general sample, float64.
+        target_tokens: [num_target, samples] likewise.
+
+    Raises:
+        ValueError: microbatches without a loss mask, or of unequal numbers of samples.
+    """
+
+    def __init__(
+        self, general: Any, target: Any, num_general: int, num_target: int, sizes: tuple[int, int],
+        merged: bool, device: torch.device,
+    ) -> None:  # fmt: skip
+        if merged and num_target != num_general:
+            raise ValueError(
+                f"with the target in the general microbatches there must be as many target ones: "
+                f"{num_target} target and {num_general} general microbatches were given."
+            )
+        self._sizes, self._merged = sizes, merged
+        self._many = isinstance(general, list)
+        self._general = _read(general, num_general)
+        self._target = _read(target, num_target)
+        self.tokens = _counts(self._general, (num_general, sizes[0]), device)
+        self.target_tokens = _counts(self._target, (num_target, sizes[1]), device)
+
+    def iterator(self, of_target: bool = False) -> Any:
+        """Fresh data iterators for one schedule call, as they were given."""
+        chunks = self._target if of_target else self._general
+        if self._merged:
+            pairs = zip(self._general, self._target, strict=True)
+            chunks = [None if g is None or t is None else
+                      [self._joined(*both) for both in zip(g, t, strict=True)]
+                      for g, t in pairs]  # fmt: skip
+        iterators = [None if batches is None else iter(batches) for batches in chunks]
+        return iterators if self._many else iterators[0]
+
+    def _joined(self, general: Batch, target: Batch) -> Batch:
+        """One microbatch whose samples are the general ones, then the target's."""
+        out = {}
+        for name, value in general.items():
+            parts = (value, target.get(name))
+            per_sample = all(
+                isinstance(part, torch.Tensor) and part.dim() > 1 and len(part) == size
+                for part, size in zip(parts, self._sizes, strict=True)
+            )
+            out[name] = torch.cat(parts) if per_sample else value
+        return out
+
+
+def _read(data: Any, number: int) -> list[list[Batch] | None]:
+    """Microbatches of each model chunk; None where this rank reads none."""
+    per_chunk = data if isinstance(data, list) else [data]
+    return [None if i is None else [next(i) for _ in range(number)] for i in per_chunk]
+
+
+def _counts(
+    chunks: list[list[Batch] | None], shape: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """Tokens that count in the loss [number, samples], as the model copy's first rank read them."""
+    group = compat.model_group()
+    source = dist.get_global_rank(group, 0)
+    out = torch.zeros(shape, dtype=torch.float64, device=device)
+    batches = next((b for b in chunks if b is not None), [])
+    for number, batch in enumerate(batches):
+        if "loss_mask" not in batch:
+            raise ValueError(
+                "sample rows need each microbatch to be a dictionary with 'loss_mask' "
+                f"[samples, tokens], but this one has {', '.join(map(str, batch))}."
+            )
+        mask = batch["loss_mask"]
+        if mask.dim() != 2 or len(mask) != shape[1]:
+            raise ValueError(
+                f"a microbatch's loss_mask is {list(mask.shape)}, but {shape[1]} samples are "
+                "expected: [samples, tokens]."
+            )
+        out[number] = mask.to(out).sum(-1)
+    if out.numel():
+        dist.broadcast(out, src=source, group=group)
+    return out
+
+
+def total(count: torch.Tensor) -> torch.Tensor:
+    """Sum over the data-parallel ranks (not the context-parallel ones, which share samples)."""
+    count = count.sum()
+    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    return count

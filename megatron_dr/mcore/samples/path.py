@@ -1,0 +1,151 @@
+"""What a parameter's backward does with its samples: the observer of the taps.
+
+A *mode* says what happens when all uses of a parameter in a microbatch are known: weights at once
+(`immediate.py`), or kept for the step's end or a second pass (`deferred.py`). The target's own
+microbatches come first; their features add up to the target's.
+"""
+
+from collections import Counter
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dr.config import DRConfig
+from megatron_dr.mcore.ownership import OwnedParameter
+from megatron_dr.mcore.samples import scoring
+from megatron_dr.mcore.samples.places import Place
+from megatron_dr.mcore.samples.scoring import Use
+from megatron_dr.mcore.samples.targets import Targets
+from megatron_dr.mcore.samples.weigh import kept
+from megatron_dr.projection import per_sample
+
+
+class Mode(Protocol):
+    """One way to find coefficients."""
+
+    def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor | None:
+        """[N] of a general microbatch's samples, or None: no gradient now."""
+
+
+class SamplePath:
+    """The taps' observer, for one model.
+
+    Args:
+        owned: the parameters that are trained.
+
+    Attributes:
+        targets: the target's features, where it has a pass of its own.
+        active: whether a training step is under way.
+    """
+
+    def __init__(self, dr: DRConfig, owned: list[OwnedParameter]) -> None:
+        self.dr, self.targets, self.active = dr, Targets(), False
+        self._covered = {id(o.parameter) for o in owned}
+        self._place: dict[int, Place] = {}
+        self._current: dict[int, int] = {}
+        self._held: dict[int, list[Use]] = {}
+        self._mode: Mode | None = None
+        self._num_target = self._merged = 0
+        self._alpha = self._target_scale = 0.0
+
+    def set_places(self, places: list[Place]) -> None:
+        """Before the first step, and where a step's microbatches change their shape."""
+        self._place = {id(p.owned.parameter): p for p in places}
+        self.targets = Targets(places)
+
+    # -- a pass ----------------------------------------------------------------------------------
+    def begin(
+        self, mode: Mode, num_target: int, merged: int, alpha: float, target_scale: float
+    ) -> None:
+        """Start a schedule call.
+
+        Args:
+            num_target: the target's own microbatches, which come first.
+            merged: target samples at the end of each general microbatch.
+            target_scale: of a target microbatch's gradient in the update, alpha included; 0: none.
+        """
+        self._mode, self._num_target, self._merged = mode, num_target, merged
+        self._alpha, self._target_scale = alpha, target_scale
+        self._current.clear()
+        self._held.clear()
+        self._reduced: Counter[int] = Counter()
+        self.active = True
+
+    def end(self) -> None:
+        self.active = False
+        self._mode = None
+        self._held.clear()
+
+    def enter(self, chunk: int, microbatch: int) -> None:
+        """A microbatch's backward begins on a chunk."""
+        self._current[chunk] = microbatch
+        if microbatch == self._num_target and self._num_target:
+            self.targets.reduce(chunk)
+
+    # -- what the taps call ----------------------------------------------------------------------
+    def covers(self, parameter: torch.nn.Parameter) -> bool:
+        return id(parameter) in self._covered
+
+    def linear(
+        self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        decided = self._decide(parameter, (x_LNI.detach(), dy_LNO))
+        if decided is None:
+            return None
+        return weighted(self.dr, x_LNI, dy_LNO, decided[0], self._merged, self._alpha)
+
+    def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
+        decided = self._decide(parameter, (g_NH, None))
+        return None if decided is None else decided[0].to(g_NH) @ g_NH
+
+    def embedding(
+        self, parameter: torch.nn.Parameter, x_LNH: torch.Tensor, index_LN: torch.Tensor
+    ) -> torch.Tensor | None:
+        decided = self._decide(parameter, (x_LNH, index_LN))
+        if decided is None:
+            return None
+        return gradient_of(decided[1], decided[0], parameter.shape[0])
+
+    def _decide(
+        self, parameter: torch.nn.Parameter, use: Use
+    ) -> tuple[torch.Tensor, list[Use]] | None:
+        """Coefficients [N] and all uses, once the last use of the microbatch is known."""
+        place = self._place[id(parameter)]
+        uses = [*self._held.pop(place.number, []), use]
+        if len(uses) < place.uses:
+            self._held[place.number] = uses
+            return None
+        microbatch = self._current[place.chunk]
+        assert self._mode is not None
+        if microbatch < self._num_target:
+            if self.targets.wanted:
+                self.targets.add(place, uses)
+            if not self._target_scale:
+                return None
+            samples = use[0].shape[0 if place.is_vector else 1]
+            coefficient_N = use[0].new_full((samples,), self._target_scale, dtype=torch.float32)
+            return coefficient_N, uses
+        found_N = self._mode.coefficients(place, microbatch - self._num_target, uses)
+        return None if found_N is None else (found_N, uses)
+
+
+def weighted(
+    dr: DRConfig, x_LNI: torch.Tensor, dy_LNO: torch.Tensor, coefficient_N: torch.Tensor,
+    targets: int, alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The weight gradient's operands, without the samples that have no part in it."""
+    keep_N = kept(dr, coefficient_N, targets, alpha)
+    every = len(keep_N) == len(coefficient_N)
+    return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
+
+
+def gradient_of(uses: list[Use], coefficient_N: torch.Tensor, out: int) -> torch.Tensor:
+    """sum over samples of coefficient_n G_n: [O, I], or [H] of a vector."""
+    total: Any = 0
+    for x, dy in uses:
+        if dy is None:
+            total = total + coefficient_N.to(x) @ x
+            continue
+        x_scaled = x * coefficient_N.to(x)[None, :, None]
+        total = total + scoring.gradient(x_scaled.flatten(0, 1), dy.flatten(0, 1), out)
+    return total  # type: ignore[no-any-return]

@@ -1,0 +1,127 @@
+"""Inner products of samples' gradients, from what their layer's backward has at hand.
+
+A *use* of a weight is (x [L, N, I], dy [L, N, O]) or, of an embedding, (x, index [L, N]); of a
+vector parameter it is (g [N, H], None). Several uses of one weight add up before any product.
+
+Shapes: N samples of a microbatch, R = M + 1 rows and target, map [R, N] which samples make which
+rows (the target's row is 0 where the target has a pass of its own).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dr.mcore.samples.places import Place
+from megatron_dr.projection import per_sample
+
+Use = tuple[torch.Tensor, Any]
+
+
+def features(place: Place, uses: list[Use]) -> torch.Tensor:
+    """[N, K] in fp32: each sample's gradient of this rank's piece, or its sketch; partial sums
+    over `place.sums`."""
+    if place.is_vector:
+        return sum(g for g, _ in uses).float()  # type: ignore[union-attr]
+    if place.score == "sketched":
+        return per_sample.sketch(uses, place.p_out, place.p_in)
+    out = place.owned.parameter.shape[0]
+    return sum(per_sample.gradients(x, dy, out) for x, dy in uses).flatten(1)  # type: ignore
+
+
+def summed(place: Place, feature_NK: torch.Tensor) -> torch.Tensor:
+    """Features over the ranks that hold parts of them (collective)."""
+    feature_NK = feature_NK.contiguous()
+    for group in place.sums:
+        dist.all_reduce(feature_NK, group=group)
+    if place.owned.partial == "tensor" and place.owned.count != 1.0:
+        feature_NK *= place.owned.count  # Megatron averages this one over tensor-parallel ranks
+    return feature_NK
+
+
+def gram(
+    place: Place, uses: list[Use], map_RN: torch.Tensor, target: torch.Tensor | None,
+    rows_too: bool,
+) -> torch.Tensor:  # fmt: skip
+    """gram [R, R] in fp32, of rows and target; sums over `place.gram_group` are left to the caller.
+
+    Args:
+        map_RN: which samples make which rows.
+        target: the target's own features [K], or gradient [O, I] for `ghost`; None where its
+            samples are in the microbatch. Already times its ratio to the rows.
+        rows_too: whether products of rows with rows are needed; else they are 0, but for the
+            target's square.
+    """
+    if place.score == "ghost" and not place.is_vector:
+        return _ghost(place, uses, map_RN, target, rows_too)
+    feature_NK = summed(place, features(place, uses))
+    return dense_gram(feature_NK, map_RN, target)
+
+
+def dense_gram(
+    feature_NK: torch.Tensor, map_RN: torch.Tensor, target_K: torch.Tensor | None
+) -> torch.Tensor:
+    """gram [R, R] of map features, the target's row being `target_K` where it has its own pass."""
+    rows_RK = map_RN.float() @ feature_NK
+    if target_K is not None:
+        rows_RK[-1] += target_K.flatten()
+    return rows_RK @ rows_RK.t()
+
+
+def _ghost(
+    place: Place, uses: list[Use], map_RN: torch.Tensor, target_OI: torch.Tensor | None,
+    rows_too: bool,
+) -> torch.Tensor:  # fmt: skip
+    uses = [_whole_sequence(place, use) for use in uses]
+    map_RN = map_RN.float()
+    if target_OI is None:
+        return map_RN @ per_sample.ghost_gram(uses) @ map_RN.t()
+    gram_RR = map_RN.new_zeros(map_RN.shape[0], map_RN.shape[0])
+    if rows_too:
+        gram_RR = map_RN @ per_sample.ghost_gram(uses) @ map_RN.t()
+    cross_R = map_RN @ per_sample.ghost_cross(uses, target_OI)
+    gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R
+    gram_RR[-1, -1] = target_OI.square().sum()
+    return gram_RR
+
+
+def _whole_sequence(place: Place, use: Use) -> Use:
+    """Tokens of all ranks that have some of a sample's: products of tokens need both."""
+    x, dy = use
+    for group in place.tokens:
+        if place.is_expert:  # ranks have unequal numbers of tokens
+            length = torch.tensor([len(x)], device=x.device)
+            dist.all_reduce(length, dist.ReduceOp.MAX, group=group)
+            missing = (0, 0, 0, 0, 0, int(length) - len(x))
+            x, dy = (torch.nn.functional.pad(part, missing) for part in (x, dy))
+        x, dy = _gathered(x, group), _gathered(dy, group)
+    return x, dy
+
+
+def _gathered(part: torch.Tensor, group: Any) -> torch.Tensor:
+    out = part.new_empty(part.shape[0] * dist.get_world_size(group), *part.shape[1:])
+    dist.all_gather_into_tensor(out, part.contiguous(), group=group)
+    return out
+
+
+def target_part(place: Place, uses: list[Use]) -> torch.Tensor:
+    """What is kept of the target's own microbatch: the sum of its samples' features [K], or its
+    gradient [O, I] for `ghost`; partial over `place.sums` and over all data ranks."""
+    if place.is_vector or place.score == "sketched":
+        return features(place, uses).sum(0)
+    return sum(_gradient(place, x, dy) for x, dy in uses)  # type: ignore[return-value]
+
+
+def _gradient(place: Place, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """dy^T x [O, I] in fp32."""
+    out = place.owned.parameter.shape[0]
+    return gradient(x.flatten(0, 1), dy.flatten(0, 1), out).float()
+
+
+def gradient(x_TI: torch.Tensor, dy: torch.Tensor, out: int) -> torch.Tensor:
+    """dy^T x [O, I]; dy may be row numbers [T], -1 for none."""
+    if dy.is_floating_point():
+        return dy.t().matmul(x_TI)
+    kept = dy >= 0
+    zeros = x_TI.new_zeros(out, x_TI.shape[1])
+    return zeros.index_add_(0, dy.clamp(min=0), x_TI * kept[:, None])

@@ -1,0 +1,79 @@
+"""What sample rows refuse, and what they say at attach."""
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dr.config import DRConfig
+from megatron_dr.mcore.ownership import OwnedParameter
+from megatron_dr.mcore.samples import experts
+from megatron_dr.mcore.samples.places import Place
+from megatron_dr.mcore.samples.weigh import needs_rows
+
+
+def check(dr: DRConfig, config: Any, owned: list[OwnedParameter]) -> None:
+    """Raise ValueError, in one sentence that says what to change, where sample rows can't work."""
+    experts.check(dr, config)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    two_copies = any(o.partial == "embedding" for o in owned)
+    if two_copies and dr.score == "ghost":
+        raise ValueError(
+            f"--dr-score ghost can't score an embedding that is tied over {stages} pipeline "
+            "stages: use sketched or exact, or --untie-embeddings-and-output-weights."
+        )
+    if two_copies and dr.window == "streaming":
+        raise ValueError(
+            f"--dr-window streaming can't weigh an embedding that is tied over {stages} pipeline "
+            "stages: use --dr-window microbatch, or --untie-embeddings-and-output-weights."
+        )
+    if dr.window == "step" and dr.score == "ghost" and needs_rows(dr):
+        raise ValueError(
+            f"--dr-score ghost keeps no samples to the end of a step, as --dr-window step with "
+            f"--dr-set {dr.set} and --dr-norm {dr.norm} needs: use --dr-score sketched or exact, "
+            "or --dr-set topk or filter with --dr-norm tokens."
+        )
+
+
+def is_immediate(dr: DRConfig, owned: list[OwnedParameter]) -> bool:
+    """Whether weights are found inside the backward: on every rank alike (collective)."""
+    here = dr.passes == 1 and dr.blocks == "matrix" and dr.window != "step"
+    two_copies = any(o.partial == "embedding" for o in owned)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, here and not two_copies)
+    if not all(everyone):
+        experts.check_deferred(dr)
+    return all(everyone)
+
+
+def check_batch(dr: DRConfig, num_general: int, num_target: int, cached: bool) -> None:
+    """Raise ValueError where a step's microbatches can't make what the set needs."""
+    if num_target == 0 and dr.needs_target and not cached:
+        raise ValueError(
+            f"--dr-set {dr.set} needs target data: give a target batch (--dr-target-data), "
+            "or --dr-set mean."
+        )
+    if dr.target_pass == "merged" and num_target not in (0, num_general):
+        raise ValueError(
+            f"--dr-target-pass merged needs as many target microbatches as general ones, not "
+            f"{num_target} and {num_general}: change --dr-target-batch-size."
+        )
+
+
+def say(dr: DRConfig, places: list[Place], names: tuple[str, ...], immediate: bool) -> None:
+    """What will be projected and how, on rank 0, when the microbatches' shape is known."""
+    if dist.get_rank() != 0:
+        return
+    scores = sorted({p.score for p in places if not p.is_vector})
+    how = "in the backward" if immediate else f"at the step's end, {dr.passes} pass(es)"
+    print(
+        f"megatron_dr: set {dr.set}, sample rows of a {dr.window}, {len(names)} block(s) "
+        f"({dr.blocks}), norm {dr.norm}; scored {' and '.join(scores) or 'exact'}; weights {how}",
+        flush=True,
+    )
+    if not immediate and dr.passes == 1:
+        print(
+            "megatron_dr: note: every layer's input and output gradient of a step are kept to its "
+            "end; --dr-passes 2 keeps scores alone and runs each microbatch twice",
+            flush=True,
+        )

@@ -1,0 +1,227 @@
+"""Where a model's layers tell what their backward has at hand, and what gradient they get.
+
+| parameter | observed | gradient written by |
+|---|---|---|
+| weights of linear layers | X, dY in their own backward (`linear.py`) | that backward |
+| their biases | a copy per sample: autograd sums over tokens alone | the copying |
+| norms' weights and biases | input and the output's gradient | a hook on the parameter |
+| embeddings | token ids and the output's gradient | a hook on the parameter |
+| routers of experts | input and the logits' gradient | a hook on the parameter |
+
+A hook on a parameter runs before Megatron's own accumulates its gradient, and replaces it. With
+activation recompute the forward runs twice; only the one that builds a graph is observed. Tokens in
+experts are traced back to their samples by `experts.py`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import Router
+
+from megatron_dr.mcore.samples import experts
+from megatron_dr.mcore.samples.linear import linear
+
+Undo = Callable[[], Any]
+
+
+class Observer(Protocol):
+    """What the taps call; parameters are known to it by identity."""
+
+    @property
+    def active(self) -> bool:
+        """Whether a training step is under way."""
+
+    def covers(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the parameter is trained."""
+
+    def linear(
+        self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The weight gradient's operands, or None for no gradient now."""
+
+    def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
+        """The gradient [H] of the samples' g_NH, or None for no gradient now."""
+
+    def embedding(
+        self, parameter: torch.nn.Parameter, x_LNH: torch.Tensor, index_LN: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The gradient [V, H] of rows index, or None for no gradient now."""
+
+
+def install(chunk: torch.nn.Module, observer: Observer) -> list[Undo]:
+    """Tap every layer of a model chunk; returns what takes the taps off.
+
+    Raises:
+        ValueError: a trained parameter that no tap covers, naming it.
+    """
+    undo: list[Undo] = []
+    covered: set[int] = set()
+    table = _taps({})
+    for module in chunk.modules():
+        tap = next((tap for kind, tap in table if kind(module)), None)
+        if tap is not None:
+            undo += tap(module, observer)
+            covered |= {id(p) for p in module.parameters(recurse=False)}
+    for name, parameter in chunk.named_parameters():
+        if observer.covers(parameter) and id(parameter) not in covered:
+            for step in undo:
+                step()
+            raise ValueError(
+                f"sample rows can't observe {name}: its layer is none of Megatron's linear, norm "
+                "and embedding layers; use --dr-rows slot, or freeze it."
+            )
+    return undo
+
+
+def _taps(routes: experts.Routes) -> list[tuple[Callable[[Any], bool], Callable[..., list[Undo]]]]:
+    def norm(module: Any) -> bool:
+        return type(module).__name__.endswith(("Norm", "LayerNorm"))
+
+    linears = (ColumnParallelLinear, RowParallelLinear)
+    return [
+        (lambda m: isinstance(m, linears), functools.partial(_tap_linear, routes=routes)),
+        (lambda m: isinstance(m, Router), experts.tap_router),
+        (
+            lambda m: isinstance(m, MoELayer),
+            functools.partial(experts.tap_dispatcher, routes=routes),
+        ),
+        (lambda m: isinstance(m, (VocabParallelEmbedding, torch.nn.Embedding)), _tap_embedding),
+        (norm, _tap_norm),
+    ]
+
+
+def _tap_linear(module: Any, observer: Observer, routes: experts.Routes) -> list[Undo]:
+    stock_impl, stock_forward, bias = module._forward_impl, module.forward, module.bias
+
+    def forward_impl(
+        input: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None,
+        gradient_accumulation_fusion: bool = False, allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False, tp_group: Any = None, **rest: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        if not observer.active or not torch.is_grad_enabled() or not observer.covers(weight):
+            return stock_impl(  # type: ignore[no-any-return]
+                input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
+                gradient_accumulation_fusion=gradient_accumulation_fusion,
+                sequence_parallel=sequence_parallel, tp_group=tp_group, **rest,
+            )  # fmt: skip
+        weigh: Callable[..., Any] = functools.partial(observer.linear, weight)
+        if module in routes:
+            weigh = experts.by_sample(weigh, routes[module])
+        output = linear(
+            weigh, input, weight,
+            fused=gradient_accumulation_fusion, allreduce_dgrad=allreduce_dgrad,
+            sequence_parallel=sequence_parallel, tp_group=tp_group,
+        )  # fmt: skip
+        return output if bias is None else output + bias
+
+    def forward(input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not observer.active:
+            return stock_forward(input_, *args, **kwargs)
+        # in the module's own dictionary it hides the parameter
+        module.__dict__["bias"] = _Expand.apply(bias, input_.shape[1], observer)  # type: ignore
+        try:
+            return stock_forward(input_, *args, **kwargs)
+        finally:
+            del module.__dict__["bias"]
+
+    module._forward_impl = forward_impl
+    undo = [lambda: module.__dict__.pop("_forward_impl")]
+    if bias is not None and observer.covers(bias):
+        module.forward = forward
+        undo.append(lambda: module.__dict__.pop("forward"))
+    return undo
+
+
+class _Expand(torch.autograd.Function):
+    """A bias [H] as [1, N, H]: what autograd sums for it is each sample's own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: torch.nn.Parameter, samples: int, observer: Any) -> torch.Tensor:
+        ctx.bias, ctx.observer = bias, observer
+        return bias.view(1, 1, -1).expand(1, samples, -1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        grad = ctx.observer.vector(ctx.bias, gradients[0][0].float())
+        return None if grad is None else grad.to(ctx.bias.dtype), None, None
+
+
+def _tap_norm(module: Any, observer: Observer) -> list[Undo]:
+    own = {n: p for n, p in module.named_parameters(recurse=False) if observer.covers(p)}
+    if not own:
+        return []
+    stock = module.forward
+    found: dict[str, torch.Tensor] = {}
+
+    def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
+        for name, parameter in own.items():
+            per_token = dy.float() * _normalised(module, x) if name == "weight" else dy.float()
+            others = [d for d in range(dy.dim() - 1) if d != 1]
+            grad = observer.vector(parameter, per_token.sum(others))
+            found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = stock(x, *args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        if observer.active and y.requires_grad:
+            y.register_hook(functools.partial(observe, x.detach()))
+        return out
+
+    module.forward = forward
+    undo: list[Undo] = [lambda: module.__dict__.pop("forward")]
+    for name, parameter in own.items():
+        hook = parameter.register_hook(lambda grad, name=name: found.pop(name, grad))
+        undo.append(hook.remove)
+    return undo
+
+
+def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The norm's output before its weight and bias, in fp32."""
+    x, eps = x.float(), getattr(module, "eps", None)
+    if eps is None:
+        eps = torch.finfo(torch.float32).eps
+    if "RMS" not in type(module).__name__ and getattr(module, "normalization", "") != "RMSNorm":
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _tap_embedding(module: Any, observer: Observer) -> list[Undo]:
+    weight = module.weight
+    if not observer.covers(weight):
+        return []
+    stock = module.forward
+    found: list[torch.Tensor] = []
+
+    def observe(ids: torch.Tensor, dy: torch.Tensor) -> None:
+        if getattr(module, "reduce_scatter_embeddings", False):
+            dy = gather_from_sequence_parallel_region(dy, group=module.tp_group)
+        else:
+            dy = dy.transpose(0, 1)  # [N, L, H] -> [L, N, H]
+        grad = observer.embedding(weight, dy, _rows(module, ids).t())
+        found[:] = [torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)]
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = stock(ids)
+        if observer.active and out.requires_grad:
+            out.register_hook(functools.partial(observe, ids))
+        return out
+
+    module.forward = forward
+    hook = weight.register_hook(lambda grad: found.pop() if found else grad)
+    return [lambda: module.__dict__.pop("forward"), hook.remove]
+
+
+def _rows(module: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Row of this rank's weight that a token uses; -1 where another rank has it."""
+    first = getattr(module, "vocab_start_index", 0)
+    last = getattr(module, "vocab_end_index", module.weight.shape[0])
+    return torch.where((ids >= first) & (ids < last), ids - first, -1)

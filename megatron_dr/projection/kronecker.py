@@ -1,0 +1,100 @@
+"""The Kronecker sketch of a linear layer's gradient: C = P_out G P_in^T, from its two factors.
+
+    E[<C_i, C_j>] = <G_i, G_j> ,    P = signs / sqrt(K), P_out and P_in independent
+
+(Choe et al., arXiv 2405.13954, LoGra.) The variance of <C_i, C_j> is at most
+|G_i|^2 |G_j|^2 (2/K_out + 2/K_in + 4/(K_out K_in)): a side's noise falls with its own size alone,
+so that K_out K_in numbers are worth far fewer of a `CountSketch`. Signs have a lower variance than
+normal numbers for every pair of gradients (an entry's fourth moment is 1, not 3), from a few per
+cent to all of it for gradients of few large elements; and they are exact in bf16 where K is a
+power of four.
+
+Shape suffixes: I in, O out, K sketch, T entries asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dr.projection.sketch import _hash, _salts, key_of
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """P_out [K_out, O] and P_in [K_in, I] of one weight; a side that is not larger than its size
+    is left as it is (the identity).
+
+    A column depends on (name, side, seed) and its number alone, so a shard of the weight makes its
+    own, and the sketches of all shards add up to the whole weight's.
+
+    :param name: the parameter's global name.
+    :param out, inner: O and I of the whole weight.
+    :param size_out, size_in: the most that K_out and K_in may be.
+    :param seed: another seed, another independent sketch.
+    :raises ValueError: a length that is not positive.
+    """
+
+    name: str
+    out: int
+    inner: int
+    size_out: int
+    size_in: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for field in ("out", "inner", "size_out", "size_in"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+
+    @property
+    def size(self) -> int:
+        """K_out K_in, the length of a sketch."""
+        return min(self.out, self.size_out) * min(self.inner, self.size_in)
+
+    def out_columns(
+        self, index: Tensor | None, device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor | None:
+        """P_out's columns [K_out, T] for the weight's rows `index` (int64, of the whole weight).
+
+        :param index: None: all of them, and if P_out is the identity the result is None too. Of
+            an identity's shard the columns are returned, so that sketches add up over shards.
+        """
+        return self._columns("out", self.out, self.size_out, index, device, dtype)
+
+    def in_columns(
+        self, index: Tensor | None, device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor | None:
+        """As `out_columns`: P_in's [K_in, T] for the weight's columns `index`."""
+        return self._columns("in", self.inner, self.size_in, index, device, dtype)
+
+    def _columns(
+        self,
+        side: str,
+        length: int,
+        size: int,
+        index: Tensor | None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        if length <= size:
+            if index is None:
+                return None
+            numbers_K1 = torch.arange(length, device=device)[:, None]
+            return (numbers_K1 == index.to(device)).to(dtype)
+        if index is None:
+            index = torch.arange(length, device=device)
+        key = key_of(f"{self.name}/{side}")
+        return _signs(key, self.seed, size, index.to(device)).to(dtype).mul_(size**-0.5)
+
+
+def _signs(key: int, seed: int, size: int, index_T: Tensor) -> Tensor:
+    """Independent signs [K, T] as int32: 32 of a column from each hash of (column, word)."""
+    words = -(-size // 32)
+    word_W1 = torch.arange(words, device=index_T.device)[:, None]
+    hashed_WT = _hash(index_T * words + word_W1, *_salts(key, seed))
+    shift_S1 = torch.arange(32, device=index_T.device, dtype=torch.int32)[:, None]
+    bits_WST = (hashed_WT[:, None] >> shift_S1).bitwise_and_(1)
+    return bits_WST.flatten(0, 1)[:size].mul_(-2).add_(1)

@@ -1,0 +1,216 @@
+"""Gradients of single samples inside a linear layer: their products, mostly without forming them.
+
+A weight [O, I] that is used as Y = X W^T has, of sample n with L tokens, the gradient
+
+    G_n = sum over l of dy[l, n]^T x[l, n]                                          [O, I]
+
+A *pair* holds the two factors: `x_LNI` and `dy`. dy is `dy_LNO`, or, where its rows are one-hot,
+the row numbers `index_LN` (int64; -1: a row of zeros). So an embedding's weight is a linear one
+too: index is the token, x the gradient of the embedding's output. A weight that is used several
+times (tied embeddings) has several pairs, whose G_n add up before any product.
+
+The factors may be bf16 or fp16; products and sums are in fp32. Padded tokens are rows of zeros.
+Scoring without forming gradients: Wang, Mittal, Song, Jia, Data Shapley in One Training Run,
+arXiv 2406.11011 (ghost); sketches of the two factors: Choe et al., arXiv 2405.13954 (LoGra).
+
+Shape suffixes: L tokens of a sample, N samples, T tokens of all samples, I in, O out, K sketch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+BLOCK = 64 * 2**20  # bytes of the products that `ghost_gram` and `ghost_cross` hold at a time
+_FP32_RESULT = torch.torch_version.TorchVersion(torch.__version__) >= "2.8"  # of bf16 factors
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def by_sample(x_T: Tensor, sample_T: Tensor, num: int, pad: float = 0) -> Tensor:
+    """Tokens [T, ...] in any order to [L, N, ...], L the largest count; their order is kept.
+
+    One look at the values (how many tokens), for which the host waits.
+
+    :param sample_T: each token's sample number below `num` (int64); negative: of none.
+    :param pad: where a sample has fewer than L tokens; -1 for row numbers.
+    :raises ValueError: a sample number that is not below `num`.
+    """
+    sorted_T, order_T = sample_T.sort(stable=True)
+    start_N = torch.searchsorted(sorted_T, torch.arange(num + 1, device=sample_T.device))
+    sizes = torch.stack([start_N.diff().amax(), start_N[0], start_N[-1]])
+    length, first, end = sizes.tolist()
+    if end != len(sample_T):
+        raise ValueError(f"a token's sample number is not below {num}, the number of samples.")
+    sorted_T, order_T = sorted_T[first:], order_T[first:]
+    place_T = torch.arange(first, end, device=sample_T.device) - start_N[sorted_T]
+    out_LN = x_T.new_full((length, num, *x_T.shape[1:]), pad)
+    out_LN[place_T, sorted_T] = x_T[order_T]
+    return out_LN
+
+
+def gradients(x_LNI: Tensor, dy: Tensor, out: int) -> Tensor:
+    """G_n [N, O, I] in fp32: `exact`. A one-hot dY's are dense too.
+
+    :param out: O.
+    """
+    if dy.is_floating_point():
+        return _summed(dy, x_LNI)
+    samples, inner = x_LNI.shape[1:]
+    row_LN = torch.arange(samples, device=dy.device) * out + dy.clamp(min=0)
+    own_LNI = x_LNI.float().masked_fill((dy < 0)[..., None], 0.0)
+    g_RI = x_LNI.new_zeros((samples * out, inner), dtype=torch.float32)
+    g_RI.index_add_(0, row_LN.flatten(), own_LNI.flatten(0, 1))
+    return g_RI.view(samples, out, inner)
+
+
+def ghost_gram(pairs: Sequence[Pair]) -> Tensor:
+    """<G_i, G_j> [N, N] in fp32: sum over l, m of (x[l,i] . x[m,j]) (dy[l,i] . dy[m,j]).
+
+    Exact, and symmetric bit for bit. A block of tokens with a block at a time, each with at least
+    a token of every sample; float64 between blocks.
+    """
+    samples = pairs[0][0].shape[1]
+    length = max(1, block_rows() // max(1, samples))
+    blocks = [
+        (x_LNI[start : start + length], dy[start : start + length])
+        for x_LNI, dy in pairs
+        for start in range(0, len(x_LNI), length)
+    ]
+    gram_NN = pairs[0][0].new_zeros((samples, samples), dtype=torch.float64)
+    for n, left in enumerate(blocks):
+        gram_NN += _block_gram(left, left)
+        for right in blocks[:n]:
+            part_NN = _block_gram(left, right)
+            gram_NN += part_NN + part_NN.t()
+    return ((gram_NN + gram_NN.t()) / 2).float()
+
+
+def ghost_cross(pairs: Sequence[Pair], target_OI: Tensor) -> Tensor:
+    """<G_n, T> [N] in fp32, T [O, I] any matrix: sum over l of dy[l, n] . T x[l, n]."""
+    cross_N = pairs[0][0].new_zeros(pairs[0][0].shape[1], dtype=torch.float64)
+    for x_LNI, dy in pairs:
+        length, samples, inner = x_LNI.shape
+        if dy.is_floating_point():  # some of T's rows at a time
+            rows = max(1, BLOCK // (4 * (length * samples + inner) or 1))
+            for start in range(0, len(target_OI), rows):
+                some_OI, some_LNO = target_OI[start : start + rows], dy[..., start : start + rows]
+                y_TO = _product(x_LNI.flatten(0, 1), some_OI.t())
+                cross_N += y_TO.view(some_LNO.shape).mul_(some_LNO).sum((0, 2))
+        else:  # some tokens at a time
+            tokens = max(1, BLOCK // (8 * samples * inner or 1))
+            for start in range(0, length, tokens):
+                some_LNI, index_LN = x_LNI[start : start + tokens], dy[start : start + tokens]
+                y_LNI = target_OI[index_LN.clamp(min=0)].float().mul_(some_LNI)
+                cross_N += y_LNI.sum(2).masked_fill_(index_LN < 0, 0.0).sum(0)
+    return cross_N.float()
+
+
+def sketch(pairs: Sequence[Pair], p_out_KO: Tensor | None, p_in_KI: Tensor | None) -> Tensor:
+    """P_out G_n P_in^T, flattened [N, K_out K_in], in fp32: (P_out dY_n^T)(P_in X_n^T)^T.
+
+    Of a shard of the weight, with the shard's columns of P_out and P_in, it is a partial sum.
+
+    :param p_out_KO: None is the identity, with K_out = O; not for row numbers, which look up its
+        columns.
+    :param p_in_KI: None is the identity.
+    :raises ValueError: row numbers without p_out_KO.
+    """
+    c_NKK: Tensor | None = None
+    for x_LNI, dy in pairs:
+        part_NKK = _summed(_projected(dy, p_out_KO), _projected(x_LNI, p_in_KI))
+        c_NKK = part_NKK if c_NKK is None else c_NKK.add_(part_NKK)
+    assert c_NKK is not None, "no pair"
+    return c_NKK.flatten(1)
+
+
+def weighted(
+    x_LNI: Tensor, dy_LNO: Tensor, coefficient_N: Tensor | None, keep_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Factors x [T, I], dy [T, O] of the weight gradient: dy^T x = sum over n of a_n G_n.
+
+    dy is scaled in fp32 and rounded to its own dtype once.
+
+    :param coefficient_N: a, of all samples; None: all are 1, and without keep_N the results are
+        views.
+    :param keep_N: numbers (int64) of the samples that enter; None: all. Without those that
+        have a = 0, the product is as much smaller.
+    """
+    if keep_N is not None:
+        x_LNI, dy_LNO = x_LNI.index_select(1, keep_N), dy_LNO.index_select(1, keep_N)
+    if coefficient_N is not None:
+        a_N = coefficient_N if keep_N is None else coefficient_N.index_select(0, keep_N)
+        scaled_LNO = torch.empty_like(dy_LNO)
+        dy_LNO = torch.mul(dy_LNO, a_N.to(dy_LNO.device, torch.float32)[:, None], out=scaled_LNO)
+    return x_LNI.flatten(0, 1), dy_LNO.flatten(0, 1)
+
+
+def block_rows() -> int:
+    """Tokens in a block of `ghost_gram`: two fp32 squares of so many fill `BLOCK` bytes."""
+    return math.isqrt(BLOCK // 8)
+
+
+def _block_gram(left: Pair, right: Pair) -> Tensor:
+    """[N, N]: products of the tokens of two blocks, summed over the tokens of each sample."""
+    lengths, samples = (len(left[0]), len(right[0])), left[0].shape[1]
+    (x_SI, dy_S), (x_TI, dy_T) = ((x.flatten(0, 1), dy.flatten(0, 1)) for x, dy in (left, right))
+    products_ST = _product(x_SI, x_TI.t()).mul_(_agreement(dy_S, dy_T))
+    return products_ST.view(lengths[0], samples, lengths[1], samples).sum((0, 2))
+
+
+def _agreement(dy_S: Tensor, dy_T: Tensor) -> Tensor:
+    """dy_s . dy_t [S, T], each dY dense [., O] or row numbers [.]."""
+    if dy_S.is_floating_point() and dy_T.is_floating_point():
+        return _product(dy_S, dy_T.t())
+    if dy_S.is_floating_point():
+        return dy_S.index_select(1, dy_T.clamp(min=0)).masked_fill_(dy_T < 0, 0.0)
+    if dy_T.is_floating_point():
+        return _agreement(dy_T, dy_S).t()
+    return (dy_S[:, None] == dy_T).logical_and_((dy_S >= 0)[:, None])
+
+
+def _projected(x_LNI: Tensor, p_KI: Tensor | None) -> Tensor:
+    """P x [L, N, K] in fp32, or x itself; x may be row numbers."""
+    if x_LNI.is_floating_point():
+        if p_KI is None:
+            return x_LNI
+        return _product(x_LNI.flatten(0, 1), p_KI.t()).view(*x_LNI.shape[:2], len(p_KI))
+    if p_KI is None:
+        raise ValueError("row numbers look up P_out's columns; pass the identity as a matrix.")
+    columns_KT = p_KI.index_select(1, x_LNI.flatten().clamp(min=0))
+    columns_KT = columns_KT.float().masked_fill_(x_LNI.flatten() < 0, 0.0)
+    return columns_KT.view(len(p_KI), *x_LNI.shape).permute(1, 2, 0)
+
+
+def _summed(a_LNA: Tensor, b_LNB: Tensor) -> Tensor:
+    """sum over l of a[l, n]^T b[l, n], [N, A, B] in fp32."""
+    return _product(a_LNA.permute(1, 2, 0), b_LNB.permute(1, 0, 2))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, of matrices or of batches of them.
+
+    On a GPU, factors in half precision stay so: their products are exact in fp32. The fp32
+    partner of a bf16 factor is split into two bf16 ones: a product in fp32 would be much slower.
+    """
+    if a.is_cuda and _FP32_RESULT:
+        if a.dtype == b.dtype and a.dtype in _HALF:
+            multiply = torch.mm if a.dim() == 2 else torch.bmm
+            return multiply(a, b, out_dtype=torch.float32)
+        if (a.dtype, b.dtype) == (torch.bfloat16, torch.float32):
+            high, low = _split(b)
+            return _product(a, high).add_(_product(a, low))
+        if (a.dtype, b.dtype) == (torch.float32, torch.bfloat16):
+            high, low = _split(a)
+            return _product(high, b).add_(_product(low, b))
+    return a.float() @ b.float()
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 x = high + low, both bf16, to 2^-17 of each element."""
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()

@@ -1,0 +1,130 @@
+"""FLOPs of scoring equal what torch counts; `auto` takes what is stated."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from _pairs import dense
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_dr.projection import Kronecker, flops, gram_of, per_sample
+from megatron_dr.projection.flops import Work, cheapest, kept_bytes
+
+FP32 = torch.float32
+WORKS = [
+    Work(40, 24, 4, 8, 0, 8, 4, True),
+    Work(40, 24, 4, 8, 0, 8, 4, False),
+    Work(40, 24, 4, 8, 2, 8, 4, True),
+    Work(16, 96, 3, 5, 1, 16, 4, True),
+    Work(5, 7, 2, 3, 0, 9, 9, False),
+]
+OF_EVERY_WORK = pytest.mark.parametrize("work", WORKS, ids=str)
+
+
+def counted(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def factors(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    return dense(work.tokens, work.samples + work.targets, work.inner, work.out, FP32)
+
+
+def products(work: Work, values_NK: torch.Tensor) -> None:
+    """Of rows and target, as matrix products that torch counts."""
+    rows_RK = values_NK[: work.samples + 1]
+    if len(rows_RK) == work.samples:  # the target's own, from another pass
+        rows_RK = torch.cat([rows_RK, rows_RK[:1]])
+    if work.gram:
+        gram_of(rows_RK[None])
+    else:
+        rows_RK @ rows_RK[-1:].t()
+
+
+@OF_EVERY_WORK
+def test_weight_gradient(work: Work) -> None:
+    x, dy = per_sample.weighted(*factors(work), None, None)
+    assert counted(lambda: dy.t() @ x) == flops.weight_gradient(work)
+
+
+@OF_EVERY_WORK
+def test_exact(work: Work) -> None:
+    def run() -> None:
+        products(work, per_sample.gradients(*factors(work), work.out).flatten(1))
+
+    assert counted(run) == flops.exact(work)
+
+
+@OF_EVERY_WORK
+def test_sketched(work: Work) -> None:
+    sketch = Kronecker("w", work.out, work.inner, work.size_out, work.size_in, 0)
+    p_out, p_in = (side(None, "cpu", FP32) for side in (sketch.out_columns, sketch.in_columns))
+
+    def run() -> None:
+        products(work, per_sample.sketch([factors(work)], p_out, p_in))
+
+    assert counted(run) == flops.sketched(work)
+
+
+@pytest.mark.parametrize("block", [2**26, 8 * 4**2, 8 * 8**2])
+@OF_EVERY_WORK
+def test_ghost(work: Work, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but products of single numbers, which torch does not count: T (T + block) and 2 N L O.
+
+    In blocks the model is right where they have no remainder, and near it else.
+    """
+    monkeypatch.setattr(per_sample, "BLOCK", block)
+    tokens, squares, singles = work.tokens * (work.samples + work.targets), 0, 0
+    if work.gram or work.targets:
+        squares = tokens * (tokens + min(tokens, per_sample.block_rows()))
+    if not work.targets:
+        singles = 2 * tokens * work.out
+
+    def run() -> None:
+        if squares:
+            per_sample.ghost_gram([factors(work)])
+        if not work.targets:
+            per_sample.ghost_cross([factors(work)], torch.ones(work.out, work.inner))
+
+    expected = flops.ghost(work) - squares - singles
+    whole = block == 2**26 or work == WORKS[0]
+    assert counted(run) == pytest.approx(expected, rel=0 if whole else 0.35)
+
+
+LARGE = Work(4096, 4096, 8, 1024, 0, 64, 64, True)
+
+
+@pytest.mark.parametrize("samples", [1, 8, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 256, 4096])
+@pytest.mark.parametrize("targets", [0, 2])
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("length", [8, 64, 4096])
+def test_auto(samples: int, tokens: int, targets: int, gram: bool, length: int) -> None:
+    work = Work(length, length, samples, tokens, targets, 64, 64, gram)
+    cost = {score: getattr(flops, score)(work) for score in ("exact", "ghost", "sketched")}
+    chosen = cheapest(length, length, tokens, 64, 64, samples=samples, targets=targets, gram=gram)
+    spare = flops.weight_gradient(work) / 10
+    assert cost[chosen] <= min(cost.values()) + spare
+    if chosen == "sketched":
+        assert min(cost["exact"], cost["ghost"]) > cost["sketched"] + spare
+    else:
+        assert cost[chosen] == min(cost["exact"], cost["ghost"])
+
+
+def test_auto_takes_each() -> None:
+    """Short samples: products of tokens. Small weights: all of it. Long ones: sketches."""
+    assert cheapest(4096, 4096, 1, 64, 64, samples=8, targets=1) == "ghost"
+    assert cheapest(32, 32, 1024, 64, 64, samples=8) == "exact"
+    assert cheapest(4096, 4096, 1024, 64, 64, samples=8) == "sketched"
+
+
+def test_kept_bytes() -> None:
+    x, dy = (t.bfloat16() for t in factors(WORKS[2]))
+    g_NOI, c_NK = per_sample.gradients(x, dy, 40), torch.empty(6, 8 * 4)
+    assert kept_bytes("ghost", WORKS[2], 2) == x.nbytes + dy.nbytes
+    assert kept_bytes("exact", WORKS[2], 2) == g_NOI.nbytes
+    assert kept_bytes("sketched", WORKS[2], 2) == c_NK.nbytes
+    small = dataclasses.replace(WORKS[2], size_out=99, size_in=99)
+    assert kept_bytes("sketched", small, 2) == g_NOI.nbytes
