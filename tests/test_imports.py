@@ -63,9 +63,17 @@ def test_mcore_alone_imports_megatron(path: Path) -> None:
     assert not [n for n in imported(path) if within(n, "megatron")]
 
 
-@pytest.mark.parametrize("path", files("data", "report", "projection"), ids=name)
+@pytest.mark.parametrize("path", files("data", "report", "projection", "optim"), ids=name)
 def test_leaves_do_not_import_mcore(path: Path) -> None:
     assert not [n for n in imported(path) if within(n, "megatron_dr.mcore")]
+
+
+@pytest.mark.parametrize("path", files("optim"), ids=name)
+def test_optim_imports_torch_and_projection_alone(path: Path) -> None:
+    for imports in imported(path):
+        top = imports.split(".")[0]
+        ours = within(imports, "megatron_dr.optim") or within(imports, "megatron_dr.projection")
+        assert ours or top == "torch" or top in sys.stdlib_module_names, imports
 
 
 def test_mcore_does_import_megatron() -> None:

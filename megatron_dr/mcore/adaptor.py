@@ -8,6 +8,7 @@ What is wrapped, and who calls it:
     megatron.training.arguments.add_megatron_arguments    parse_args: the flags
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
     megatron.training.training.setup_model_and_optimizer  pretrain: attach, target data
+    megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
     megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
     megatron.training.training.build_train_valid_test_datasets
                                   build_train_valid_test_data_loaders: microbatches of one domain
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_dr.mcore import compat, cpu, errors, step_log
-from megatron_dr.mcore.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.arguments import add_arguments, configs_from_args, part_from_args
 from megatron_dr.mcore.training_run import START, TrainingRun, num_target_microbatches
 
 _SCHEDULES = (
@@ -51,6 +52,7 @@ def enable() -> None:
     _wrap(arguments, "validate_args", _validate)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
     _wrap(training, "setup_model_and_optimizer", _set_up)
+    _wrap(training, "get_megatron_optimizer", _build_optimizer)
     _wrap(training, "build_train_valid_test_datasets", _build_datasets)
     _wrap(training, "training_log", _log_training)
     _wrap(training, "evaluate", _log_validation)
@@ -68,8 +70,10 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
         configs = configs_from_args(args)
         if configs is not None:
             compat.check_flags(args)
+        _check_meso(args)
     result = stock(args, *rest, **kwargs)
     with errors.refused():
+        _check_meso(args)  # again: Megatron's own checks switch flags on
         if configs is not None and configs[1].target_data is not None:
             num_target_microbatches(args, *configs)
         if configs is not None and configs[0].rows == "domain":
@@ -77,6 +81,34 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
 
             domain_flags.check(args)
     return result
+
+
+def _check_meso(args: Namespace) -> None:
+    if part_from_args(args, "meso") is not None:
+        from megatron_dr.mcore import meso
+
+        meso.check(args)
+
+
+def _build_optimizer(
+    stock: Callable[..., Any], config: Any, model: list[Any], *rest: Any, **kwargs: Any
+) -> Any:
+    """Before setup_model_and_optimizer loads a checkpoint: MeSO's state is what it loads into."""
+    from megatron.core.utils import get_model_config
+    from megatron.training import get_args, print_rank_0
+
+    optimizer, args = stock(config, model, *rest, **kwargs), get_args()
+    with errors.refused():
+        wanted = part_from_args(args, "meso")
+        if wanted is not None:
+            from megatron_dr.mcore import meso
+
+            made = meso.use_meso(
+                optimizer, model, get_model_config(model[0]), size=wanted.size,
+                refresh=wanted.refresh, seed=args.seed,
+            )  # fmt: skip
+            print_rank_0(meso.note(made))
+    return optimizer
 
 
 def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, **kw: Any) -> Any:

@@ -7,7 +7,9 @@ import os
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.lora_config import LoRAConfig
 from megatron_dr.mcore import cpu
+from megatron_dr.meso_config import MesoConfig
 
 # Flags that mean something only with some values of another: {flag: (other, values)}.
 _NEEDS = {
@@ -30,27 +32,25 @@ _NEEDS = {
 }
 
 
+# Parts of their own: flags --dr-NAME-FIELD; the named field's flag switches one on.
+_PARTS: dict[str, tuple[type[LoRAConfig] | type[MesoConfig], str]] = {
+    "lora": (LoRAConfig, "rank"),
+    "meso": (MesoConfig, "size"),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group; usable as Megatron's `extra_args_provider`."""
     group = parser.add_argument_group("megatron-dr (data-regularised post-training)")
     for field in (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig)):
-        if not field.metadata:  # known from Megatron's own flags
-            continue
         default = "none" if field.default is None else field.default
         if field.name == "set":  # no flag of ours: the plugin is off
             default = f"off; with --dr-target-data {field.default}"
-        options: dict[str, Any] = {
-            "dest": f"dr_{field.name}",
-            "default": None,
-            "help": f"{field.metadata['help']} [{field.metadata['unit']}] (default: {default})",
-        }
-        if field.type is bool:
-            options["action"] = "store_true"
-        elif get_origin(field.type) is Literal:
-            options["choices"] = get_args(field.type)
-        else:
-            options["type"] = _number(field.type) or str
-        group.add_argument(f"--dr-{field.name.replace('_', '-')}", **options)
+        _add(group, field.name, field, default)
+    for part, (config, switch) in _PARTS.items():
+        for field in dataclasses.fields(config):
+            default = "off" if field.name == switch else field.default
+            _add(group, f"{part}_{field.name}", field, default)
     group.add_argument(
         "--dr-device",
         choices=("cuda", "cpu"),
@@ -60,6 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _mend_help(parser)
     return parser
+
+
+def _add(group: Any, name: str, field: Any, default: Any) -> None:
+    """A field's flag; none for what Megatron's own flags tell."""
+    if not field.metadata:
+        return
+    options: dict[str, Any] = {
+        "dest": f"dr_{name}",
+        "default": None,
+        "help": f"{field.metadata['help']} [{field.metadata['unit']}] (default: {default})",
+    }
+    if field.type is bool:
+        options["action"] = "store_true"
+    elif get_origin(field.type) is Literal:
+        options["choices"] = get_args(field.type)
+    else:
+        options["type"] = _number(field.type) or str
+    group.add_argument(f"--dr-{name.replace('_', '-')}", **options)
 
 
 def _number(kind: Any) -> type | None:
@@ -86,6 +104,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
         name[3:]: value
         for name, value in vars(args).items()
         if name.startswith("dr_") and name != "dr_device" and value is not None
+        and name.split("_")[1] not in _PARTS
     }
     if not given:
         return None
@@ -99,6 +118,26 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     target = TargetConfig(**{k: v for k, v in given.items() if k in own})
     _check_together(given, dr, target)
     return dr, target
+
+
+def part_from_args(args: argparse.Namespace, name: str) -> Any:
+    """The configuration of a part of its own (`lora`, `meso`); None where it is off.
+
+    Raises:
+        ValueError: flags out of range, or without the one that switches it on.
+    """
+    config, switch = _PARTS[name]
+    fields = [f.name for f in dataclasses.fields(config) if f.metadata]
+    given = {f: getattr(args, f"dr_{name}_{f}", None) for f in fields}
+    given = {f: value for f, value in given.items() if value is not None}
+    if switch in given:
+        return config(**given)
+    if given:
+        raise ValueError(
+            f"--dr-{name}-{next(iter(given))} needs --dr-{name}-{switch}: give it, or drop the "
+            "flag."
+        )
+    return None
 
 
 def _check_together(given: dict[str, Any], dr: DRConfig, target: TargetConfig) -> None:

@@ -8,9 +8,21 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dr.config import FEASIBLE_SETS, DRConfig, TargetConfig
-from megatron_dr.mcore.arguments import _NEEDS, add_arguments, configs_from_args
+from megatron_dr.mcore.arguments import (
+    _NEEDS,
+    _PARTS,
+    add_arguments,
+    configs_from_args,
+    part_from_args,
+)
 
 TITLE = "megatron-dr (data-regularised post-training):"
+PARTS = {
+    f"{part}_{f.name}": (f, f.name == switch)
+    for part, (config, switch) in _PARTS.items()
+    for f in dataclasses.fields(config)
+    if f.metadata
+}
 FIELDS = {f.name: f for c in (DRConfig, TargetConfig) for f in dataclasses.fields(c) if f.metadata}
 
 
@@ -36,7 +48,7 @@ def test_help_has_all_flags_under_one_title(monkeypatch: pytest.MonkeyPatch) -> 
     assert text.count(TITLE) == 1
     before, after = text.split(TITLE)
     ours, *rest = after.split("\n\n")
-    for name in (*FIELDS, "device"):
+    for name in (*FIELDS, *PARTS, "device"):
         assert f"\n  {option(name)}" in ours
     assert "--dr-" not in before + "".join(rest) and "--other" in before
 
@@ -50,7 +62,7 @@ def test_every_flag_has_a_unit_and_a_default() -> None:
     parser = add_arguments(argparse.ArgumentParser())
     (group,) = [g for g in parser._action_groups if TITLE.startswith(str(g.title))]
     actions = {o: a for a in group._group_actions for o in a.option_strings}
-    assert set(actions) == {option(name) for name in (*FIELDS, "device")}
+    assert set(actions) == {option(name) for name in (*FIELDS, *PARTS, "device")}
     for action in actions.values():
         assert action.help is not None
         assert "[" in action.help and action.help.count("(default: ") == 1
@@ -62,11 +74,28 @@ def test_every_flag_has_a_unit_and_a_default() -> None:
         assert actions[option(name)].help == f"{field.metadata['help']} {expected}"
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_its_own(name: str) -> None:
+    """Its switch turns it on, its other flags need the switch, and the plugin stays off."""
+    field, is_switch = PARTS[name]
+    part = name.split("_")[0]
+    switch = next(n for n, (_, switch) in PARTS.items() if switch and n.startswith(part))
+    args = parse(option(switch), "4", *([] if is_switch else [option(name), str(field.default)]))
+    config = part_from_args(args, part)
+    assert configs_from_args(args) is None and config is not None
+    assert getattr(config, field.name) == (4 if is_switch else field.default)
+    others = {other for other in _PARTS if other != part}
+    assert all(part_from_args(args, other) is None for other in others)
+    if not is_switch:
+        with pytest.raises(ValueError, match=f"{option(name)} needs {option(switch)}"):
+            part_from_args(parse(option(name), str(field.default)), part)
+
+
 def test_flags_do_not_disturb_megatrons() -> None:
     stock = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
     both = add_arguments(add_megatron_arguments(argparse.ArgumentParser())).parse_args([])
     added = vars(both).keys() - vars(stock).keys()
-    assert added == {f"dr_{name}" for name in (*FIELDS, "device")}
+    assert added == {f"dr_{name}" for name in (*FIELDS, *PARTS, "device")}
     assert {k: v for k, v in vars(both).items() if k not in added} == vars(stock)
     assert configs_from_args(both) is None and configs_from_args(stock) is None
 

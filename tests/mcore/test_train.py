@@ -328,3 +328,25 @@ def test_sample_rows_with_the_target_in_the_microbatches(
     assert last["lm loss"] < first["lm loss"]
     code, _, error = run(flags(data, more.replace("batch-size 4", "batch-size 6"), 3))[0]
     assert code != 0 and "not a multiple of the 4 general microbatches" in error
+
+
+def test_meso_trains_and_resumes(data: dict[str, str], tmp_path: Path) -> None:
+    """The optimizer's moments in a compressed space, beside the plugin's cone."""
+    paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]
+    checkpoint = f"--save {tmp_path / 'saved'} --save-interval 2"
+    more = [("", paths[0]), (f"{checkpoint} --exit-interval 2", paths[1]),
+            (f"{checkpoint} --load {tmp_path / 'saved'}", paths[2])]  # fmt: skip
+    for extra, path in more:
+        argv = flags(data, f"{cone(data)} --dr-meso-size 8 {extra} --dr-metrics {path}", 4)
+        argv.remove("--use-distributed-optimizer")
+        found = run(argv)
+        assert [code for code, _, _ in found] == [0, 0], found[0][2]
+        assert "MeSO" in found[0][1]
+    whole, *parts = [losses(path, "train") for path in paths]
+    assert parts[0] | parts[1] == {step: pytest.approx(v, abs=1e-6) for step, v in whole.items()}
+
+
+def test_meso_refuses_the_distributed_optimizer(data: dict[str, str]) -> None:
+    found = run(flags(data, "--dr-meso-size 8"))
+    assert all(code != 0 for code, _, _ in found)
+    assert "--use-distributed-optimizer" in found[0][2]
