@@ -7,9 +7,10 @@ One line in a copy of Megatron's pretrain_gpt.py, before the arguments are parse
 What is wrapped, and who calls it:
     megatron.training.arguments.add_megatron_arguments    parse_args: the flags
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
-    megatron.training.training.setup_model_and_optimizer  pretrain: attach, target data
+    megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, attach, target data
     megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
     megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
+    megatron.core.dist_checkpointing.load                 load_checkpoint: one without adapters
     megatron.training.training.build_train_valid_test_datasets
                                   build_train_valid_test_data_loaders: microbatches of one domain
     megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics
@@ -18,6 +19,7 @@ What is wrapped, and who calls it:
 Without the plugin's flags each wrapper calls Megatron's function and does nothing else.
 """
 
+import dataclasses
 import functools
 import time
 from argparse import Namespace
@@ -45,12 +47,16 @@ def enable() -> None:
         return
     _enabled = True
     cpu.enable_if_asked()
+    from megatron.core import dist_checkpointing
     from megatron.core.pipeline_parallel import schedules
     from megatron.training import arguments, checkpointing, training
+
+    from megatron_dr.mcore import lora_checkpoint
 
     _wrap(arguments, "add_megatron_arguments", lambda stock, parser: add_arguments(stock(parser)))
     _wrap(arguments, "validate_args", _validate)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
+    _wrap(dist_checkpointing, "load", lora_checkpoint.load)
     _wrap(training, "setup_model_and_optimizer", _set_up)
     _wrap(training, "get_megatron_optimizer", _build_optimizer)
     _wrap(training, "build_train_valid_test_datasets", _build_datasets)
@@ -68,7 +74,7 @@ def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
 def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with errors.refused():
         configs = configs_from_args(args)
-        if configs is not None:
+        if configs is not None or part_from_args(args, "lora") is not None:
             compat.check_flags(args)
         _check_meso(args)
     result = stock(args, *rest, **kwargs)
@@ -129,6 +135,8 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
 
     args = get_args()
     configs = configs_from_args(args)
+    with errors.refused():
+        _adapt(args, kwargs.get("cfg_container"))
     if configs is not None:
         for name, start in START.items():
             setattr(args, name, start)
@@ -138,6 +146,22 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
         with errors.refused(), errors.agreed():
             _run = TrainingRun(model, optimizer, get_model_config(model[0]), args, *configs)
     return model, optimizer, scheduler
+
+
+def _adapt(args: Namespace, container: Any) -> None:
+    """With --dr-lora-rank, have Megatron build the model with adapters."""
+    lora = part_from_args(args, "lora")
+    if lora is None:
+        return
+    from megatron_dr.mcore.lora import adapters_hook
+
+    if getattr(container, "model", None) is None:
+        raise ValueError(
+            "--dr-lora-rank needs a training script that gives pretrain the model's configuration, "
+            "as Megatron's pretrain_gpt.py does, not a function that builds the model."
+        )
+    lora = dataclasses.replace(lora, seed=args.seed)
+    container.model.pre_wrap_hooks.append(adapters_hook(lora))
 
 
 def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:

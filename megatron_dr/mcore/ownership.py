@@ -145,7 +145,8 @@ def _place(
         shards = parallel_state.get_tensor_model_parallel_world_size()
         shard = parallel_state.get_tensor_model_parallel_rank()
     if getattr(parameter, "tensor_model_parallel", False):
-        gated = config.gated_linear_unit and ".linear_fc1." in name
+        # an adapter's A in front of a gated layer is sharded over its rank, not over gate and up
+        gated = config.gated_linear_unit and ".linear_fc1." in name and ".lora_a." not in name
         stride = max(getattr(parameter, "partition_stride", 1), 2 if gated else 1)
         tied = not expert and getattr(parameter, "shared_embedding", False)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
