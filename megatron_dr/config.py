@@ -143,7 +143,7 @@ class DRConfig:
     )
     seed: int = _dial(0, "seed of the sketches; each step uses seed and step", "integer")
     log_blocks: bool = _dial(False, "log each block's values beside the model's", "flag")
-    alpha_steps: int | None = _known(None)  # the run's length, for linear and cosine
+    alpha_steps: int | None = _known(None)  # the run's length, where alpha is not constant
     target_size: int | None = _known(None)  # samples of the whole target set, for auto
     domains: tuple[str, ...] = _known(())  # names of the general corpora, for domain rows
 
@@ -176,7 +176,7 @@ class DRConfig:
         if not 0.0 < self.sketch_error < 1.0:
             raise ValueError(f"sketch_error must be in (0, 1), not {self.sketch_error}.")
         steps = self.alpha_steps
-        if self.alpha_style in ("linear", "cosine") and steps is not None and steps < 1:
+        if self.alpha_style != "constant" and steps is not None and steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
         if self.rows == "sample":
             self._check_samples()

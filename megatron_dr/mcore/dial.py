@@ -41,10 +41,9 @@ class AlphaDial:
 
     def _auto(self, gram_BRR: torch.Tensor, samples: int) -> torch.Tensor:
         config = self.config
-        assert config.target_size is not None
-        new = statistics(
-            config.feasible_set(), config.norm, gram_BRR, exchangeable=config.rows != "domain"
-        )
+        assert config.target_size is not None and config.alpha_steps is not None
+        new = statistics(config.feasible_set(), config.norm, gram_BRR)
         state = None if self.state is None else self.state.to(new.device)
         self.state = smoothed(state, new)
-        return alpha_of(self.state, min(1.0, samples / config.target_size))
+        passes = config.alpha_steps * min(1.0, samples / config.target_size)
+        return alpha_of(self.state, passes)

@@ -73,7 +73,7 @@ class Handle:
     def __init__(
         self, model: list[torch.nn.Module], optimizer: Any, config: Any, dr: DRConfig
     ) -> None:
-        _check_dial(dr)
+        check_dial(dr)
         self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
         owned = owned_parameters(model, config)
         names = block_names(owned, dr.blocks)
@@ -283,9 +283,9 @@ class Handle:
         return per_rank * (self.dr.target_ranks or ranks)
 
 
-def _check_dial(dr: DRConfig) -> None:
+def check_dial(dr: DRConfig) -> None:
     """Raise ValueError where alpha's rule lacks what only the run can say."""
-    if dr.alpha_style in ("linear", "cosine") and dr.alpha_steps is None:
+    if dr.alpha_style != "constant" and dr.alpha_steps is None:
         raise ValueError(f"alpha_style {dr.alpha_style!r} needs alpha_steps, the run's length.")
     if dr.alpha_style == "auto" and dr.target_size is None:
         raise ValueError("alpha_style 'auto' needs target_size, the samples of the target set.")

@@ -48,17 +48,21 @@ def weight_gradient(work: Work) -> int:
 
 
 def ghost(work: Work) -> int:
-    """Products of tokens, T (T + block) (I + O + 1); with a target gradient 2 N L O (I + 1) more.
+    """Products of tokens with tokens, or of samples with a target gradient.
 
-    T = (N + q) L. Each pair of tokens is multiplied once but within a block of them, where it is
-    twice. Not at all if there is a target gradient and no gram is asked for.
+    With `gram`: T (T + block) (I + O + 1), T = (N + q) L. Each pair of tokens is multiplied once
+    but within a block of them, where it is twice. Then, or without `gram`, with a target gradient
+    2 T (O I + min(O, I)). Without both, what is less: 2 T q L (I + O + 1) for the target's tokens,
+    or to form its gradient first.
     """
-    tokens, flops = _tokens(work), 0
-    if work.gram or work.targets:
-        flops += tokens * (tokens + min(tokens, block_rows())) * (work.inner + work.out + 1)
-    if not work.targets:
-        flops += 2 * tokens * work.out * (work.inner + 1)
-    return flops
+    tokens, sides = _tokens(work), work.inner + work.out
+    cross = 2 * tokens * (work.inner * work.out + min(work.inner, work.out))
+    own = work.targets * work.tokens
+    if not work.gram:
+        formed = 2 * own * work.inner * work.out + cross
+        return min(2 * tokens * own * (sides + 1), formed) if own else cross
+    flops = tokens * (tokens + min(tokens, block_rows())) * (sides + 1)
+    return flops if own else flops + cross
 
 
 def sketched(work: Work) -> int:

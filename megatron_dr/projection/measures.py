@@ -37,7 +37,7 @@ def norm_scale(
 
     :param gram_BRR: of the rows and, last, the target.
     :param direction_BR: d's coefficients. `tokens` takes the rows' for w.
-    :param share_M: T_i/T, for `tokens` alone.
+    :param share_M: T_i/T, for `tokens` alone; [B, M] where blocks have rows of their own.
     :raises ValueError: an unknown rule, or `tokens` without share_M.
     """
     if rule not in ("none", "general", "target", "tokens"):

@@ -19,7 +19,9 @@ Shape suffixes: L tokens of a sample, N samples, T tokens of all samples, I in, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -85,28 +87,53 @@ def ghost_gram(pairs: Sequence[Pair]) -> Tensor:
     for n, left in enumerate(blocks):
         gram_NN += _block_gram(left, left)
         for right in blocks[:n]:
-            part_NN = _block_gram(left, right)
-            gram_NN += part_NN + part_NN.t()
+            gram_NN += 2.0 * _block_gram(left, right)  # and its transpose, below
     return ((gram_NN + gram_NN.t()) / 2).float()
 
 
 def ghost_cross(pairs: Sequence[Pair], target_OI: Tensor) -> Tensor:
-    """<G_n, T> [N] in fp32, T [O, I] any matrix: sum over l of dy[l, n] . T x[l, n]."""
+    """<G_n, T> [N] in fp32, T [O, I] any matrix: sum over l of dy[l, n] . T x[l, n].
+
+    The larger of the two sides meets T, so that what is multiplied and summed is the smaller.
+    """
     cross_N = pairs[0][0].new_zeros(pairs[0][0].shape[1], dtype=torch.float64)
     for x_LNI, dy in pairs:
         length, samples, inner = x_LNI.shape
-        if dy.is_floating_point():  # some of T's rows at a time
-            rows = max(1, BLOCK // (4 * (length * samples + inner) or 1))
-            for start in range(0, len(target_OI), rows):
-                some_OI, some_LNO = target_OI[start : start + rows], dy[..., start : start + rows]
-                y_TO = _product(x_LNI.flatten(0, 1), some_OI.t())
-                cross_N += y_TO.view(some_LNO.shape).mul_(some_LNO).sum((0, 2))
-        else:  # some tokens at a time
-            tokens = max(1, BLOCK // (8 * samples * inner or 1))
-            for start in range(0, length, tokens):
-                some_LNI, index_LN = x_LNI[start : start + tokens], dy[start : start + tokens]
-                y_LNI = target_OI[index_LN.clamp(min=0)].float().mul_(some_LNI)
-                cross_N += y_LNI.sum(2).masked_fill_(index_LN < 0, 0.0).sum(0)
+        tokens = max(1, BLOCK // (4 * samples * max(inner, len(target_OI)) or 1))  # at a time
+        for start in range(0, length, tokens):
+            some_LNI, some_dy = x_LNI[start : start + tokens], dy[start : start + tokens]
+            if not dy.is_floating_point():
+                y_LNI = target_OI[some_dy.clamp(min=0)].float().mul_(some_LNI)
+                cross_N += y_LNI.sum(2).masked_fill_(some_dy < 0, 0.0).sum(0)
+            elif inner > len(target_OI):
+                y_TO = _product(some_LNI.flatten(0, 1), target_OI.t())
+                cross_N += y_TO.view(some_dy.shape).mul_(some_dy).sum((0, 2))
+            else:
+                y_TI = _product(some_dy.flatten(0, 1), target_OI)
+                cross_N += y_TI.view(some_LNI.shape).mul_(some_LNI).sum((0, 2))
+    return cross_N.float()
+
+
+def ghost_between(pairs: Sequence[Pair], others: Sequence[Pair]) -> Tensor:
+    """<G_n, sum over v of G'_v> [N] in fp32, G' the gradients of the samples in `others`.
+
+    As `ghost_gram`, token by token: cheaper than `ghost_cross` where the others have fewer tokens
+    than O I / (O + I).
+    """
+    samples = pairs[0][0].shape[1]
+    cross_N = pairs[0][0].new_zeros(samples, dtype=torch.float64)
+    rows = [(x.flatten(0, 1), dy.flatten(0, 1)) for x, dy in others]
+    for x_SI, dy_S in (
+        (x[start : start + block_rows()], dy[start : start + block_rows()])
+        for x, dy in rows
+        for start in range(0, len(x), block_rows())
+    ):
+        length = max(1, BLOCK // (8 * samples * len(x_SI) or 1))
+        for x_LNI, dy in pairs:
+            for start in range(0, len(x_LNI), length):
+                x_TI, dy_T = (p[start : start + length].flatten(0, 1) for p in (x_LNI, dy))
+                products_TS = _product(x_TI, x_SI.t()).mul_(_agreement(dy_T, dy_S))
+                cross_N += products_TS.view(-1, samples, len(x_SI)).sum((0, 2))
     return cross_N.float()
 
 
@@ -130,23 +157,62 @@ def sketch(pairs: Sequence[Pair], p_out_KO: Tensor | None, p_in_KI: Tensor | Non
 
 def weighted(
     x_LNI: Tensor, dy_LNO: Tensor, coefficient_N: Tensor | None, keep_N: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Factors x [T, I], dy [T, O] of the weight gradient: dy^T x = sum over n of a_n G_n.
+) -> Weighted:
+    """sum over n of a_n G_n = dy^T x: its factors x [T, I] and dy [T, O], or its value.
 
-    dy is scaled in fp32 and rounded to its own dtype once.
-
-    :param coefficient_N: a, of all samples; None: all are 1, and without keep_N the results are
+    :param coefficient_N: a, of all samples; None: all are 1, and without keep_N the factors are
         views.
     :param keep_N: numbers (int64) of the samples that enter; None: all. Without those that
         have a = 0, the product is as much smaller.
     """
-    if keep_N is not None:
-        x_LNI, dy_LNO = x_LNI.index_select(1, keep_N), dy_LNO.index_select(1, keep_N)
-    if coefficient_N is not None:
-        a_N = coefficient_N if keep_N is None else coefficient_N.index_select(0, keep_N)
-        scaled_LNO = torch.empty_like(dy_LNO)
-        dy_LNO = torch.mul(dy_LNO, a_N.to(dy_LNO.device, torch.float32)[:, None], out=scaled_LNO)
-    return x_LNI.flatten(0, 1), dy_LNO.flatten(0, 1)
+    return Weighted(x_LNI, dy_LNO, coefficient_N, keep_N)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """What `weighted` returns. To be unpacked as (x, dy), made when first looked at: dy is scaled
+    in fp32 and rounded to its own dtype once."""
+
+    x_LNI: Tensor
+    dy_LNO: Tensor
+    coefficient_N: Tensor | None
+    keep_N: Tensor | None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._factors)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._factors[number]
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        x_LNI, dy_LNO, a_N, keep_N = self.x_LNI, self.dy_LNO, self.coefficient_N, self.keep_N
+        if keep_N is not None:
+            x_LNI, dy_LNO = x_LNI.index_select(1, keep_N), dy_LNO.index_select(1, keep_N)
+        if a_N is not None:
+            a_N = a_N if keep_N is None else a_N.index_select(0, keep_N)
+            scaled_LNO = torch.empty_like(dy_LNO)
+            a_N1 = a_N.to(dy_LNO.device, torch.float32)[:, None]
+            dy_LNO = torch.mul(dy_LNO, a_N1, out=scaled_LNO)
+        return x_LNI.flatten(0, 1), dy_LNO.flatten(0, 1)
+
+    def product(self) -> Tensor:
+        """dy^T x [O, I], in x's dtype.
+
+        In fp32 on the CPU a GEMM per sample, where it lies: BLAS strides over the tokens of the
+        others, so that nothing is copied or scaled. Elsewhere one GEMM of the factors.
+        """
+        x_LNI, dy_LNO = self.x_LNI, self.dy_LNO
+        in_place = x_LNI.device.type == "cpu" and x_LNI.dtype == dy_LNO.dtype == torch.float32
+        if not in_place or self.coefficient_N is None:
+            x_TI, dy_TO = self
+            return dy_TO.t() @ x_TI
+        samples = range(x_LNI.shape[1]) if self.keep_N is None else self.keep_N.tolist()
+        scale = self.coefficient_N.tolist()
+        g_OI = x_LNI.new_zeros(dy_LNO.shape[2], x_LNI.shape[2])
+        for n in samples:
+            g_OI.addmm_(dy_LNO[:, n].t(), x_LNI[:, n], alpha=scale[n])
+        return g_OI
 
 
 def block_rows() -> int:

@@ -223,6 +223,9 @@ def test_wrong_arguments_are_refused() -> None:
     one(case)
 
 
+AUTO = DRConfig(alpha_style="auto", target_size=9, alpha_steps=9, slots=4)
+
+
 @pytest.mark.parametrize(
     "dr, general, target, words",
     [
@@ -230,7 +233,7 @@ def test_wrong_arguments_are_refused() -> None:
         (DRConfig(set="cone", slots=4), 6, 4, "can't be divided into 4"),
         (DRConfig(set="topk", fraction=0.1, slots=4), 4, 4, "at least 10 rows"),
         (DRConfig(set="capped", fraction=0.2, slots=4), 4, 4, "at least 5 rows"),
-        (DRConfig(alpha_style="auto", target_size=9, slots=4), 4, 3, "halves the target batch"),
+        (AUTO, 4, 3, "halves the target batch"),
     ],
 )
 def test_batches_that_make_no_rows(dr: DRConfig, general: int, target: int, words: str) -> None:
@@ -248,7 +251,8 @@ def test_batches_that_make_no_rows(dr: DRConfig, general: int, target: int, word
         (DRConfig(rows="domain"), "names of at least two general corpora"),
         (DRConfig(rows="rank", target_ranks=1), "below the data-parallel size 1"),
         (DRConfig(alpha_style="linear", slots=4), "'linear' needs alpha_steps"),
-        (DRConfig(alpha_style="auto", slots=4), "needs target_size"),
+        (DRConfig(alpha_style="auto", alpha_steps=9, slots=4), "needs target_size"),
+        (DRConfig(alpha_style="auto", target_size=9, slots=4), "'auto' needs alpha_steps"),
     ],
 )
 def test_rows_and_dials_that_cannot_be(dr: DRConfig, words: str) -> None:

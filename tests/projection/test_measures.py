@@ -89,6 +89,14 @@ def test_tokens_rule_where_no_token_is_chosen() -> None:
     assert torch.equal(scale, torch.ones(4).double())
 
 
+def test_tokens_rule_of_blocks_with_rows_of_their_own() -> None:
+    direction, gram = normal(4, 6, seed=1).abs(), gram_of(samples()[2])
+    share_BM = normal(4, 5, seed=2).abs()
+    scale = norm_scale("tokens", gram, direction, share_BM)
+    each = [norm_scale("tokens", gram[:1], direction[b : b + 1], share_BM[b]) for b in range(4)]
+    assert torch.allclose(scale, torch.cat(each), rtol=1e-14)
+
+
 def test_tokens_rule_needs_shares() -> None:
     with pytest.raises(ValueError, match="share_M"):
         norm_scale("tokens", gram_of(samples()[2]), torch.ones(4, 6))

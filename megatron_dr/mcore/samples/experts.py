@@ -179,24 +179,21 @@ def _indices(
     number_T1, probs = stock.dispatch_preprocess(shadow, number_T1, routing_map, probs)
     number_T1, probs = stock.token_dispatch(shadow, number_T1, probs)
     number_T1, counts, _ = stock.dispatch_postprocess(shadow, number_T1, probs)
-    return [
-        per_sample.by_sample(
-            torch.arange(len(part), device=part.device), part.flatten().long(), samples * peers(), -1
-        )
-        for part in number_T1.split(counts.tolist())
-    ]
+    parts = number_T1.flatten().long().split(counts.tolist())
+    token = functools.partial(torch.arange, device=hidden.device)
+    return [per_sample.by_sample(token(len(p)), p, samples * peers(), pad=-1) for p in parts]
 
 
 def by_sample(weigh: Callable[..., Any], index_LN: torch.Tensor) -> Callable[..., Any]:
     """`weigh` of [L, N, I] and [L, N, O], for tokens [T, I] and [T, O]."""
 
     def weigh_tokens(x_TI: torch.Tensor, dy_TO: torch.Tensor) -> Any:
-        return weigh(_rows(x_TI, index_LN), _rows(dy_TO, index_LN))
+        return weigh(rows(x_TI, index_LN), rows(dy_TO, index_LN))
 
     return weigh_tokens
 
 
-def _rows(x_TI: torch.Tensor, index_LN: torch.Tensor) -> torch.Tensor:
+def rows(x_TI: torch.Tensor, index_LN: torch.Tensor) -> torch.Tensor:
     """Rows by number; -1 is the row of zeros behind the last."""
     return torch.nn.functional.pad(x_TI, (0, 0, 0, 1))[index_LN]
 
@@ -212,8 +209,8 @@ def tap_router(router: Any, observer: Any) -> list[Undo]:
     def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
         for name, parameter in own.items():
             if name == "weight":
-                operands = observer.linear(parameter, x.to(dy.dtype), dy)
-                grad = None if operands is None else operands[1].t().matmul(operands[0])
+                weighted = observer.linear(parameter, x.to(dy.dtype), dy)
+                grad = None if weighted is None else weighted.product()
             else:
                 grad = observer.vector(parameter, dy.float().sum(0))
             found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.dial import AlphaDial
-from megatron_dr.mcore.handle import Handle
+from megatron_dr.mcore.handle import Handle, check_dial
 from megatron_dr.mcore.layout import Layout
 from megatron_dr.mcore.ownership import block_names, owned_parameters
 from megatron_dr.mcore.roles import MicrobatchRouter, merge_reports
@@ -38,6 +38,7 @@ class SampleHandle(Handle):
     def __init__(
         self, model: list[torch.nn.Module], optimizer: Any, config: Any, dr: DRConfig
     ) -> None:
+        check_dial(dr)
         self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
         owned = owned_parameters(model, config)
         support.check(dr, config, owned)

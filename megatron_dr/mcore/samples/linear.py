@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 
-# (x [L, N, I], dy [L, N, O]) -> the weight gradient's operands ([T, I], [T, O]), or None
-Weigh = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+from megatron_dr.projection.per_sample import Weighted
+
+# (x [L, N, I], dy [L, N, O]) -> the weight gradient, or None
+Weigh = Callable[[torch.Tensor, torch.Tensor], Weighted | None]
 
 
 def linear(
@@ -27,7 +29,7 @@ def linear(
     sequence_parallel: bool,
     tp_group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """X W^T; in the backward the weight's gradient is dy'^T x' of what `weigh` returns.
+    """X W^T; in the backward the weight's gradient is what `weigh` returns.
 
     Args:
         weigh: called once in the backward with X [L, N, I], whole, and dY [L, N, O]. None: the
@@ -73,7 +75,7 @@ class _Linear(torch.autograd.Function):
             whole, dx = dx.contiguous(), torch.empty_like(input)
             reduced = dist.reduce_scatter_tensor(dx, whole, group=ctx.tp_group, async_op=True)
         weighed = ctx.weigh(x, dy)
-        grad_weight = None if weighed is None else _weight_gradient(weight, ctx.fused, *weighed)
+        grad_weight = None if weighed is None else _weight_gradient(weight, ctx.fused, weighed)
         if reduced is not None:
             reduced.wait()
         return dx, grad_weight, None, None, None, None, None
@@ -86,12 +88,11 @@ def _gather(input: torch.Tensor, group: Any) -> tuple[torch.Tensor, Callable[[],
     return out, work.wait
 
 
-def _weight_gradient(
-    weight: Any, fused: bool, x_TI: torch.Tensor, dy_TO: torch.Tensor
-) -> torch.Tensor:
-    """dy^T x [O, I]; with the fused kernel a tensor without content, as Megatron's own."""
+def _weight_gradient(weight: Any, fused: bool, weighed: Weighted) -> torch.Tensor:
+    """[O, I]; with the fused kernel a tensor without content, as Megatron's own."""
     if not fused:
-        return dy_TO.t().matmul(x_TI)
+        return weighed.product()
+    x_TI, dy_TO = weighed
     kernels = layers.fused_weight_gradient_mlp_cuda
     if weight.main_grad.dtype == torch.float32:
         kernels.wgrad_gemm_accum_fp32(x_TI, dy_TO, weight.main_grad)

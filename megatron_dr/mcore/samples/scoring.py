@@ -7,6 +7,7 @@ Shapes: N samples of a microbatch, R = M + 1 rows and target, map [R, N] which s
 rows (the target's row is 0 where the target has a pass of its own).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -22,11 +23,17 @@ def features(place: Place, uses: list[Use]) -> torch.Tensor:
     """[N, K] in fp32: each sample's gradient of this rank's piece, or its sketch; partial sums
     over `place.sums`."""
     if place.is_vector:
-        return sum(g for g, _ in uses).float()  # type: ignore[union-attr]
+        total = _total([g for g, _ in uses]).float()
+        return total.clone()  # `summed` works in place, and the use still gives the update
     if place.score == "sketched":
         return per_sample.sketch(uses, place.p_out, place.p_in)
     out = place.owned.parameter.shape[0]
-    return sum(per_sample.gradients(x, dy, out) for x, dy in uses).flatten(1)  # type: ignore
+    return _total([per_sample.gradients(x, dy, out) for x, dy in uses]).flatten(1)
+
+
+def _total(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Their sum; of a single one, as of most weights, itself and no copy."""
+    return functools.reduce(torch.add, parts)
 
 
 def summed(place: Place, feature_NK: torch.Tensor) -> torch.Tensor:
@@ -55,17 +62,30 @@ def gram(
     if place.score == "ghost" and not place.is_vector:
         return _ghost(place, uses, map_RN, target, rows_too)
     feature_NK = summed(place, features(place, uses))
-    return dense_gram(feature_NK, map_RN, target)
+    return dense_gram(feature_NK, map_RN, target, rows_too)
 
 
 def dense_gram(
-    feature_NK: torch.Tensor, map_RN: torch.Tensor, target_K: torch.Tensor | None
-) -> torch.Tensor:
-    """gram [R, R] of map features, the target's row being `target_K` where it has its own pass."""
-    rows_RK = map_RN.float() @ feature_NK
-    if target_K is not None:
-        rows_RK[-1] += target_K.flatten()
-    return rows_RK @ rows_RK.t()
+    feature_NK: torch.Tensor, map_RN: torch.Tensor, target_K: torch.Tensor | None,
+    rows_too: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """gram [R, R] of map features, the target's row being `target_K` where it has its own pass.
+
+    Features may be whole gradients: no row is formed, only products of them are mapped.
+    """
+    map_RN = map_RN.float()
+    gram_RR = map_RN.new_zeros(len(map_RN), len(map_RN))
+    if rows_too:
+        gram_RR = map_RN @ (feature_NK @ feature_NK.t()) @ map_RN.t()
+        if target_K is None:
+            return gram_RR
+    if target_K is None:  # its samples come last, all with the same factor
+        general = len(map_RN) - 1
+        target_K = map_RN[-1, -1] * feature_NK[general:].sum(0)
+    cross_R = map_RN @ (feature_NK @ target_K.flatten())
+    gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R
+    gram_RR[-1, -1] = target_K.square().sum()
+    return gram_RR
 
 
 def _ghost(
@@ -74,15 +94,30 @@ def _ghost(
 ) -> torch.Tensor:  # fmt: skip
     uses = [_whole_sequence(place, use) for use in uses]
     map_RN = map_RN.float()
-    if target_OI is None:
-        return map_RN @ per_sample.ghost_gram(uses) @ map_RN.t()
     gram_RR = map_RN.new_zeros(map_RN.shape[0], map_RN.shape[0])
     if rows_too:
         gram_RR = map_RN @ per_sample.ghost_gram(uses) @ map_RN.t()
+        if target_OI is None:
+            return gram_RR
+    if target_OI is None:
+        cross_R = map_RN @ (map_RN[-1, -1] * _ghost_merged(place, uses, len(map_RN) - 1))
+        gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R
+        return gram_RR
     cross_R = map_RN @ per_sample.ghost_cross(uses, target_OI)
     gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R
     gram_RR[-1, -1] = target_OI.square().sum()
     return gram_RR
+
+
+def _ghost_merged(place: Place, uses: list[Use], general: int) -> torch.Tensor:
+    """<G_n, sum of the target samples' G> [N], the target's samples being those from `general` on;
+    token by token, or by their gradient where that takes fewer FLOPs."""
+    targets = [(x[:, general:], dy[:, general:]) for x, dy in uses]
+    out, inner = place.owned.parameter.shape
+    tokens = sum(x.shape[0] * x.shape[1] for x, _ in targets)
+    if tokens * (out + inner) < out * inner and all(dy.is_floating_point() for _, dy in uses):
+        return per_sample.ghost_between(uses, targets)
+    return per_sample.ghost_cross(uses, _total([_gradient(place, x, dy) for x, dy in targets]))
 
 
 def _whole_sequence(place: Place, use: Use) -> Use:
@@ -109,7 +144,7 @@ def target_part(place: Place, uses: list[Use]) -> torch.Tensor:
     gradient [O, I] for `ghost`; partial over `place.sums` and over all data ranks."""
     if place.is_vector or place.score == "sketched":
         return features(place, uses).sum(0)
-    return sum(_gradient(place, x, dy) for x, dy in uses)  # type: ignore[return-value]
+    return _total([_gradient(place, x, dy) for x, dy in uses])
 
 
 def _gradient(place: Place, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:

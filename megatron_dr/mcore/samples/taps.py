@@ -10,7 +10,8 @@
 
 A hook on a parameter runs before Megatron's own accumulates its gradient, and replaces it. With
 activation recompute the forward runs twice; only the one that builds a graph is observed. Tokens in
-experts are traced back to their samples by `experts.py`.
+experts are traced back to their samples by `experts.py`; Transformer Engine's layers are tapped by
+`te.py`.
 """
 
 import functools
@@ -27,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 
-from megatron_dr.mcore.samples import experts
+from megatron_dr.mcore.samples import experts, te
 from megatron_dr.mcore.samples.linear import linear
 
 Undo = Callable[[], Any]
@@ -64,22 +65,34 @@ def install(chunk: torch.nn.Module, observer: Observer) -> list[Undo]:
         ValueError: a trained parameter that no tap covers, naming it.
     """
     undo: list[Undo] = []
+    try:
+        _install(chunk, observer, undo)
+    except ValueError:
+        for step in undo:
+            step()
+        raise
+    return undo
+
+
+def _install(chunk: torch.nn.Module, observer: Observer, undo: list[Undo]) -> None:
     covered: set[int] = set()
     table = _taps({})
-    for module in chunk.modules():
+    for path, module in chunk.named_modules():
         tap = next((tap for kind, tap in table if kind(module)), None)
         if tap is not None:
             undo += tap(module, observer)
-            covered |= {id(p) for p in module.parameters(recurse=False)}
+            covered |= {
+                id(p)
+                for name, p in module.named_parameters(recurse=False)
+                if not (name == "bias" and ".experts." in path)
+            }
     for name, parameter in chunk.named_parameters():
         if observer.covers(parameter) and id(parameter) not in covered:
-            for step in undo:
-                step()
             raise ValueError(
-                f"sample rows can't observe {name}: its layer is none of Megatron's linear, norm "
-                "and embedding layers; use --dr-rows slot, or freeze it."
+                f"sample rows can't observe {name}: it is in none of Megatron's linear, norm, "
+                "router and embedding layers, or an expert's bias; freeze it, or use --dr-rows "
+                "slot."
             )
-    return undo
 
 
 def _taps(routes: experts.Routes) -> list[tuple[Callable[[Any], bool], Callable[..., list[Undo]]]]:
@@ -89,6 +102,7 @@ def _taps(routes: experts.Routes) -> list[tuple[Callable[[Any], bool], Callable[
     linears = (ColumnParallelLinear, RowParallelLinear)
     return [
         (lambda m: isinstance(m, linears), functools.partial(_tap_linear, routes=routes)),
+        (te.is_linear, functools.partial(te.tap, routes=routes)),
         (lambda m: isinstance(m, Router), experts.tap_router),
         (
             lambda m: isinstance(m, MoELayer),

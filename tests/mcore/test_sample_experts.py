@@ -1,0 +1,180 @@
+"""The layer path in a mixture of experts equals a loop over samples in plain PyTorch."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+import megatron_dr
+from megatron_dr import DRConfig
+
+from . import _megatron, _oracle, _samples
+from ._data import Layout
+from ._oracle import Parameters
+from ._ranks import run_ranks
+from ._samples import Case
+from .test_samples import MODES, check
+
+EVERY = ("exact", "ghost", "sketched", "cone", "cone ghost", "model two passes")
+
+
+@pytest.mark.parametrize("mode", EVERY)
+@pytest.mark.parametrize("per_token", (True, False), ids=("tokens", "microbatches"))
+def test_one_rank(mode: str, per_token: bool) -> None:
+    check(Layout(moe=True, per_token=per_token), MODES[mode])
+
+
+# Experts that see no other rank's samples.
+NEAR = {
+    "TP 2 SP": Layout(tp=2, sequence_parallel=True, moe=True),
+    "TP 2 SP ETP 2": Layout(tp=2, etp=2, sequence_parallel=True, moe=True, per_token=True),
+    "TP 2 SP EP 2": Layout(tp=2, ep=2, sequence_parallel=True, moe=True),
+    "recompute TP 2 SP": Layout(
+        tp=2, sequence_parallel=True, moe=True, recompute=True, per_token=True
+    ),
+    "PP 2": Layout(pp=2, moe=True, per_token=True),
+    "CP 2": Layout(cp=2, moe=True, per_token=True),
+    "DP 2": Layout(dp=2, moe=True),
+    "DP 2 sharded overlap": Layout(
+        dp=2, moe=True, distributed_optimizer=True, overlap=True, per_token=True
+    ),
+    "TP 2 SP EP 2 DP 2": Layout(tp=2, ep=2, dp=2, sequence_parallel=True, moe=True),
+}
+NEAR_MODES = ("exact", "cone ghost", "cone sketched merged", "model two passes", "step cone",
+              "step ghost", "layer")  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", NEAR_MODES)
+@pytest.mark.parametrize("layout", NEAR)
+def test_layout(layout: str, mode: str) -> None:
+    check(NEAR[layout], MODES[mode])
+
+
+# Experts that see other ranks' samples.
+class WideOracle(_samples.Oracle):
+    """The samples of all ranks whose tokens an expert sees compete together."""
+
+    def update(self, p: Parameters, step: int) -> Parameters:
+        total = super().update(p, step)
+        ranks, numbers = range(self.layout.dp), range(_samples.MICROBATCHES)
+        names = [name for name in p if ".experts." in name]
+        mean_t = self._mean([part for rank in self.cached for part in rank])
+        target = {name: mean_t[name] for name in names}
+        general = [[self._gradients(p, step, r, n, names) for n in numbers] for r in ranks]
+        tokens = sum(own.sum() for rank in general for _, own in rank)
+        total.update({name: torch.zeros_like(p[name].detach()) for name in names})
+        together = max(1, self.layout.dp_per_row // self.layout.cp)
+        for first in range(0, self.layout.dp, together):
+            for parts in zip(*general[first : first + together]):
+                equal = 1 / len(ranks) / len(numbers)
+                share = [own.sum() / tokens if self.layout.per_token else equal for _, own in parts]
+                rows = [_samples._mix([s], [f / own.sum() / sum(share) * len(samples) * len(parts)])
+                        for f, (samples, own) in zip(share, parts) for s in samples]  # fmt: skip
+                own = np.concatenate([own for _, own in parts])
+                for name, value in self._project(rows, own, target, 0).items():
+                    total[name] += sum(share) * value
+        return total
+
+    def _gradients(self, p: Parameters, step: int, rank: int, n: int, names: list[str]) -> Any:
+        data = _samples.batch(self.layout, "general", step, rank, n, _samples.SAMPLES)
+        samples, own = _samples._sample_gradients(p, data)
+        return [{name: s[name] for name in names} for s in samples], own
+
+
+WIDE = {
+    "EP 2 DP 2": Layout(ep=2, dp=2, moe=True),
+    "EP 2 DP 4 sharded": Layout(ep=2, dp=4, moe=True, distributed_optimizer=True, per_token=True),
+    "TP 2 SP EP 4 DP 2": Layout(tp=2, ep=4, dp=2, sequence_parallel=True, moe=True, per_token=True),
+    "TP 2 SP ETP 2 EP 2 DP 2": Layout(
+        tp=2, etp=2, ep=2, dp=2, sequence_parallel=True, moe=True, per_token=True
+    ),
+    "CP 2 EP 2": Layout(cp=2, ep=2, moe=True, per_token=True),
+    "PP 2 EP 2 DP 2": Layout(pp=2, ep=2, dp=2, moe=True),
+}
+WIDE_MODES = ("exact", "ghost", "sketched", "cone ghost", "hull")
+
+
+@pytest.mark.parametrize("mode", WIDE_MODES)
+@pytest.mark.parametrize("layout", WIDE)
+def test_wide(layout: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_samples, "Oracle", WideOracle)
+    check(WIDE[layout], MODES[mode])
+
+
+# -- auxiliary losses ------------------------------------------------------------------------------
+def train_with_aux_loss(layout: Layout, initial: Parameters, case: Case | None) -> Any:
+    """One step on a rank, by Megatron alone or with sample rows: pieces of the gradient."""
+    _megatron.initialize(layout)
+    model, optimizer, config = _megatron.build(layout, initial)
+    config.moe_aux_loss_coeff, config.moe_z_loss_coeff = 0.5, 0.1
+    general, target = (
+        [_samples.batch(layout, role, 0, 0, n, _samples.SAMPLES) for n in range(2)]
+        for role in ("general", "target")
+    )
+    schedule = dict(
+        forward_step_func=_samples.forward_step, data_iterator=iter(general), model=model[0],
+        num_microbatches=2, seq_length=_samples._data.LENGTH,
+        micro_batch_size=_samples.SAMPLES, forward_only=False,
+    )  # fmt: skip
+    if case is None:
+        get_forward_backward_func()(**schedule)
+    else:
+        handle = megatron_dr.attach(model, optimizer, config, DRConfig(rows="sample", **vars(case)))
+        handle.step(
+            get_forward_backward_func(), target_data_iterator=iter(target),
+            num_target_microbatches=2, **schedule,
+        )  # fmt: skip
+    return _megatron.pieces(model, config, "main_grad")
+
+
+def test_auxiliary_losses_belong_to_their_tokens() -> None:
+    """Where every sample is kept, the update is Megatron's own, load balancing and z-loss in it."""
+    layout = Layout(tp=2, sequence_parallel=True, moe=True)
+    initial = _oracle.initial(layout)
+    everything = Case(fraction=1.0, alpha=0.0)
+    found, stock = (
+        _megatron.whole(run_ranks(2, train_with_aux_loss, layout, initial, case))
+        for case in (everything, None)
+    )
+    for name, value in stock.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+def attach(layout: Layout, case: Case, changes: dict[str, Any]) -> str:
+    """On a rank: what `attach` refuses."""
+    _megatron.initialize(layout)
+    model, optimizer, config = _megatron.build(layout)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    try:
+        megatron_dr.attach(model, optimizer, config, DRConfig(rows="sample", **vars(case)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+EP2, DEEP = Layout(ep=2, dp=2, moe=True), "moe_shared_expert_overlap"
+REFUSED = {
+    "layers": (EP2, Case(blocks="layer"), {}, "use --dr-blocks matrix"),
+    "step": (EP2, Case(window="step"), {}, "use --dr-blocks matrix"),
+    "two passes": (EP2, Case(passes=2), {}, "use --dr-blocks matrix"),
+    "merged": (EP2, Case(target_pass="merged"), {}, "--dr-target-pass own"),
+    "streaming": (EP2, Case(window="streaming"), {}, "--dr-window microbatch"),
+    "tied over stages": (
+        Layout(pp=2, ep=2, dp=2, moe=True, tied=True), Case(), {}, "tied over pipeline stages"
+    ),
+    "unequal": (Layout(cp=4, ep=2, moe=True), Case(), {}, "must be 1, 1 or a multiple of 4"),
+    "flex": (Layout(moe=True), Case(), {"moe_token_dispatcher_type": "flex"}, "alltoall"),
+    "overlap": (Layout(moe=True), Case(), {DEEP: True}, "without --moe-shared-expert-overlap"),
+    "biases": (Layout(moe=True, layer_norm=True), Case(), {}, "or an expert's bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    layout, case, changes, message = REFUSED[name]
+    for said in run_ranks(layout.world, attach, layout, case, changes):
+        assert message in said
