@@ -66,7 +66,7 @@ def alpha_of(dr: DRConfig, step: int) -> float:
     """alpha of a step; the set `target` is alpha = 1."""
     if dr.set == "target":
         return 1.0
-    return alpha_at(dr.alpha_style, dr.alpha, dr.end_alpha, step, dr.alpha_steps or 1)  # checked at attach
+    return alpha_at(dr.alpha_style, dr.alpha, dr.end_alpha, step, dr.alpha_steps or 1)
 
 
 def sample_map(general: int, targets: int, ratio: float, device: torch.device) -> torch.Tensor:
