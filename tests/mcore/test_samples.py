@@ -87,8 +87,7 @@ LAYOUTS = {
     "q/k norms TP 2": Layout(qk_layernorm=True, tp=2, per_token=True),
     "fused": Layout(fused_gradients=True, tp=2, per_token=True),
 }
-LAYOUT_MODES = ("exact", "ghost", "sketched", "cone sketched merged", "model two passes",
-                "step cone", "layer")  # fmt: skip
+LAYOUT_MODES = ("exact", "ghost", "cone sketched merged", "model two passes", "step cone")
 
 
 @pytest.mark.parametrize("mode", LAYOUT_MODES)

@@ -58,7 +58,8 @@ class Microbatches:
             chunks = [None if g is None or t is None else
                       [self._joined(*both) for both in zip(g, t, strict=True)]
                       for g, t in pairs]  # fmt: skip
-        iterators = [None if batches is None else iter(batches) for batches in chunks]
+        # copies: a forward step may put its context-parallel share in the place of a tensor
+        iterators = [None if b is None else iter([dict(batch) for batch in b]) for b in chunks]
         return iterators if self._many else iterators[0]
 
     def _joined(self, general: Batch, target: Batch) -> Batch:
