@@ -47,6 +47,7 @@ def _run(store: torch.distributed.Store | None) -> None:
     adaptor.enable()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     model = gpt_config_from_args(args)
+    model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at 8
     if cpu.is_enabled():
         from megatron_dr.mcore.cpu_layers import layer_spec
 

@@ -1,0 +1,49 @@
+"""What travels with a Megatron checkpoint: config.json, tokenizer, generation settings.
+
+They lie in `hf/` of the folder that Megatron loads from and saves to, so that any checkpoint there
+can be exported by itself.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+FOLDER = "hf"
+FLAGS = "megatron_flags.txt"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Configuration, tokenizer and chat template files of a checkpoint's folder."""
+    for path in sorted(folder.iterdir()):
+        named = path.suffix in _SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and named and not path.name.endswith(_WEIGHTS) and path.name != FLAGS:
+            yield path
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy them; `target` is made."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def carry(loaded: Path, saved: Path) -> None:
+    """Let a run's saved checkpoints have what the loaded one had; call it on one process."""
+    source, target = loaded / FOLDER, saved / FOLDER
+    if source.is_dir() and not target.exists():
+        copy(source, target)
+        shutil.copyfile(source / FLAGS, target / FLAGS)
+
+
+def set_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Tell config.json the dtype of the weights beside it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
+    config[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

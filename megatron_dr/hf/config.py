@@ -1,0 +1,179 @@
+"""A model's shape: read from config.json, told to Megatron as flags, checked on the way back."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_dr.hf.families import family_of
+from megatron_dr.hf.model import Model
+from megatron_dr.hf.rope import read_rope
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint's folder."""
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from None
+    return config
+
+
+def parse(config: Mapping[str, Any]) -> Model:
+    """The model of a config.json, of transformers 4 or 5.
+
+    Raises:
+        ValueError: an architecture or a choice that can't be converted exactly.
+    """
+    family = family_of(config)
+    for name, value in {"hidden_act": "silu", "mlp_bias": False, **family.fixed}.items():
+        if config.get(name) not in (None, value):
+            raise ValueError(
+                f"config.json: {name} {config[name]!r} can't be converted, only {value!r}."
+            )
+    heads = _need(config, "num_attention_heads")
+    hidden = _need(config, "hidden_size")
+    groups = config.get("num_key_value_heads") or (
+        heads if family.groups_default else _need(config, "num_key_value_heads")
+    )
+    if heads % groups:
+        raise ValueError(f"config.json: {heads} heads can't be divided into {groups} groups.")
+    positions = _need(config, "max_position_embeddings")
+    return Model(
+        architecture=family.architecture,
+        layers=_need(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_size=_need(config, family.ffn_key),
+        heads=heads,
+        groups=groups,
+        head_size=config.get("head_dim") or family.head_size or hidden // heads,
+        vocabulary=_need(config, "vocab_size"),
+        positions=positions,
+        epsilon=_need(config, "rms_norm_eps"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope=read_rope(config, family.rope_base),
+        window=_window(config, family.window_switch),
+        **_experts(config, family.experts_key),
+    )
+
+
+def _need(config: Mapping[str, Any], name: str) -> Any:
+    if config.get(name) is None:
+        raise ValueError(f"config.json: {name!r} is missing.")
+    return config[name]
+
+
+def _window(config: Mapping[str, Any], switch: bool) -> int | None:
+    """The sliding window; families with a `use_sliding_window` have it off unless switched on."""
+    if switch and not config.get("use_sliding_window", False):
+        return None
+    return config.get("sliding_window")
+
+
+def _experts(config: Mapping[str, Any], key: str | None) -> dict[str, Any]:
+    if key is None:
+        return {}
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise ValueError("config.json: layers with and without experts can't be converted.")
+    # transformers 4 and 5 name the number of experts differently
+    count = config.get("num_local_experts") or config.get("num_experts")
+    return {
+        "experts": count or _need(config, key),
+        "top_k": _need(config, "num_experts_per_tok"),
+        "normalised": config.get("norm_topk_prob", key == "num_local_experts"),
+    }
+
+
+def padded_vocabulary(model: Model, tp: int) -> int:
+    """Rows of Megatron's embedding: a multiple of 128 tp, Megatron's own default."""
+    multiple = 128 * tp
+    return -(-model.vocabulary // multiple) * multiple
+
+
+def megatron_arguments(model: Model, vocabulary: int) -> dict[str, Any]:
+    """Megatron's arguments by name for this model with `vocabulary` embedding rows."""
+    arguments = {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size,
+        "num_attention_heads": model.heads,
+        "group_query_attention": model.groups != model.heads,
+        "kv_channels": model.head_size,
+        # attention is full in Megatron: it refuses sequences that are longer than this
+        "max_position_embeddings": min(model.positions, model.window or model.positions),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.epsilon,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "untie_embeddings_and_output_weights": not model.tied,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "padded_vocab_size": vocabulary,
+        **model.rope.flags(),
+    }
+    if model.groups != model.heads:
+        arguments["num_query_groups"] = model.groups
+    if model.experts:
+        arguments |= {
+            "num_experts": model.experts,
+            "moe_router_topk": model.top_k,
+            "moe_ffn_hidden_size": model.ffn_size,
+            # softmax over the chosen experts alone sums to 1; over all of them it doesn't
+            "moe_router_pre_softmax": not model.normalised,
+        }
+    return arguments
+
+
+# Arguments whose flag isn't "--" and the name, and flags that mean False.
+_OPTIONS = {
+    "layernorm_epsilon": "--norm-epsilon",
+    "add_bias_linear": "--disable-bias-linear",
+    "yarn_correction_range_round_to_int": "--no-yarn-correction-range-round-to-int",
+}
+_NEGATIVE = ("add_bias_linear", "yarn_correction_range_round_to_int")
+
+
+def command_line(arguments: Mapping[str, Any]) -> str:
+    """The same arguments as flags for Megatron's command line."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
+        if isinstance(value, bool):
+            words += [option] if value != (name in _NEGATIVE) else []
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+# May differ between a checkpoint and the configuration it came with.
+_FREE = ("max_position_embeddings", "attention_dropout", "hidden_dropout", "padded_vocab_size")
+# What a model without them has.
+_ABSENT = {
+    "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "num_experts": None,
+}
+
+
+def check_agreement(model: Model, arguments: Mapping[str, Any]) -> None:
+    """That a Megatron checkpoint was trained as the model that its config.json describes.
+
+    Raises:
+        ValueError: the first argument that differs, by name.
+    """
+    for name, value in (_ABSENT | megatron_arguments(model, 0)).items():
+        if name in _FREE or name not in arguments:
+            continue
+        found = arguments[name]
+        if found != value and not (found is None and value is False):
+            raise ValueError(
+                f"the checkpoint has {name} {found!r}, but its config.json means {value!r}."
+            )

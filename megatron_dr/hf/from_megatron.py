@@ -1,0 +1,171 @@
+"""Megatron to Hugging Face: layer by layer, each process its own files."""
+
+import json
+import math
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_dr.hf import assets
+from megatron_dr.hf.config import check_agreement, parse, read_config
+from megatron_dr.hf.mapping import Mapped, hf_shapes, mapped_tensors, split
+from megatron_dr.hf.model import Model
+from megatron_dr.hf.output import complete, rank, wait
+from megatron_dr.hf.torch_dist import Reader
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_MODEL = ("embedding.", "decoder.", "output_layer.")  # beside them: optimizer, random state
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint that is known to be exportable.
+
+    Attributes:
+        files: the tensors of each file, in order.
+    """
+
+    reader: Reader
+    model: Model
+    assets: Path
+    dtype: torch.dtype
+    files: list[list[Mapped]]
+
+    def name(self, number: int) -> str:
+        if len(self.files) == 1:
+            return "model.safetensors"
+        return f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
+
+    def read(self, tensor: Mapped) -> dict[str, torch.Tensor]:
+        """The Hugging Face tensors of one of Megatron's."""
+        key = _found(tensor, self.reader.tensors)
+        whole = self.reader.read(key, tensor.index, tensor.shape)
+        return split(tensor, whole.to(self.dtype))
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The newest checkpoint of a folder that Megatron saves to, or the checkpoint itself."""
+    if not (path / TRACKER).exists():
+        return path
+    latest = (path / TRACKER).read_text().strip()
+    return path / (latest if latest == "release" else f"iter_{int(latest):07d}")
+
+
+def find_assets(path: Path, reader: Reader, given: Path | None) -> Path:
+    """The folder with config.json: given, beside the checkpoint, or where the run had loaded from.
+
+    Raises:
+        ValueError: nowhere.
+    """
+    if given is not None:
+        return given
+    arguments = reader.arguments()
+    loaded = [arguments.get(name) for name in ("load", "pretrained_checkpoint")]
+    places = [path, reader.folder.parent, *(Path(place) for place in loaded if place)]
+    for place in places:
+        if (place / assets.FOLDER / "config.json").exists():
+            return place / assets.FOLDER
+    tried = ", ".join(str(place / assets.FOLDER) for place in dict.fromkeys(places))
+    raise ValueError(f"no config.json in {tried}; name its folder with --config.")
+
+
+def plan(
+    path: Path,
+    config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    file_size: int = 5 * 10**9,
+) -> Export:
+    """Look at everything but the weights.
+
+    `dtype`: of the exported weights, None: as they are; `file_size`: bytes of one file, about.
+
+    Raises:
+        ValueError: what can't be exported, or isn't there.
+    """
+    reader = Reader(checkpoint_folder(path))
+    folder = find_assets(path, reader, config)
+    model = parse(read_config(folder))
+    check_agreement(model, reader.arguments())
+    found = reader.tensors
+    embedding = "embedding.word_embeddings.weight"
+    if embedding not in found:
+        raise ValueError(f"{reader.folder}: tensor {embedding} is missing.")
+    rows = found[embedding][0][0]
+    if rows < model.vocabulary:
+        raise ValueError(
+            f"{reader.folder}: the embedding has {rows} rows, but config.json {model.vocabulary}; "
+            "train with the --padded-vocab-size that the conversion wrote."
+        )
+    tensors = mapped_tensors(model, rows)
+    _check(reader.folder, tensors, {key: size for key, (size, _) in found.items()})
+    dtype = dtype or found[embedding][1]
+    return Export(reader, model, folder, dtype, _files(tensors, dtype.itemsize, file_size))
+
+
+def _check(folder: Path, tensors: list[Mapped], found: dict[str, tuple[int, ...]]) -> None:
+    for tensor in tensors:
+        key, size = _found(tensor, found), (*tensor.counts, *tensor.shape)
+        if key not in found:
+            raise ValueError(f"{folder}: tensor {key} is missing.")
+        if found[key] != size:
+            raise ValueError(
+                f"{folder}: {key} has shape {list(found[key])}, but config.json means {list(size)}."
+            )
+    known = {key for tensor in tensors for key in tensor.keys}
+    for key in found:
+        if key.startswith(_MODEL) and key not in known:
+            raise ValueError(f"{folder}: tensor {key} is unknown to this architecture.")
+
+
+def _found(tensor: Mapped, tensors: Container[str]) -> str:
+    """The name that a tensor has in this checkpoint."""
+    return next((key for key in tensor.keys if key in tensors), tensor.key)
+
+
+def _files(tensors: list[Mapped], itemsize: int, limit: int) -> list[list[Mapped]]:
+    """The tensors in files of at most `limit` bytes, or of one tensor."""
+    files: list[list[Mapped]] = [[]]
+    size = 0
+    for tensor in tensors:
+        more = math.prod(tensor.shape) * itemsize
+        if files[-1] and size + more > limit:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size += more
+    return files
+
+
+def convert(export: Export, out: Path) -> None:
+    """Write the Hugging Face checkpoint (collective).
+
+    Raises:
+        ValueError: the output exists.
+    """
+    number, processes = rank()
+    with complete(out) as folder:
+        for file in range(number, len(export.files), processes):
+            tensors: dict[str, torch.Tensor] = {}
+            for tensor in export.files[file]:
+                tensors |= export.read(tensor)
+            save_file(tensors, folder / export.name(file), metadata={"format": "pt"})
+        wait()
+        if number == 0:
+            _write_beside(export, folder)
+
+
+def _write_beside(export: Export, folder: Path) -> None:
+    assets.copy(export.assets, folder)
+    assets.set_dtype(folder, export.dtype)
+    if len(export.files) == 1:
+        return
+    places, size = {}, 0
+    for number, tensors in enumerate(export.files):
+        for name, shape in hf_shapes(tensors).items():
+            places[name] = export.name(number)
+            size += math.prod(shape) * export.dtype.itemsize
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

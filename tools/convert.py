@@ -1,0 +1,94 @@
+"""Convert checkpoints between Hugging Face and Megatron, on the CPU; docs/convert.md.
+
+    python tools/convert.py hf-to-mcore HF_DIR OUT [--tp T] [--pp P] [--ep E] [--dtype bf16]
+    python tools/convert.py mcore-to-hf CKPT OUT [--dtype bf16]
+
+Both also run by `torchrun --nproc-per-node N`: each process writes its own files.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_dr.hf import from_megatron, to_megatron
+from megatron_dr.hf.output import rank
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    there = commands.add_parser("hf-to-mcore", help="Hugging Face to Megatron's torch_dist")
+    there.add_argument("source", metavar="HF_DIR", type=Path)
+    there.add_argument("out", metavar="OUT", type=Path)
+    for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        there.add_argument(f"--{name}", type=int, default=1, help=f"{what} parallel size [ranks]")
+    there.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin files")
+    back = commands.add_parser("mcore-to-hf", help="Megatron's torch_dist to Hugging Face")
+    back.add_argument("source", metavar="CKPT", type=Path)
+    back.add_argument("out", metavar="OUT", type=Path)
+    back.add_argument("--config", type=Path, help="folder of config.json (default: the one that "
+                      "travels with the checkpoint)")  # fmt: skip
+    back.add_argument("--file-size", type=float, default=5.0, help="of one file [GB] (default: 5)")
+    for command in (there, back):
+        command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: theirs)")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, print the plan, convert.
+
+    Raises:
+        ValueError: what can't be converted, in one sentence.
+    """
+    number, processes = rank()
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    if args.command == "hf-to-mcore":
+        layout = to_megatron.Layout(args.tp, args.pp, args.ep)
+        plan = to_megatron.plan(args.source, layout, dtype, args.allow_pickle)
+        if number == 0:
+            print(plan.describe(processes), flush=True)
+        to_megatron.convert(plan, args.out)
+        if number == 0:
+            flags = (args.out / "hf" / "megatron_flags.txt").read_text().strip()
+            print(f"written: {args.out}\nload it with: --load {args.out} {flags}")
+        return
+    export = from_megatron.plan(args.source, args.config, dtype, int(args.file_size * 1e9))
+    if number == 0:
+        print(f"{export.reader.folder}: {export.model.architecture}, {len(export.files)} files, "
+              f"written as {str(export.dtype)[6:]}", flush=True)  # fmt: skip
+    from_megatron.convert(export, args.out)
+    if number == 0:
+        print(f"written: {args.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 2 for what can't be converted."""
+    args = arguments(argv)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo")
+    try:
+        run(args)
+    except ValueError as error:
+        if rank()[0] == 0:
+            print(f"convert: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if started:
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
