@@ -92,11 +92,11 @@ WIDE = {
     "CP 2 EP 2": Layout(cp=2, ep=2, moe=True, per_token=True),
     "PP 2 EP 2 DP 2": Layout(pp=2, ep=2, dp=2, moe=True),
 }
-WIDE_MODES = ("cone ghost",)
+WIDE_CASES = [(layout, "cone ghost") for layout in WIDE]
+WIDE_CASES += [("EP 2 DP 2", "hull"), ("TP 2 SP EP 4 DP 2", "sketched")]  # hull: t's scale counts
 
 
-@pytest.mark.parametrize("mode", WIDE_MODES)
-@pytest.mark.parametrize("layout", WIDE)
+@pytest.mark.parametrize(("layout", "mode"), WIDE_CASES)
 def test_wide(layout: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_samples, "Oracle", WideOracle)
     check(WIDE[layout], MODES[mode])
