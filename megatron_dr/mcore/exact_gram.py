@@ -57,11 +57,11 @@ class ExactGram:
                 continue
             for segment in unit.segments:
                 if segment.partial:
-                    rows_RN, bad_R = self._vectors(
-                        unit, segment, segment.start, segment.stop, mix_RP
-                    )
+                    columns = slice(segment.start, segment.stop)
+                    buffers_PN = self._buffers(unit, columns, mix_RP)
+                    rows_RN = (mix_RP @ buffers_PN) * segment.count
                     partial[segment.partial].append((segment.block, rows_RN.float()))
-                    gram_BRX[segment.block, :, -1] += bad_R
+                    gram_BRX[segment.block, :, -1] += not_finite(mix_RP, buffers_PN)
                 elif segment.count:
                     self._multiply(unit, segment, mix_RP, gram_BRX)
         for kind, pending in partial.items():
@@ -123,27 +123,33 @@ class ExactGram:
 
         return finish
 
-    def _vectors(
-        self, unit: Unit, segment: Segment, start: int, stop: int, mix_RP: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and target [R, stop - start] in float64, and which are not finite [R]."""
+    def _buffers(
+        self, unit: Unit, columns: slice, mix_RP: torch.Tensor
+    ) -> torch.Tensor:
+        """Every group's buffers over some columns of the shard, in float64."""
         local = self.rows.num_local
-        buffers_PN = mix_RP.new_zeros(mix_RP.shape[1], stop - start)
+        buffers_PN = mix_RP.new_zeros(mix_RP.shape[1], columns.stop - columns.start)
         for row in self.rows.present():
-            values_DN = unit.slices(self.rows, row)[:, start:stop].double()
+            values_DN = unit.slices(self.rows, row)[:, columns].double()
             buffers_PN.index_add_(0, unit.members * local + row, values_DN)
-        return (mix_RP @ buffers_PN) * segment.count, not_finite(mix_RP, buffers_PN)
+        return buffers_PN
 
     def _multiply(
         self, unit: Unit, segment: Segment, mix_RP: torch.Tensor, gram_BRX: torch.Tensor
     ) -> None:
-        """gram[block] += rows rows^T over the segment's columns."""
-        width = max(1, _PRODUCT // mix_RP.shape[1])
+        """gram[block] += mix G mix^T with G of the buffers over the segment's columns.
+
+        G first: its diagonal also tells which buffers are finite, at no reading of their own.
+        """
+        size = mix_RP.shape[1]
+        products_PP, width = mix_RP.new_zeros(size, size), max(1, _PRODUCT // size)
         for start in range(segment.start, segment.stop, width):
-            stop = min(start + width, segment.stop)
-            rows_RN, bad_R = self._vectors(unit, segment, start, stop, mix_RP)
-            gram_BRX[segment.block, :, :-1] += rows_RN @ rows_RN.T
-            gram_BRX[segment.block, :, -1] += bad_R
+            columns = slice(start, min(start + width, segment.stop))
+            buffers_PN = self._buffers(unit, columns, mix_RP)
+            products_PP += buffers_PN @ buffers_PN.T
+        bad_R = not_finite(mix_RP, products_PP.diagonal()[:, None])
+        gram_BRX[segment.block, :, :-1] += segment.count**2 * (mix_RP @ products_PP @ mix_RP.T)
+        gram_BRX[segment.block, :, -1] += bad_R
 
 
 def _exchange(unit: Unit, rows: GradRows, row: int) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dr.projection.sketch import _hash, _salts, key_of
+from megatron_dr.projection.sketch import hash_bits, key_of, salts
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _signs(key: int, seed: int, size: int, index_T: Tensor) -> Tensor:
     """Independent signs [K, T] as int32: 32 of a column from each hash of (column, word)."""
     words = -(-size // 32)
     word_W1 = torch.arange(words, device=index_T.device)[:, None]
-    hashed_WT = _hash(index_T * words + word_W1, *_salts(key, seed))
+    hashed_WT = hash_bits(index_T * words + word_W1, *salts(key, seed))
     shift_S1 = torch.arange(32, device=index_T.device, dtype=torch.int32)[:, None]
     bits_WST = (hashed_WT[:, None] >> shift_S1).bitwise_and_(1)
     return bits_WST.flatten(0, 1)[:size].mul_(-2).add_(1)

@@ -55,7 +55,7 @@ class CountSketch:
         On the CPU each bucket adds in the order of index, with any number of threads; on a GPU in
         no fixed order, unless `torch.use_deterministic_algorithms` is on.
         """
-        hashed_N = _hash(index_N, *_salts(key, self.seed))
+        hashed_N = hash_bits(index_N, *salts(key, self.seed))
         sign_N = _sign(hashed_N).to(out_RK.dtype)
         bucket_N = hashed_N.bitwise_and_(self.size - 1).long()  # the low bits
         for out_K, values_N in zip(out_RK, values_RN, strict=True):
@@ -68,14 +68,14 @@ def key_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _salts(key: int, seed: int) -> tuple[int, int]:
+def salts(key: int, seed: int) -> tuple[int, int]:
     """Two independent int32 from (key, seed), by a cryptographic hash on the host."""
     digest = hashlib.blake2b(f"{key}/{seed}".encode(), digest_size=8).digest()
     first, second = (int.from_bytes(d, "big", signed=True) for d in (digest[:4], digest[4:]))
     return first, second
 
 
-def _hash(index_N: Tensor, first: int, second: int) -> Tensor:
+def hash_bits(index_N: Tensor, first: int, second: int) -> Tensor:
     """32 hashed bits (int32) of a 64-bit index; salted before each of two finalisers."""
     low_N, high_N = index_N.to(torch.int32), (index_N >> 32).to(torch.int32)
     mixed_N = _finalise_(low_N.bitwise_xor_(first))
