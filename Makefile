@@ -19,7 +19,7 @@ demo: $(STAMP)
 	@$(VENV)/bin/python examples/sft/demo.py
 
 test: lint
-	@$(VENV)/bin/python -m pytest -q --durations=5
+	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations=5
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .
