@@ -1,0 +1,121 @@
+"""Losses of policies and values on completions, each a (sum, count).
+
+Log-probabilities are natural logarithms of the sampled tokens. Divide the sums over all
+microbatches and ranks by the counts over them. A count of 0 comes with a sum of 0.
+
+Shape suffixes: B completions, T tokens. Advantages may be [B, 1]: one for a completion.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_dr.rl.weights import TokenWeights
+
+
+def policy_loss(
+    log_prob_BT: Tensor,
+    old_log_prob_BT: Tensor,
+    advantage_BT: Tensor,
+    weights: TokenWeights,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """Clipped ratio loss (PPO, arXiv 1707.06347, eq. 7; GRPO uses it too).
+
+        l = -min(r A, clamp(r, 1 - clip, 1 + clip) A),   r = exp(log_prob - old_log_prob)
+
+    Args:
+        old_log_prob_BT: of the policy that sampled; no gradient flows into it.
+        clip: above 0.
+
+    Raises:
+        ValueError: clip is not above 0; the advantages have one dimension.
+    """
+    if not clip > 0:
+        raise ValueError(f"clip must be above 0, not {clip}.")
+    ratio_BT = weights.keep(log_prob_BT - old_log_prob_BT.detach()).exp()
+    advantage_BT = weights.keep(_by_token(advantage_BT, ratio_BT))
+    clipped_BT = ratio_BT.clamp(1 - clip, 1 + clip)
+    return weights.total(-torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT))
+
+
+def kl_loss(
+    log_prob_BT: Tensor, reference_log_prob_BT: Tensor, weights: TokenWeights
+) -> tuple[Tensor, Tensor]:
+    """The k3 estimate of KL(policy | reference) on the policy's samples; at least 0 per token.
+
+        k3 = exp(d) - d - 1,   d = reference_log_prob - log_prob
+
+    J. Schulman, "Approximating KL divergence" (2020); GRPO, arXiv 2402.03300, eq. 4.
+    """
+    d_BT = weights.keep(reference_log_prob_BT.detach() - log_prob_BT)
+    return weights.total(torch.expm1(d_BT) - d_BT)
+
+
+def value_loss(
+    value_BT: Tensor, old_value_BT: Tensor, return_BT: Tensor, weights: TokenWeights, clip: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped value loss: a value may not gain by moving more than `clip`.
+
+        l = 1/2 max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2)
+
+    Args:
+        old_value_BT: when the completions were sampled.
+        clip: above 0, in units of the values.
+
+    Raises:
+        ValueError: clip is not above 0.
+    """
+    if not clip > 0:
+        raise ValueError(f"the value clip must be above 0, not {clip}.")
+    value_BT = weights.keep(value_BT)
+    old_BT, return_BT = weights.keep(old_value_BT.detach()), weights.keep(return_BT.detach())
+    clipped_BT = old_BT + (value_BT - old_BT).clamp(-clip, clip)
+    squares_BT = torch.maximum((value_BT - return_BT).square(), (clipped_BT - return_BT).square())
+    return weights.total(0.5 * squares_BT)
+
+
+def reward_loss(
+    log_prob_BT: Tensor, reward_BT: Tensor, weights: TokenWeights
+) -> tuple[Tensor, Tensor]:
+    """The target loss `reward`: l = -R log_prob, R the normalised reward of the completion.
+
+    Its gradient is that of -E[R] by the policy gradient theorem (Dr. Post-Training,
+    arXiv 2605.07063, `reward`).
+
+    Args:
+        reward_BT: from `advantages.normalised`, at each token; may be [B, 1], as advantages may.
+
+    Raises:
+        ValueError: the rewards have one dimension.
+    """
+    reward_BT = weights.keep(_by_token(reward_BT, log_prob_BT))
+    return weights.total(-reward_BT * weights.keep(log_prob_BT))
+
+
+def train_loss(
+    log_prob_BT: Tensor,
+    old_log_prob_BT: Tensor,
+    reference_log_prob_BT: Tensor,
+    advantage_BT: Tensor,
+    weights: TokenWeights,
+    clip: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """What training minimises, `policy_loss` + kl_weight `kl_loss`; as a target loss: `train-loss`.
+
+    Raises:
+        ValueError: clip is not above 0.
+    """
+    policy, count = policy_loss(log_prob_BT, old_log_prob_BT, advantage_BT, weights, clip)
+    return policy + kl_weight * kl_loss(log_prob_BT, reference_log_prob_BT, weights)[0], count
+
+
+def _by_token(signal_BT: Tensor, like_BT: Tensor) -> Tensor:
+    """A signal at each token, without a gradient; [B] would be spread along T where B = T."""
+    if signal_BT.ndim != like_BT.ndim:
+        raise ValueError(
+            f"advantages and rewards must be [B, T] or [B, 1], not {list(signal_BT.shape)}."
+        )
+    return signal_BT.detach().expand_as(like_BT)

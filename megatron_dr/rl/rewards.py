@@ -1,0 +1,120 @@
+r"""Rewards that ship: functions (prompt, completion, answer) -> float, named `module:function`.
+
+Prompt and completion are text. The answer is what the data file holds. A wrong completion gets 0;
+a useless answer (not a number, not a pattern) raises, since no completion could be right.
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+import re
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dr.rl.sandbox import passes
+
+Reward = Callable[[str, str, Any], float]
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+_TOLERANCE = 1e-6
+
+
+def load_reward(name: str) -> Reward:
+    """The function named `module:function`.
+
+    Raises:
+        ValueError: the name has another form, or names nothing that can be called.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"a reward is named module:function, not {name!r}.")
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward {name!r} can't be loaded: {error}. The module must be importable (see "
+            "PYTHONPATH) and define the function."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"reward {name!r} is a {type(found).__name__}, not a function.")
+    return found  # type: ignore[no-any-return]
+
+
+def exact_match(prompt: str, completion: str, answer: Any) -> float:
+    """1 if completion and answer are the same text, blanks around them aside."""
+    return float(completion.strip() == str(answer).strip())
+
+
+def numeric(prompt: str, completion: str, answer: Any) -> float:
+    """1 if the completion's last number is the answer, to 1e-6 of it.
+
+    Raises:
+        ValueError: the answer is not a number.
+    """
+    expected = float(str(answer).replace(",", ""))
+    numbers = _NUMBER.findall(completion)
+    if not numbers:
+        return 0.0
+    found = float(numbers[-1].replace(",", ""))
+    return float(abs(found - expected) <= _TOLERANCE * max(1.0, abs(expected)))
+
+
+def regex(prompt: str, completion: str, answer: Any) -> float:
+    """1 if the regular expression `answer` is found in the completion.
+
+    Raises:
+        re.error: the answer is not a regular expression.
+    """
+    return float(re.search(str(answer), completion) is not None)
+
+
+def boxed(prompt: str, completion: str, answer: Any) -> float:
+    r"""1 if the completion's last `\boxed{...}` is the answer's mathematics (by math-verify).
+
+    The answer is a formula, with or without `\boxed{}`. A completion without a box gets 0.
+
+    Raises:
+        ImportError: math-verify is not installed.
+        ValueError: math-verify can't read the answer.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("the reward `boxed` needs: pip install math-verify") from error
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that timeouts are off
+    found = last_boxed(completion)
+    wanted = last_boxed(str(answer)) or str(answer)
+    # timeouts by signal are off: the pool that runs rewards has its own
+    expected = parse(f"\\boxed{{{wanted}}}", parsing_timeout=None)
+    if not expected:
+        raise ValueError(f"math-verify can't read the answer {answer!r}.")
+    if found is None:
+        return 0.0
+    given = parse(f"\\boxed{{{found}}}", parsing_timeout=None)
+    return float(verify(expected, given, timeout_seconds=None))
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last complete `\boxed{...}`, nested braces included."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end]
+    return None
+
+
+def unit_tests(prompt: str, completion: str, answer: Any) -> float:
+    """1 if the completion's Python passes the answer's asserts in a sandbox (see `sandbox`).
+
+    The code is the completion's last fenced block, or all of it where there is none.
+
+    Args:
+        answer: Python text, or a list of such lines.
+    """
+    blocks = _FENCED.findall(completion)
+    tests = "\n".join(answer) if isinstance(answer, list) else str(answer)
+    return float(passes(blocks[-1] if blocks else completion, tests))

@@ -1,0 +1,49 @@
+"""Reward functions that misbehave as the completion says; loaded by the workers of a pool."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+
+def reward(prompt: str, completion: str, answer: Any) -> Any:
+    match completion:
+        case "raise":
+            raise KeyError("no such key")
+        case "exit":
+            sys.exit(3)
+        case "sleep":
+            time.sleep(600)
+        case "loop":
+            while True:
+                pass
+        case "child":  # a child of its own, whose pid it leaves behind, and hangs
+            child = subprocess.Popen(["sleep", "600"])
+            with open(prompt, "w") as out:
+                out.write(f"{child.pid} {os.getpid()}")
+            child.wait()
+        case "_exit":
+            os._exit(0)
+        case "segfault":
+            ctypes.string_at(0)
+        case "none":
+            return None
+        case "text":
+            return "1.0"
+        case "nan":
+            return float("nan")
+        case "inf":
+            return float("inf")
+        case "numpy":
+            return np.float32(0.5)
+        case "print":
+            print('{"reward": 9.0}', flush=True)
+            os.system("echo noise")
+    return float(answer)
+
+
+not_a_function = 3

@@ -1,0 +1,108 @@
+"""Reward functions that raise, hang, crash or return nonsense cost their sample and no more."""
+
+import logging
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_dr.rl.reward_pool import RewardPool, Sample, Scores
+
+MISBEHAVING = "tests.rl.misbehaving:reward"
+
+
+def score(completions: list[str], **arguments: float) -> Scores:
+    """Each sample's reward, if all is well, is its number."""
+    samples = [Sample("", text, number) for number, text in enumerate(completions)]
+    with RewardPool(MISBEHAVING, workers=2, timeout=5.0, **arguments) as pool:
+        return pool.score(samples)
+
+
+def test_rewards_keep_the_order() -> None:
+    scores = score(["fine"] * 25)
+    assert scores.rewards == [float(n) for n in range(25)]
+    assert not scores.failures
+
+
+def test_failures_cost_their_sample_and_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    bad = ["raise", "_exit", "segfault", "none", "text", "nan", "inf", "exit"]
+    completions = [text for each in bad for text in (each, "fine")]
+    with caplog.at_level(logging.WARNING):
+        scores = score(completions)
+    assert scores.rewards == [None if n % 2 == 0 else float(n) for n in range(2 * len(bad))]
+    assert scores.failures == Counter(raised=2, crashed=2, invalid=4)
+    text = caplog.text
+    assert "sample 0: KeyError: 'no such key'" in text
+    assert "sample 4: was ended by signal 11" in text
+    assert "sample 10: returned nan, not a finite number" in text
+    assert "failed on 2 crashed, 4 invalid, 2 raised of 16 samples" in text
+
+
+@pytest.mark.parametrize("how", ["sleep", "loop"])
+def test_hanging_samples_end_at_the_timeout_and_get_the_reward_for_errors(how: str) -> None:
+    samples = [Sample("", text, n) for n, text in enumerate(["fine", how, "fine", how, "fine"])]
+    with RewardPool(MISBEHAVING, workers=1, timeout=0.5, on_error=-1.0) as pool:
+        scores = pool.score(samples)
+        assert scores.rewards == [0.0, -1.0, 2.0, -1.0, 4.0]
+        assert scores.failures == Counter(timeout=2)
+        assert pool.score(samples[:1]).rewards == [0.0]  # the pool lives on
+
+
+def test_children_of_a_late_function_are_killed_too(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    with RewardPool(MISBEHAVING, workers=1, timeout=2.0) as pool:
+        assert pool.score([Sample(str(path), "child", 0)]).failures == Counter(timeout=1)
+        assert not [pid for pid in path.read_text().split() if runs(int(pid))]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie, after up to two seconds of grace."""
+    for _ in range(20):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_what_a_function_prints_is_no_reward() -> None:
+    assert score(["fine", "print", "numpy"]).rewards == [0.0, 1.0, 0.5]
+
+
+def test_workers_end_with_the_pool() -> None:
+    with RewardPool(MISBEHAVING, workers=1, timeout=5.0) as pool:
+        pid = pool._processes[0]._process.pid
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_long_samples_pass_whole() -> None:
+    text = "x" * 300_000 + "é\n\u2028"
+    with RewardPool("megatron_dr.rl.rewards:exact_match", workers=1, timeout=10.0) as pool:
+        assert pool.score([Sample("p", text, text), Sample("p", text, text[1:])]).rewards == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("exact_match", "named module:function, not 'exact_match'"),
+        ("no.such.module:f", "No module named 'no'"),
+        ("tests.rl.misbehaving:missing", "has no attribute 'missing'"),
+        ("tests.rl.misbehaving:not_a_function", "is a int, not a function"),
+    ],
+)
+def test_a_wrong_name_is_told_before_the_first_batch(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardPool(name, workers=2, timeout=1.0)
+
+
+def test_a_pool_without_workers_or_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        RewardPool(MISBEHAVING, workers=0, timeout=1.0)
+    with pytest.raises(ValueError, match="above 0"):
+        RewardPool(MISBEHAVING, workers=1, timeout=0.0)
