@@ -8,16 +8,24 @@ Importing this package patches nothing and imports no Megatron.
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_dr.config import DRConfig
-
 if TYPE_CHECKING:
+    from megatron_dr.config import DRConfig
     from megatron_dr.mcore.handle import Handle
 
 __all__ = ["DRConfig", "attach", "enable"]
 __version__ = "0.1.0"
 
 
-def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) -> "Handle":
+def __getattr__(name: str) -> Any:
+    """DRConfig when it is asked for: `megatron-dr doctor` runs where torch can't be imported."""
+    if name != "DRConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megatron_dr.config import DRConfig
+
+    return DRConfig
+
+
+def attach(model: Any, optimizer: Any, config: Any, dr: "DRConfig | None" = None) -> "Handle":
     """Attach data-regularised training to a Megatron model: see `megatron_dr.mcore.handle`."""
     from megatron_dr.mcore.handle import attach as attach_
 

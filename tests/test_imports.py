@@ -63,7 +63,15 @@ def test_mcore_alone_imports_megatron(path: Path) -> None:
     assert not [n for n in imported(path) if within(n, "megatron")]
 
 
-@pytest.mark.parametrize("path", files("data", "report", "projection", "optim"), ids=name)
+@pytest.mark.parametrize("path", files("hf"), ids=name)
+def test_hf_imports_torch_and_safetensors_alone(path: Path) -> None:
+    for imports in imported(path):
+        top = imports.split(".")[0]
+        ours = within(imports, "megatron_dr.hf")
+        assert ours or top in ("torch", "safetensors") or top in sys.stdlib_module_names, imports
+
+
+@pytest.mark.parametrize("path", files("data", "report", "projection", "optim", "rl"), ids=name)
 def test_leaves_do_not_import_mcore(path: Path) -> None:
     assert not [n for n in imported(path) if within(n, "megatron_dr.mcore")]
 

@@ -2,6 +2,7 @@
 
     python tools/convert.py hf-to-mcore HF_DIR OUT [--tp T] [--pp P] [--ep E] [--dtype bf16]
     python tools/convert.py mcore-to-hf CKPT OUT [--dtype bf16]
+    python tools/convert.py mcore-to-hf CKPT OUT --adapter      # LoRA's adapters alone, for PEFT
 
 Both also run by `torchrun --nproc-per-node N`: each process writes its own files.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_dr.hf import from_megatron, to_megatron
+from megatron_dr.hf import adapters, from_megatron, to_megatron
 from megatron_dr.hf.output import rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +40,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     back.add_argument("--config", type=Path, help="folder of config.json (default: the one that "
                       "travels with the checkpoint)")  # fmt: skip
     back.add_argument("--file-size", type=float, default=5.0, help="of one file [GB] (default: 5)")
+    back.add_argument("--adapter", action="store_true", help="write LoRA's adapters alone, in "
+                      "PEFT's format (default: merge them into the weights)")  # fmt: skip
+    back.add_argument("--lora-alpha", type=float, help="of a checkpoint with adapters whose "
+                      "arguments don't say it")  # fmt: skip
     for command in (there, back):
+        command.add_argument("--backend", choices=("own", "megatron-bridge"), default="own",
+                             help="what converts (default: own)")  # fmt: skip
         command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: theirs)")
     return parser.parse_args(argv)
 
@@ -50,6 +57,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: what can't be converted, in one sentence.
     """
+    if args.backend == "megatron-bridge":
+        from megatron_dr.mcore import bridge
+
+        return bridge.convert(args)
     number, processes = rank()
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.command == "hf-to-mcore":
@@ -62,11 +73,26 @@ def run(args: argparse.Namespace) -> None:
             flags = (args.out / "hf" / "megatron_flags.txt").read_text().strip()
             print(f"written: {args.out}\nload it with: --load {args.out} {flags}")
         return
-    export = from_megatron.plan(args.source, args.config, dtype, int(args.file_size * 1e9))
+    export_hf(args, dtype)
+
+
+def export_hf(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
+    """The way back: the whole model, or its adapters alone."""
+    number, _ = rank()
+    size = int(args.file_size * 1e9)
+    export = from_megatron.plan(args.source, args.config, dtype, size, args.lora_alpha)
+    found = export.adapters
+    if args.adapter and found is None:
+        raise ValueError(f"{export.reader.folder}: --adapter, but it has no adapters.")
     if number == 0:
-        print(f"{export.reader.folder}: {export.model.architecture}, {len(export.files)} files, "
+        lora = "" if found is None else f", LoRA of rank {found.rank} and alpha {found.alpha:g}"
+        what = "its adapters alone" if args.adapter else f"{len(export.files)} files"
+        print(f"{export.reader.folder}: {export.model.architecture}{lora}, {what}, "
               f"written as {str(export.dtype)[6:]}", flush=True)  # fmt: skip
-    from_megatron.convert(export, args.out)
+    if args.adapter and found is not None:
+        adapters.write(found, export.tensors, export.dtype, args.out)
+    else:
+        from_megatron.convert(export, args.out)
     if number == 0:
         print(f"written: {args.out}")
 

@@ -42,8 +42,7 @@ def differing_tensors(source: Source, export: from_megatron.Export) -> list[str]
     """Names of tensors that aren't equal bit for bit; this process's share of them."""
     number, processes = rank()
     names = []
-    tensors = [tensor for file in export.files for tensor in file]
-    for tensor in tensors[number::processes]:
+    for tensor in export.tensors[number::processes]:
         for name, found in export.read(tensor).items():
             box = tuple((0, size) for size in found.shape)
             if not source.read(name, box).to(found.dtype).equal(found):
@@ -89,7 +88,7 @@ def logits(args: argparse.Namespace, export: from_megatron.Export) -> tuple[floa
 
     hf_model.initialize(args.tp, args.pp)
     rows = export.reader.tensors["embedding.word_embeddings.weight"][0][0]
-    gpt = hf_model.build(export.model, rows)
+    gpt = hf_model.build(export.model, rows, export.adapters)
     hf_model.load(gpt, export.reader.folder)
     found = hf_model.logits(gpt, tokens)
     if found is None or expected is None:

@@ -33,11 +33,19 @@ def copy(source: Path, target: Path) -> None:
 
 
 def carry(loaded: Path, saved: Path) -> None:
-    """Let a run's saved checkpoints have what the loaded one had; call it on one process."""
+    """Let a run's saved checkpoints have what the loaded one had; call it on one process.
+
+    Nothing is done where the first has none, or the second has its own.
+    """
     source, target = loaded / FOLDER, saved / FOLDER
-    if source.is_dir() and not target.exists():
-        copy(source, target)
-        shutil.copyfile(source / FLAGS, target / FLAGS)
+    if not source.is_dir() or target.exists():
+        return
+    partial = target.with_name(FOLDER + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy(source, partial)
+    if (source / FLAGS).exists():
+        shutil.copyfile(source / FLAGS, partial / FLAGS)
+    partial.rename(target)
 
 
 def set_dtype(folder: Path, dtype: torch.dtype) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_dr.hf import assets
+from megatron_dr.hf import adapters, assets
+from megatron_dr.hf.adapters import Adapters
 from megatron_dr.hf.config import check_agreement, parse, read_config
 from megatron_dr.hf.mapping import Mapped, hf_shapes, mapped_tensors, split
 from megatron_dr.hf.model import Model
@@ -17,6 +18,7 @@ from megatron_dr.hf.output import complete, rank, wait
 from megatron_dr.hf.torch_dist import Reader
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_LORA = ("lora_a", "lora_b")
 _MODEL = ("embedding.", "decoder.", "output_layer.")  # beside them: optimizer, random state
 
 
@@ -26,6 +28,7 @@ class Export:
 
     Attributes:
         files: the tensors of each file, in order.
+        adapters: of LoRA, merged into the weights that are read.
     """
 
     reader: Reader
@@ -33,6 +36,11 @@ class Export:
     assets: Path
     dtype: torch.dtype
     files: list[list[Mapped]]
+    adapters: Adapters | None = None
+
+    @property
+    def tensors(self) -> list[Mapped]:
+        return [tensor for file in self.files for tensor in file]
 
     def name(self, number: int) -> str:
         if len(self.files) == 1:
@@ -40,9 +48,11 @@ class Export:
         return f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
 
     def read(self, tensor: Mapped) -> dict[str, torch.Tensor]:
-        """The Hugging Face tensors of one of Megatron's."""
+        """The Hugging Face tensors of one of Megatron's, adapters merged."""
         key = _found(tensor, self.reader.tensors)
         whole = self.reader.read(key, tensor.index, tensor.shape)
+        if self.adapters is not None:
+            whole = self.adapters.merged(tensor, whole)
         return split(tensor, whole.to(self.dtype))
 
 
@@ -77,10 +87,12 @@ def plan(
     config: Path | None = None,
     dtype: torch.dtype | None = None,
     file_size: int = 5 * 10**9,
+    lora_alpha: float | None = None,
 ) -> Export:
     """Look at everything but the weights.
 
-    `dtype`: of the exported weights, None: as they are; `file_size`: bytes of one file, about.
+    `dtype`: of the exported weights, None: as they are; `file_size`: bytes of one file, about;
+    `lora_alpha`: of adapters, where the checkpoint's arguments don't say it.
 
     Raises:
         ValueError: what can't be exported, or isn't there.
@@ -102,7 +114,8 @@ def plan(
     tensors = mapped_tensors(model, rows)
     _check(reader.folder, tensors, {key: size for key, (size, _) in found.items()})
     dtype = dtype or found[embedding][1]
-    return Export(reader, model, folder, dtype, _files(tensors, dtype.itemsize, file_size))
+    files = _files(tensors, dtype.itemsize, file_size)
+    return Export(reader, model, folder, dtype, files, adapters.find(reader, lora_alpha))
 
 
 def _check(folder: Path, tensors: list[Mapped], found: dict[str, tuple[int, ...]]) -> None:
@@ -115,6 +128,7 @@ def _check(folder: Path, tensors: list[Mapped], found: dict[str, tuple[int, ...]
                 f"{folder}: {key} has shape {list(found[key])}, but config.json means {list(size)}."
             )
     known = {key for tensor in tensors for key in tensor.keys}
+    known |= {key.removesuffix("weight") + f"{name}.weight" for key in known for name in _LORA}
     for key in found:
         if key.startswith(_MODEL) and key not in known:
             raise ValueError(f"{folder}: tensor {key} is unknown to this architecture.")

@@ -199,6 +199,17 @@ class Reader:
             if isinstance(found, TensorStorageMetadata)
         }
 
+    def has(self, key: str, index: tuple[int, ...]) -> bool:
+        """Whether there is anything of a tensor at place `index` on the axes in front of it."""
+        if key not in self.tensors:
+            return False
+        found = self.metadata.state_dict_metadata[key]
+        assert isinstance(found, TensorStorageMetadata)
+        return any(
+            all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes))
+            for chunk in found.chunks
+        )
+
     def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor [shape] at place `index` on the axes in front of it."""
         dtype = self.tensors[key][1]

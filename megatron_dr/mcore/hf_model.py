@@ -1,6 +1,7 @@
 """Megatron's GPT model of a converted checkpoint, on the CPU, to compare its logits."""
 
 import dataclasses
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import _apply_yarn_config_from_args
 
+from megatron_dr.hf.adapters import Adapters
 from megatron_dr.hf.config import megatron_arguments
 from megatron_dr.hf.model import Model
+from megatron_dr.lora_config import LoRAConfig
 from megatron_dr.mcore.cpu_layers import layer_spec
+from megatron_dr.mcore.lora import add_lora
 
 
 def initialize(tp: int, pp: int) -> None:
@@ -50,11 +54,14 @@ def transformer_config(arguments: dict[str, Any]) -> TransformerConfig:
     return config
 
 
-def build(model: Model, vocabulary: int) -> GPTModel:
-    """This rank's part of the model, with `vocabulary` embedding rows; weights are not set."""
+def build(model: Model, vocabulary: int, adapters: Adapters | None = None) -> GPTModel:
+    """This rank's part of the model, with `vocabulary` embedding rows; weights are not set.
+
+    `adapters`: of the checkpoint that will be loaded; the model gets its own in the same places.
+    """
     arguments = megatron_arguments(model, vocabulary)
     config = transformer_config(arguments)
-    return GPTModel(
+    gpt = GPTModel(
         config,
         layer_spec(config),
         vocab_size=vocabulary,
@@ -68,7 +75,11 @@ def build(model: Model, vocabulary: int) -> GPTModel:
         rope_scaling=arguments.get("use_rope_scaling", False),
         rope_scaling_factor=arguments.get("rope_scaling_factor", 8.0),
         seq_len_interpolation_factor=arguments.get("rotary_seq_len_interpolation_factor"),
-    ).eval()
+    )
+    if adapters is not None:
+        places = tuple(re.escape(name) for name in adapters.layers(model.layers))
+        add_lora([gpt], LoRAConfig(adapters.rank, adapters.alpha, targets=places), config)
+    return gpt.eval()
 
 
 def load(gpt: GPTModel, checkpoint: Path) -> None:

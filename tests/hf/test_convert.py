@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dr.hf import assets, to_megatron, torch_dist
+from megatron_dr.hf import to_megatron, torch_dist
 from megatron_dr.hf.config import parse
 from megatron_dr.hf.families import FAMILIES
 from megatron_dr.hf.mapping import hf_shapes, mapped_tensors
@@ -268,16 +268,6 @@ def test_another_models_config_is_refused(
     wrong = ("--config", tmp_path / "other")
     assert run("mcore-to-hf", tmp_path / "out", tmp_path / "back", *wrong) == 2
     assert "rotary_base 10000, but its config.json means 500000" in capsys.readouterr().err
-
-
-def test_assets_are_carried_to_the_folder_that_a_run_saves_to(tmp_path: Path) -> None:
-    make(tmp_path / "hf")
-    assert run("hf-to-mcore", tmp_path / "hf", tmp_path / "loaded") == 0
-    for _ in range(2):  # again is no harm
-        assets.carry(tmp_path / "loaded", tmp_path / "saved")
-    names = {path.name for path in (tmp_path / "saved" / "hf").iterdir()}
-    expected = {"config.json", "generation_config.json", "tokenizer.json", "megatron_flags.txt"}
-    assert names == expected
 
 
 def test_shards_divide_stages_ranks_and_experts(tmp_path: Path) -> None:
