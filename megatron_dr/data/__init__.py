@@ -1,1 +1,1 @@
-"""Data streams of the two roles. Imports neither Megatron nor the plugin's Megatron side."""
+"""Data: files to samples, and the streams of the two roles. Imports no Megatron."""

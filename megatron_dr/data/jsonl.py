@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from megatron_dr.data.packing import padded
+from megatron_dr.data.sample import Part
+
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer: Megatron's have it."""
@@ -49,15 +52,13 @@ class JsonlSamples:
         # not between its parts.
         around = set(tokenizer.tokenize(""))
         for number, prompt, text in _lines(path):
-            prompt_ids = _strip(tokenizer.tokenize(prompt), around) if prompt else []
-            text_ids = _strip(tokenizer.tokenize(text), around, start=bool(prompt))
-            ids = prompt_ids + text_ids + [tokenizer.eod]
+            ids, num_prompt = join(tokenizer, around, prompt, text)
             self.num_cut += len(ids) > sequence_length + 1
             ids = ids[: sequence_length + 1]
-            first = max(len(prompt_ids), 1)
+            first = max(num_prompt, 1)
             if first >= len(ids):
                 raise ValueError(
-                    f"{path}:{number}: the prompt has {len(prompt_ids)} tokens and leaves no room "
+                    f"{path}:{number}: the prompt has {num_prompt} tokens and leaves no room "
                     f"for the response in a sequence of {sequence_length}: shorten it or raise "
                     "--seq-length."
                 )
@@ -71,20 +72,43 @@ class JsonlSamples:
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         """tokens, labels, loss_mask, position_ids, each [L], padded on the right."""
-        ids, length = self._tokens[number], self.sequence_length
-        padded = torch.full((length + 1,), self.pad, dtype=torch.int64)
-        padded[: len(ids)] = torch.from_numpy(ids)
-        loss_mask = torch.zeros(length)
-        loss_mask[self._first[number] - 1 : len(ids) - 1] = 1.0
-        sample = {
-            "tokens": padded[:-1],
-            "labels": padded[1:],
-            "loss_mask": loss_mask,
-            "position_ids": torch.arange(length),
-        }
+        sample = padded(self.part(number), self.sequence_length, self.pad)
         if self.attention_mask:
-            sample["attention_mask"] = torch.ones(1, length, length, dtype=torch.bool).triu(1)
+            sample["attention_mask"] = causal_mask(self.sequence_length)
         return sample
+
+    def part(self, number: int) -> Part:
+        """The sample itself."""
+        ids = self._tokens[number]
+        return Part(ids, (np.arange(len(ids)) >= self._first[number]).astype(np.uint8))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample [n]."""
+        return np.array([len(ids) for ids in self._tokens])
+
+
+def causal_mask(length: int) -> torch.Tensor:
+    """[1, length, length], True where attention is forbidden."""
+    return torch.ones(1, length, length, dtype=torch.bool).triu(1)
+
+
+def join(
+    tokenizer: Tokenizer, around: set[int], prompt: str, text: str
+) -> tuple[list[int], int]:
+    """Token ids of prompt, text and end of document; and how many of them are the prompt's.
+
+    Args:
+        around: the tokens of the empty text, which the tokenizer puts around every text.
+    """
+    prompt_ids = prompt_tokens(tokenizer, around, prompt) if prompt else []
+    text_ids = _strip(tokenizer.tokenize(text), around, start=bool(prompt))
+    return prompt_ids + text_ids + [tokenizer.eod], len(prompt_ids)
+
+
+def prompt_tokens(tokenizer: Tokenizer, around: set[int], prompt: str) -> list[int]:
+    """Token ids of a text that another follows."""
+    return _strip(tokenizer.tokenize(prompt), around)
 
 
 def _strip(ids: list[int], around: set[int], start: bool = False) -> list[int]:
@@ -104,22 +128,25 @@ def _lines(path: str) -> Iterator[tuple[int, str, str]]:
             if not raw.strip():
                 continue
             where = f"{path}:{number}"
-            try:
-                record = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason}).") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error.msg}, column {error.colno})."
-                ) from None
-            except (ValueError, RecursionError) as error:  # a huge number, deep nesting
-                raise ValueError(f"{where}: JSON that can't be read ({error}).") from None
-            yield number, *_fields(where, record)
+            yield number, *_fields(where, parse_line(where, raw))
 
 
-def _fields(where: str, record: Any) -> tuple[str, str]:
+def parse_line(where: str, raw: bytes) -> dict[str, Any]:
+    """The JSON object of a line; ValueError, beginning with `where`, if it is none."""
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason}).") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:  # a huge number, deep nesting
+        raise ValueError(f"{where}: JSON that can't be read ({error}).") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a line must be a JSON object, not {type(record).__name__}.")
+    return record
+
+
+def _fields(where: str, record: dict[str, Any]) -> tuple[str, str]:
     has_text, has_pair = "text" in record, "prompt" in record or "response" in record
     if has_text == has_pair:
         raise ValueError(

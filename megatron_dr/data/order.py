@@ -31,14 +31,15 @@ class EpochOrder:
 
 
 class Samples(Sized, Protocol):
-    def __getitem__(self, number: int) -> dict[str, Any]: ...
+    def __getitem__(self, number: Any) -> dict[str, Any]: ...
 
 
 class TargetStream:
     """An endless iterator over a data rank's target microbatches.
 
     Microbatch j of a step holds `micro_batch_size` sequences; over all data ranks a step takes
-    `batch_size` consecutive positions of the epoch order, ranks side by side.
+    `batch_size` consecutive positions of the epoch order, ranks side by side. Samples that have an
+    `order` of their own (packs) are taken in that.
 
     Attributes:
         consumed: sequences taken by all data ranks together. It is the stream's place: setting it
@@ -49,7 +50,7 @@ class TargetStream:
         self, samples: Samples, *, micro_batch_size: int, rank: int, size: int, seed: int
     ) -> None:
         self.samples = samples
-        self.order = EpochOrder(len(samples), seed)
+        self.order = getattr(samples, "order", None) or EpochOrder(len(samples), seed)
         self.micro_batch_size, self.rank, self.size = micro_batch_size, rank, size
         self.consumed = 0
 
@@ -66,5 +67,6 @@ class TargetStream:
 
 
 def _tensors(sample: dict[str, Any]) -> dict[str, Any]:
-    names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens",
+             "max_seqlen", "num_packed")  # fmt: skip
     return {name: sample[name] for name in names if name in sample}

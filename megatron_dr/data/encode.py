@@ -1,0 +1,154 @@
+"""From a record's columns to a sample's tokens: text, answers, conversations, pairs, prompts."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from megatron_dr.data.chat import Chat, Message
+from megatron_dr.data.jsonl import Tokenizer, join, prompt_tokens
+from megatron_dr.data.sample import Part, Sample
+
+COLUMNS = ("text", "prompt", "response", "messages", "chosen", "rejected", "answer", "tools")
+# Of a form, what its sequences' files are called after the output's prefix.
+FORMS = {"sft": ("",), "preference": ("_chosen", "_rejected"), "prompts": ("",)}
+
+
+def form_of(names: Iterable[str], columns: dict[str, str]) -> str:
+    """The form of a record with these columns."""
+    has = {name for name, column in columns.items() if column in set(names)}
+    if {"chosen", "rejected"} & has:
+        return "preference"
+    return "prompts" if "answer" in has and not has & {"text", "response", "messages"} else "sft"
+
+
+class Encoder:
+    """Samples of one form.
+
+    Args:
+        form: one of FORMS.
+        columns: what the data calls each of COLUMNS.
+        chat: for records with messages; None if the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, form: str, tokenizer: Tokenizer, columns: dict[str, str], chat: Chat | None
+    ) -> None:
+        self.form, self.tokenizer, self.columns, self.chat = form, tokenizer, columns, chat
+        self.around = set(tokenizer.tokenize(""))
+
+    def __call__(self, record: dict[str, Any]) -> Sample:
+        """The sample of a record.
+
+        Raises:
+            ValueError: missing, empty or wrong columns.
+        """
+        make = {"sft": self._sft, "preference": self._preference, "prompts": self._prompt}
+        return make[self.form](record)
+
+    def _sft(self, record: dict[str, Any]) -> Sample:
+        kinds = [
+            kind for kind in ("text", "response", "messages") if self.columns[kind] in record
+        ]
+        if len(kinds) != 1:
+            columns = self.columns
+            raise ValueError(
+                f"a record must have one of {columns['text']!r}, {columns['prompt']!r} with "
+                f"{columns['response']!r}, or {columns['messages']!r}; this one has "
+                f"{', '.join(map(repr, record)) or 'no column'} (--columns renames them)."
+            )
+        if kinds == ["messages"]:
+            messages = self._messages(record, "messages")
+            return Sample((self._chat().encode(messages, record.get(self.columns["tools"])),))
+        if kinds == ["text"]:
+            return Sample((self._pair("", self._text(record, "text")),))
+        prompt = self._text(record, "prompt", empty=True)
+        return Sample((self._pair(prompt, self._text(record, "response")),))
+
+    def _preference(self, record: dict[str, Any]) -> Sample:
+        names = ("chosen", "rejected")
+        if not isinstance(record.get(self.columns["chosen"]), list):
+            prompt = self._text(record, "prompt") if self.columns["prompt"] in record else ""
+            parts = [self._pair(prompt, self._text(record, name)) for name in names]
+        else:
+            first = self._messages(record, "prompt") if self.columns["prompt"] in record else []
+            both = [self._messages(record, name) for name in names]
+            if not all(m[: len(first)] == first for m in both):
+                both = [first + messages for messages in both]
+            given, tools = _common(*both), record.get(self.columns["tools"])
+            parts = [self._chat().encode(messages, tools, given) for messages in both]
+        if np.array_equal(parts[0].ids, parts[1].ids):
+            raise ValueError("the chosen and the rejected answer are the same.")
+        return Sample(tuple(parts))
+
+    def _prompt(self, record: dict[str, Any]) -> Sample:
+        if self.columns["answer"] not in record:
+            raise ValueError(f"no column {self.columns['answer']!r}.")
+        if isinstance(record.get(self.columns["prompt"]), list):
+            messages = self._messages(record, "prompt")
+            ids = self._chat().prompt(messages, record.get(self.columns["tools"]))
+        else:
+            text = self._text(record, "prompt")
+            ids = np.asarray(prompt_tokens(self.tokenizer, self.around, text), np.int32)
+        fields = {"answer": record[self.columns["answer"]]}
+        left = {self.columns["prompt"], self.columns["answer"]}
+        fields |= {k: v for k, v in record.items() if k not in left | {"answer", "id"}}
+        if "id" in record:  # ours is the document's number
+            fields["source_id"] = record["id"]
+        try:
+            json.dumps(fields, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a column that JSON can't hold ({error}).") from None
+        return Sample((Part(ids, np.zeros(len(ids), np.uint8)),), fields)
+
+    def _pair(self, prompt: str, text: str) -> Part:
+        ids, num_prompt = join(self.tokenizer, self.around, prompt, text)
+        return Part.of(ids, [0] * num_prompt + [1] * (len(ids) - num_prompt))
+
+    def _chat(self) -> Chat:
+        if self.chat is None:
+            raise ValueError(
+                "messages need a tokenizer with a chat template: a folder of tokenizer.json with "
+                "one, or --chat-template FILE."
+            )
+        return self.chat
+
+    def _text(self, record: dict[str, Any], name: str, empty: bool = False) -> str:
+        column = self.columns[name]
+        text = record.get(column)
+        if not isinstance(text, str):
+            found = type(text).__name__ if column in record else "absent"
+            raise ValueError(f"{column!r} must be a string, and is {found}.")
+        if not text.strip() and not empty:
+            raise ValueError(f"{column!r} is empty.")
+        _check_unicode(column, text)
+        return text
+
+    def _messages(self, record: dict[str, Any], name: str) -> list[Message]:
+        column = self.columns[name]
+        messages = record.get(column)
+        if not (
+            isinstance(messages, list)
+            and messages
+            and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+        ):
+            raise ValueError(
+                f"{column!r} must be a list of messages, each an object with 'role' and 'content'."
+            )
+        for message in messages:
+            if isinstance(message.get("content"), str):
+                _check_unicode(column, message["content"])
+        return messages
+
+
+def _common(a: list[Message], b: list[Message]) -> int:
+    """How many first messages are the same in both."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _check_unicode(column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{column!r} has half of a surrogate pair.") from None

@@ -1,0 +1,90 @@
+"""A loss on the assistant's words and the end of its turn, and on nothing else: by decoding."""
+
+import numpy as np
+import pytest
+
+from megatron_dr.data.chat import Chat
+from megatron_dr.data.sample import Part
+
+from . import _chat
+
+ENDS = {_chat.CHATML: "<|im_end|>", _chat.MARKED: "<|im_end|>", _chat.INSTRUCT: "</s>"}
+ANSWERS = ["I am well.", "Zürich → 東京 🙂", " spaces, kept ", "two\n\nlines\n", "<|odd|>", "x"]
+
+
+def conversation(*answers: str) -> list[dict[str, str]]:
+    turns = []
+    for n, answer in enumerate(answers):
+        turns += [
+            {"role": "user", "content": f"Question {n}?\n"},
+            {"role": "assistant", "content": answer},
+        ]
+    return turns
+
+
+def trained(part: Part, chat: Chat) -> list[str]:
+    """The runs of tokens that have a loss, each decoded."""
+    edges = np.flatnonzero(np.diff(part.mask, prepend=0, append=0))
+    return [chat.tokenizer.decode(part.ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("template", ENDS)
+def test_answers_and_their_ends_have_a_loss(template: str) -> None:
+    chat = Chat(_chat.fast(template))
+    before = " " if template == _chat.INSTRUCT else ""
+    messages = conversation(*ANSWERS)
+    part = chat.encode(messages)
+    assert trained(part, chat) == [before + answer + ENDS[template] for answer in ANSWERS]
+    text = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert chat.tokenizer.decode(part.ids) == text
+
+
+def test_several_roles() -> None:
+    chat = Chat(_chat.fast(_chat.CHATML))
+    messages = [{"role": "system", "content": "Be brief."}, *conversation("Yes.")]
+    messages += [{"role": "tool", "content": "4"}, {"role": "assistant", "content": "No."}]
+    assert trained(chat.encode(messages), chat) == ["Yes.<|im_end|>", "No.<|im_end|>"]
+
+
+@pytest.mark.parametrize("answer", ["\n\nBelow.", "\nBelow."])
+def test_an_answer_that_begins_as_its_prompt_ends(answer: str) -> None:
+    """The BPE joins both line ends in one token; a model that generates sees the prompt's alone."""
+    chat = Chat(_chat.fast(_chat.CHATML))
+    assert len(chat.tokenizer("\n\n").input_ids) == 1
+    messages = conversation("One.", answer)
+    part = chat.encode(messages)
+    assert trained(part, chat) == ["One.<|im_end|>", answer + "<|im_end|>"]
+    prompt = chat.prompt(messages[:-1])
+    assert part.ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+@pytest.mark.parametrize("template", ENDS)
+def test_given_messages_have_no_loss(template: str) -> None:
+    chat = Chat(_chat.fast(template))
+    messages = conversation("One.", "Two.", "Three.")
+    whole, part = chat.encode(messages), chat.encode(messages, given=4)
+    assert trained(part, chat) == trained(whole, chat)[2:]
+    assert part.ids.tolist() == whole.ids.tolist()
+
+
+def test_a_template_that_renders_a_turn_in_two_ways() -> None:
+    chat = Chat(_chat.fast(_chat.FORGETFUL))
+    with pytest.raises(ValueError, match="up to number 2 differently"):
+        chat.encode(conversation("One.", "Two."))
+
+
+@pytest.mark.parametrize(
+    "messages, sentence",
+    [
+        ([{"role": "user", "content": "Hello"}], "no message of the assistant"),
+        ([{"role": "user"}, {"role": "assistant", "content": "x"}], "refuses the messages"),
+    ],
+)
+def test_wrong_messages(messages: list[dict[str, str]], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Chat(_chat.fast(_chat.CHATML)).encode(messages)
+
+
+def test_no_template() -> None:
+    with pytest.raises(ValueError, match="--chat-template"):
+        Chat(_chat.fast(None))
