@@ -129,6 +129,11 @@ def _moe(p: Parameters, name: str, x: torch.Tensor) -> torch.Tensor:
 
 def token_losses(p: Parameters, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each token [s] of one sequence."""
+    return torch.nn.functional.cross_entropy(logits(p, tokens), labels, reduction="none")
+
+
+def logits(p: Parameters, tokens: torch.Tensor) -> torch.Tensor:
+    """[s, PADDED] of one sequence [s]."""
     x = p["embedding.word_embeddings.weight"][tokens]
     for n in range(LAYERS):
         layer = f"decoder.layers.{n}."
@@ -138,7 +143,7 @@ def token_losses(p: Parameters, tokens: torch.Tensor, labels: torch.Tensor) -> t
         x = x + (_moe if layer + "mlp.router.weight" in p else _mlp)(p, layer + "mlp.", h)
     x = _norm(p, "decoder.final_layernorm", x)
     out = p.get("output_layer.weight", p["embedding.word_embeddings.weight"])
-    return torch.nn.functional.cross_entropy(x @ out.T, labels, reduction="none")
+    return x @ out.T
 
 
 # -- rows ----------------------------------------------------------------------------------------

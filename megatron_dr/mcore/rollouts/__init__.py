@@ -1,0 +1,1 @@
+"""Completions by the Megatron model itself, between training steps, and log-probabilities."""
