@@ -145,6 +145,7 @@ class DRConfig:
     log_blocks: bool = _dial(False, "log each block's values beside the model's", "flag")
     alpha_steps: int | None = _known(None)  # the run's length, where alpha is not constant
     target_size: int | None = _known(None)  # samples of the whole target set, for auto
+    packed: bool = _known(False)  # a microbatch is one pack of samples (sample rows)
     domains: tuple[str, ...] = _known(())  # names of the general corpora, for domain rows
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ What is wrapped, and who calls it:
     megatron.training.training.build_train_valid_test_datasets
                                   build_train_valid_test_data_loaders: microbatches of one domain
     megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics
+    megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
 Without the plugin's flags each wrapper calls Megatron's function and does nothing else.
@@ -26,8 +27,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dr.mcore import compat, cpu, errors, step_log
+from megatron_dr.mcore import compat, cpu, errors, packed, step_log
 from megatron_dr.mcore.arguments import add_arguments, configs_from_args, part_from_args
+from megatron_dr.mcore.rl import flags
 from megatron_dr.mcore.training_run import START, TrainingRun, num_target_microbatches
 
 _SCHEDULES = (
@@ -62,6 +64,7 @@ def enable() -> None:
     _wrap(training, "build_train_valid_test_datasets", _build_datasets)
     _wrap(training, "training_log", _log_training)
     _wrap(training, "evaluate", _log_validation)
+    _wrap(training, "save_checkpoint", _save)
     for name in _SCHEDULES:
         _wrap(schedules, name, _schedule)
 
@@ -77,9 +80,13 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
         if configs is not None or part_from_args(args, "lora") is not None:
             compat.check_flags(args)
         _check_meso(args)
+        flags.prepare(args)
     result = stock(args, *rest, **kwargs)
     with errors.refused():
+        packed.check(args)
         _check_meso(args)  # again: Megatron's own checks switch flags on
+        if configs is not None:
+            flags.check(args, *configs)
         if configs is not None and configs[1].target_data is not None:
             num_target_microbatches(args, *configs)
         if configs is not None and configs[0].rows == "domain":
@@ -144,8 +151,17 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     _run = None
     if configs is not None and optimizer is not None:
         with errors.refused(), errors.agreed():
-            _run = TrainingRun(model, optimizer, get_model_config(model[0]), args, *configs)
+            _run = _make_run(model, optimizer, get_model_config(model[0]), args, *configs)
     return model, optimizer, scheduler
+
+
+def _make_run(model: Any, optimizer: Any, config: Any, args: Namespace, *configs: Any) -> Any:
+    rl = part_from_args(args, "rl")
+    if rl is None:
+        return TrainingRun(model, optimizer, config, args, *configs)
+    from megatron_dr.mcore.rl.run import RLRun
+
+    return RLRun(model, optimizer, config, args, *configs, rl)
 
 
 def _adapt(args: Namespace, container: Any) -> None:
@@ -199,6 +215,12 @@ def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any
     if _run is not None and _run.file is not None and result[0] is not None:
         _run.file.write("validation", _run.steps_done, result[0])
     return result
+
+
+def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
+    if _run is not None:
+        _run.save(iteration)
+    return stock(iteration, *rest, **kwargs)
 
 
 def _schedule(stock: Callable[..., Any], **schedule: Any) -> Any:

@@ -10,6 +10,7 @@ from megatron_dr.config import DRConfig, TargetConfig
 from megatron_dr.lora_config import LoRAConfig
 from megatron_dr.mcore import cpu
 from megatron_dr.meso_config import MesoConfig
+from megatron_dr.rl_config import RLConfig
 
 # Flags that mean something only with some values of another: {flag: (other, values)}.
 _NEEDS = {
@@ -32,10 +33,13 @@ _NEEDS = {
 }
 
 
+_OF_THE_RUN = ("dr_device", "dr_pack")  # flags that switch no plugin on
+
 # Parts of their own: flags --dr-NAME-FIELD; the named field's flag switches one on.
-_PARTS: dict[str, tuple[type[LoRAConfig] | type[MesoConfig], str]] = {
+_PARTS: dict[str, tuple[type[LoRAConfig] | type[MesoConfig] | type[RLConfig], str]] = {
     "lora": (LoRAConfig, "rank"),
     "meso": (MesoConfig, "size"),
+    "rl": (RLConfig, "algorithm"),
 }
 
 
@@ -51,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         for field in dataclasses.fields(config):
             default = "off" if field.name == switch else field.default
             _add(group, f"{part}_{field.name}", field, default)
+    group.add_argument(
+        "--dr-pack",
+        action="store_true",
+        default=None,
+        help="put several samples into each sequence, with attention inside each alone; both "
+        "roles; a batch then counts packs [flag] (default: off)",
+    )
     group.add_argument(
         "--dr-device",
         choices=("cuda", "cpu"),
@@ -103,9 +114,12 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     given = {
         name[3:]: value
         for name, value in vars(args).items()
-        if name.startswith("dr_") and name != "dr_device" and value is not None
+        if name.startswith("dr_") and name not in _OF_THE_RUN and value is not None
         and name.split("_")[1] not in _PARTS
     }
+    rl = part_from_args(args, "rl")
+    if rl is not None:
+        _add_rl_defaults(given, rl)
     if not given:
         return None
     if "set" not in given and not given.keys() - {"metrics", "target_valid_data"}:
@@ -116,12 +130,29 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     own = {f.name for f in dataclasses.fields(TargetConfig)}
     dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
     target = TargetConfig(**{k: v for k, v in given.items() if k in own})
-    _check_together(given, dr, target)
+    _check_together(given, dr, target, itself=rl is not None and rl.target == "self")
     return dr, target
 
 
+def _add_rl_defaults(given: dict[str, Any], rl: RLConfig) -> None:
+    """Training by rewards: the set of the paper (arXiv 2605.07063) where there is a target."""
+    if rl.target == "self":
+        for name in ("target_data", "target_batch_size"):
+            if name in given:
+                raise ValueError(
+                    f"--dr-{name.replace('_', '-')} has no meaning with --dr-rl-target self: drop "
+                    "one of them."
+                )
+    if "set" in given:
+        return
+    if rl.target == "self" or "target_data" in given:
+        given.update({"set": "filter", "fraction": 1.0, "alpha": 0.0} | given)
+    elif not given.keys() - {"metrics", "target_valid_data"}:
+        given["set"] = "mean"
+
+
 def part_from_args(args: argparse.Namespace, name: str) -> Any:
-    """The configuration of a part of its own (`lora`, `meso`); None where it is off.
+    """The configuration of a part of its own (`lora`, `meso`, `rl`); None where it is off.
 
     Raises:
         ValueError: flags out of range, or without the one that switches it on.
@@ -140,7 +171,10 @@ def part_from_args(args: argparse.Namespace, name: str) -> Any:
     return None
 
 
-def _check_together(given: dict[str, Any], dr: DRConfig, target: TargetConfig) -> None:
+def _check_together(
+    given: dict[str, Any], dr: DRConfig, target: TargetConfig, itself: bool
+) -> None:
+    """Refuse contradictions; `itself`: the general data are the target too."""
     for name, (other, values) in _NEEDS.items():
         if name in given and getattr(dr, other) not in values:
             raise ValueError(
@@ -157,7 +191,7 @@ def _check_together(given: dict[str, Any], dr: DRConfig, target: TargetConfig) -
         raise ValueError(
             "--dr-sketch-error sets the sketch's size, and so does --dr-sketch-size: drop one."
         )
-    if target.target_data is None:
+    if target.target_data is None and not itself:
         if "target_batch_size" in given:
             raise ValueError(
                 "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."

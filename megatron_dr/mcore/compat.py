@@ -30,8 +30,8 @@ _UNSUPPORTED_FLAGS = {
     "use_torch_fsdp2": "torch FSDP2 reduces gradients by itself",
     "rampup_batch_size": "slots need the same number of microbatches in every step",
     "step_batch_size_schedule": "slots need the same number of microbatches in every step",
-    "sft": "it packs samples, which the target stream does not; JSONL with 'prompt' and 'response' "
-    "goes to --data-path as it is",
+    "sft": "JSONL with 'prompt' and 'response' goes to --data-path as it is, and --dr-pack packs "
+    "both roles' samples",
 }
 # Sizes that must be 1.
 _SINGLE = (

@@ -36,7 +36,8 @@ class Attention(torch.nn.Module):
     """softmax(Q K^T / sqrt(d)) V, causal; under context parallelism K and V are gathered.
 
     Shapes are Megatron's: query [s, b, heads, d], key and value [s, b, groups, d], s the local
-    share of the sequence: chunks r and 2C - 1 - r of 2C for context-parallel rank r of C.
+    share of the sequence: chunks r and 2C - 1 - r of 2C for context-parallel rank r of C. Packed
+    ("thd") ones have no b; a token then sees those of its own segment of `cu_seqlens_q` alone.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -46,21 +47,37 @@ class Attention(torch.nn.Module):
         self.cp_group = getattr(collection, "cp", None)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any,
+        packed_seq_params: Any = None, **kwargs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        if packed:
+            query, key, value = query[:, None], key[:, None], value[:, None]
         size = dist.get_world_size(self.cp_group) if self.cp_group is not None else 1
         rank = dist.get_rank(self.cp_group) if size > 1 else 0
-        positions = _positions(query.shape[0], rank, size)
+        cached = key.shape[0] - query.shape[0]  # keys of earlier passes, in rollouts
+        positions = cached + _positions(query.shape[0], rank, size)
         if size > 1:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
-        key_positions = torch.cat([_positions(query.shape[0], r, size) for r in range(size)])
+        key_positions = torch.cat(
+            [_positions(key.shape[0] // size, r, size) for r in range(size)]
+        )
         mask = positions[:, None] >= key_positions[None, :]
+        if packed:
+            segment = _segments(packed_seq_params.cu_seqlens_q, query.shape[0])
+            mask &= segment[:, None] == segment[None, :]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        out = out.permute(2, 0, 1, 3).flatten(2)
+        return out.squeeze(1) if packed else out
+
+
+def _segments(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Number of each token's segment [length]."""
+    return torch.bucketize(torch.arange(length), cu_seqlens, right=True)
 
 
 def _positions(length: int, rank: int, size: int) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""Both roles' data in Megatron's terms: indexed datasets as they are, JSONL as a dataset class."""
+"""Both roles' data in Megatron's terms: running text as it is, samples as a dataset class."""
 
 import argparse
 import copy
 import os
 from typing import Any
 
-import numpy
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -14,53 +13,19 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_dr.data.domains import DomainPlan
-from megatron_dr.data.jsonl import JsonlSamples
-from megatron_dr.data.order import EpochOrder, Samples, TargetStream
+from megatron_dr.data.order import Samples, TargetStream
+from megatron_dr.data.packing import PackedSamples
 from megatron_dr.mcore import domain_flags, errors
-
-
-class JsonlDataset(MegatronDataset):
-    """A JSONL file as a part of Megatron's blends: each sample once per epoch, seeded.
-
-    Positions beyond its length go on with the next epochs.
-    """
-
-    def __init__(
-        self,
-        dataset: JsonlSamples,
-        dataset_path: str | None,
-        indices: numpy.ndarray,
-        num_samples: int | None,
-        index_split: Split,
-        config: GPTDatasetConfig,
-    ) -> None:
-        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
-        self.order = EpochOrder(max(len(indices), 1), config.random_seed)
-
-    @staticmethod
-    def numel_low_level_dataset(low_level_dataset: JsonlSamples) -> int:
-        return len(low_level_dataset)
-
-    @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> JsonlSamples:
-        samples: JsonlSamples = config.jsonl_samples[dataset_path]  # read by general_datasets
-        return samples
-
-    def __len__(self) -> int:
-        return len(self.indices) if self.num_samples is None else self.num_samples
-
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return self.dataset[int(self.indices[self.order[position]])]
+from megatron_dr.mcore.sample_datasets import SampleDataset, is_samples, open_samples
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its flags."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -79,6 +44,8 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
+    config.packed = bool(getattr(args, "dr_pack", None))  # what `SampleDataset` asks for
+    return config
 
 
 def general_datasets(
@@ -99,24 +66,20 @@ def general_datasets(
     paths = _blended_paths(config)
     for path in paths:
         _check_path(path)
-    kinds = {path.endswith(".jsonl") for path in paths}
-    if len(kinds) > 1:
-        raise ValueError(
-            "the general data mixes .jsonl files and indexed datasets: convert one kind to the "
-            "other, a blend is of one kind."
-        )
+    _check_kinds(["--mock-data"] if args.mock_data else paths, config.packed)
+    samples = any(map(is_samples, paths))
     if not paths and not args.mock_data:
         raise ValueError(
             "no general data: give --data-path or --train-data-path (or --mock-data to try it out)."
         )
     with errors.agreed():  # before the builder, in which ranks wait for one another
-        config.jsonl_samples = {}
-        if True in kinds and _has_data(vp_stage):
-            config.jsonl_samples = {path: _jsonl(path, config) for path in paths}
+        config.samples = {}
+        if samples and _has_data(vp_stage, config.packed):
+            config.samples = {path: open_samples(path, config) for path in paths}
             _check_splits(config, num_samples)
-    kind = MockGPTDataset if args.mock_data else JsonlDataset if True in kinds else GPTDataset
+    kind = MockGPTDataset if args.mock_data else SampleDataset if samples else GPTDataset
     builder = BlendedMegatronDatasetBuilder(
-        kind, num_samples, lambda: _has_data(vp_stage), config
+        kind, num_samples, lambda: _has_data(vp_stage, config.packed), config
     )
     train, valid, test = builder.build()
     return by_domain(args, train) if domain_rows else train, valid, test
@@ -151,7 +114,7 @@ class DomainBlend(torch.utils.data.Dataset[Any]):
         unit, place = divmod(position, self.unit_size)
         dataset = self.datasets[self.plan.domain(unit)]
         number = self.unit_size * self.plan.count_before(unit) + place
-        if not isinstance(dataset, JsonlDataset):  # built for its share, give or take a unit
+        if not isinstance(dataset, SampleDataset):  # built for its share, give or take a unit
             number %= len(dataset)
         sample: dict[str, torch.Tensor] = dataset[number]
         return sample
@@ -168,16 +131,20 @@ def by_domain(args: argparse.Namespace, train: Any) -> DomainBlend | None:
     return DomainBlend(train.datasets, plan, unit_size, len(train))
 
 
-def _jsonl(path: str, config: GPTDatasetConfig) -> JsonlSamples:
-    samples = JsonlSamples(
-        path, config.tokenizer, config.sequence_length, attention_mask=config.create_attention_mask
-    )
-    if samples.num_cut:
-        print_rank_0(
-            f"megatron_dr: note: {path}: {samples.num_cut} of {len(samples)} samples are longer "
-            f"than --seq-length {config.sequence_length} and are cut"
+def _check_kinds(paths: list[str], packed: bool) -> None:
+    """Refuse samples beside running text, and running text in packs."""
+    text = [path for path in paths if not is_samples(path)]
+    if text and len(text) < len(paths):
+        sample = next(path for path in paths if is_samples(path))
+        raise ValueError(
+            "the general data mixes samples (.jsonl files, indexed datasets with a _loss_mask "
+            f"beside them: {sample}) and running text ({text[0]}): a blend is of one kind."
         )
-    return samples
+    if text and packed:
+        raise ValueError(
+            f"--dr-pack packs samples, and {text[0]} is running text that fills its sequences: "
+            "give .jsonl files or prepared datasets with loss masks, or drop --dr-pack."
+        )
 
 
 def _check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:
@@ -185,7 +152,7 @@ def _check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:
     if config.blend is None:
         return
     for path in config.blend[0]:
-        size = len(config.jsonl_samples[path])
+        size = len(config.samples[path])
         for split, share, wanted in zip(Split, config.split_matrix, num_samples):
             if share is not None and wanted and round(share[0] * size) == round(share[1] * size):
                 raise ValueError(
@@ -210,10 +177,12 @@ def _check_path(path: str) -> None:
         )
 
 
-def _has_data(vp_stage: int | None) -> bool:
-    """Whether this rank reads data: the first tensor-parallel rank of an end of the pipeline."""
+def _has_data(vp_stage: int | None, packed: bool) -> bool:
+    """Whether this rank reads data: the first tensor-parallel rank of an end of the pipeline, and
+    with packs of every stage, whose attention needs to know where samples begin."""
     first = mpu.get_tensor_model_parallel_rank() == 0
-    return bool(first and is_first_or_last_pipeline_stage(vp_stage))
+    reads = packed or is_first_or_last_pipeline_stage(vp_stage)
+    return bool(first and reads)
 
 
 def target_samples(args: argparse.Namespace, path: str) -> Samples:
@@ -224,20 +193,22 @@ def target_samples(args: argparse.Namespace, path: str) -> Samples:
     """
     _check_path(path)
     config = dataset_config(args)
-    if path.endswith(".jsonl"):
-        return _jsonl(path, config)
+    if is_samples(path):
+        samples: Any = open_samples(path, config)
+        return PackedSamples(samples, args.seed) if config.packed else samples
+    _check_kinds([path], config.packed)
     config = copy.copy(config)
     config.mock, config.blend, config.blend_per_split = False, ([path], None), None
     config.split, config.split_matrix = "1,0,0", [(0.0, 1.0), None, None]
     train, _, _ = BlendedMegatronDatasetBuilder(
         GPTDataset, (None, None, None), lambda: True, config
     ).build()
-    samples: Samples = train
-    if len(samples) == 0:
+    if len(train) == 0:
         raise ValueError(
             f"{path}: shorter than one sequence of {args.seq_length} tokens and the next token."
         )
-    return samples
+    text: Samples = train
+    return text
 
 
 def target_streams(
@@ -254,7 +225,8 @@ def target_streams(
     """
     streams: list[TargetStream | None] = []
     for chunk in range(num_chunks):
-        reads = _has_data(chunk if num_chunks > 1 else None)
+        packed = isinstance(samples, PackedSamples)
+        reads = _has_data(chunk if num_chunks > 1 else None, packed)
         stream = TargetStream(
             samples,
             micro_batch_size=micro_batch_size,

@@ -4,13 +4,17 @@ The model is Megatron's GPT model built from its flags, the loop is `megatron.tr
 checkpoints, logging, validation, schedules and flags are Megatron's.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_dr.hf import assets
 from megatron_dr.mcore import cpu
 
 
@@ -30,6 +34,7 @@ def import_megatron() -> None:
     import megatron.training  # noqa: F401
     import megatron.training.models.gpt  # noqa: F401
 
+    import megatron_dr.mcore.rl.run  # noqa: F401
     from megatron_dr.mcore import adaptor, datasets  # noqa: F401
 
 
@@ -46,6 +51,7 @@ def _run(store: torch.distributed.Store | None) -> None:
 
     adaptor.enable()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    _carry_assets(args)
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at 8
     if cpu.is_enabled():
@@ -66,6 +72,13 @@ def _run(store: torch.distributed.Store | None) -> None:
         torch.distributed.destroy_process_group()
 
 
+def _carry_assets(args: Any) -> None:
+    """Give --save the Hugging Face configuration and tokenizer of what is loaded, on rank 0."""
+    if args.save and int(os.environ.get("RANK", "0")) == 0:
+        for loaded in filter(None, (args.load, args.pretrained_checkpoint)):
+            assets.carry(Path(loaded), Path(args.save))
+
+
 def _embedding_ranks(tied: bool, pp_ranks: list[int]) -> list[int]:
     """Stages that hold the embedding: the first, and the last where the output layer is tied."""
     return sorted({pp_ranks[0], pp_ranks[-1]}) if tied else [pp_ranks[0]]
@@ -76,7 +89,10 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron.training import get_args
 
     from megatron_dr.mcore import datasets, errors
+    from megatron_dr.mcore.arguments import part_from_args
 
+    if part_from_args(get_args(), "rl") is not None:  # every step gets its data from a rollout
+        return repeat({}), repeat({}), None
     built: tuple[Any, Any, Any] = (None, None, None)
     with errors.refused():
         built = datasets.general_datasets(get_args(), num_samples, vp_stage)
@@ -96,8 +112,9 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable
     batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     output = model(
-        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
-    )
+        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"],
+        packed_seq_params=batch.get("packed_seq_params"),
+    )  # fmt: skip
     return output, partial(loss_func, batch["loss_mask"])
 
 
@@ -108,17 +125,21 @@ def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
-    names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(names)
+    from megatron_dr.mcore import packed
+
     args = get_args()
+    packs = bool(getattr(args, "dr_pack", None))
+    names = ["tokens", "labels", "loss_mask", "position_ids", "attention_mask"]
+    names += packed.NAMES if packs else ()
+    if not packs and not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(names)
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         data = next(data_iterator)
         batch = {n: data[n].cuda(non_blocking=True) if n in data else None for n in names}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packs,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -132,6 +153,8 @@ def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    if packs:
+        return {**batch, "packed_seq_params": packed.parameters(batch)}
     group = mpu.get_context_parallel_group()
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
 

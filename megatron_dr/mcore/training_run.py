@@ -59,7 +59,7 @@ class TrainingRun:
         self.train_streams: list[Any] = [None] * len(model)
         self.valid_streams: list[Any] = [None] * len(model)
         self.target_ranks = dr.target_ranks or args.data_parallel_size
-        samples = None if target.target_data is None else self._training_samples(target)
+        samples = self._training_samples(dr, target)
         self.plan = None
         if dr.rows == "domain":
             from megatron_dr.mcore import domain_flags
@@ -67,7 +67,9 @@ class TrainingRun:
             self.plan = DomainPlan(domain_flags.domain_weights(args))
             dr = dataclasses.replace(dr, domains=domain_flags.domain_names(args))
         size = None if samples is None else len(samples)
-        dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
+        dr = dataclasses.replace(
+            dr, alpha_steps=args.train_iters, target_size=size, packed=bool(args.dr_pack)
+        )
         self.handle: Handle = attach(model, optimizer, config, dr)
         self.file = _metrics_file(target.metrics)
         if samples is not None:
@@ -86,12 +88,14 @@ class TrainingRun:
         number: int = get_num_microbatches()
         return number
 
-    def _training_samples(self, target: TargetConfig) -> Any:
+    def _training_samples(self, dr: DRConfig, target: TargetConfig) -> Any:
+        """What the target's batches are drawn from; None without a target."""
+        if target.target_data is None:
+            return None
         from megatron.training import print_rank_0
 
         from megatron_dr.mcore import datasets
 
-        assert target.target_data is not None
         samples = datasets.target_samples(self.args, target.target_data)
         if target.target_batch_size > len(samples):
             print_rank_0(
@@ -143,10 +147,20 @@ class TrainingRun:
             return self._train(stock, schedule)
         if schedule.get("collect_non_loss_data", False):
             return stock(**schedule)
+        return self._validate(stock, schedule)
+
+    def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         if self._fresh_validation:
             self._place(self.valid_streams, 0)  # every validation sees the same samples
         self._fresh_validation = False
         return self._step(stock, self.valid_streams, self.num_valid, schedule)
+
+    def _prepare(self, schedule: dict[str, Any], steps: int) -> dict[str, Any]:
+        """The arguments of a training step's schedule call, after so many steps."""
+        return schedule
+
+    def save(self, iteration: int) -> None:
+        """A checkpoint of this iteration is about to be written."""
 
     def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         args = self.args
@@ -157,6 +171,7 @@ class TrainingRun:
             self._before = (getattr(args, _STEPS), getattr(args, _CONSUMED), getattr(args, _DIAL))
         steps, consumed, dial = self._before  # Megatron may run an iteration again: the same data
         self.handle.load_state_dict({"steps": steps, "dial": dial})
+        schedule = self._prepare(schedule, steps)
         self._place(self.train_streams, consumed)
         number = self.num_target if self.handle.target_due else 0
         merged = self.handle.dr.rows == "sample" and self.handle.dr.target_pass == "merged"

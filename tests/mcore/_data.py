@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import default_collate
+
+from megatron_dr.data import packing
+from megatron_dr.data.sample import Part
 
 VOCAB, LENGTH, ROWS, TARGETS = 61, 8, 4, 4
+PACK = 3 * LENGTH + 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Layout:
     targets: int = TARGETS
     full_masks: bool = False
     target_ranks: int = 0  # that run only target microbatches; the others are a row each
+    packed: bool = False  # sample rows: a microbatch is one pack of PACK tokens
     domains: int = 0  # sequence n of row r is of domain (r + n) % domains
 
     @property
@@ -82,6 +88,16 @@ def sequence(role: str, step: int, row: int, number: int, full_mask: bool) -> Se
         "loss_mask": mask,
         "position_ids": torch.arange(LENGTH),
     }
+
+
+def pack(batch: Sequence) -> Sequence:
+    """The pack [1, PACK] of a batch's sequences, each cut after its last label with a loss."""
+    parts = []
+    for tokens, labels, mask in zip(batch["tokens"], batch["labels"], batch["loss_mask"]):
+        length = int(mask.sum())
+        ids = [*tokens[:length].tolist(), int(labels[length - 1])]
+        parts.append(Part.of(ids, [1] * len(ids)))
+    return default_collate([packing.pack(parts, PACK, pad=0)])
 
 
 def general(layout: Layout, step: int, dp_rank: int) -> list[dict[str, torch.Tensor]]:

@@ -17,6 +17,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 import megatron_dr
 from megatron_dr import DRConfig
+from megatron_dr.mcore import packed
 from megatron_dr.projection.kronecker import Kronecker
 
 from . import _data, _megatron, _oracle
@@ -47,6 +48,8 @@ class Case:
 
 def batch(layout: Layout, role: str, step: int, rank: int, number: int, samples: int) -> dict:
     row = rank * MICROBATCHES + number
+    if layout.packed:  # packs of different numbers of samples
+        samples = 2 + (row + step) % 2
     sequences = [
         _data.sequence(role, step, row, n, layout.full_masks) for n in range(samples)
     ]
@@ -56,6 +59,10 @@ def batch(layout: Layout, role: str, step: int, rank: int, number: int, samples:
 # -- Megatron --------------------------------------------------------------------------------------
 def forward_step(data_iterator: Any, model: Any) -> Any:
     data = next(data_iterator)
+    if "cu_seqlens" in data:
+        output = model(data["tokens"], data["position_ids"], None, labels=data["labels"],
+                       packed_seq_params=packed.parameters(data))  # fmt: skip
+        return output, partial(_megatron.loss_func, data["loss_mask"])
     data["attention_mask"] = None
     group = parallel_state.get_context_parallel_group()
     data = get_batch_on_this_cp_rank(data, is_hybrid_cp=False, cp_group=group)
@@ -67,7 +74,9 @@ def train(layout: Layout, case: Case, steps: int, initial: Parameters) -> Any:
     """On a rank: parameters' pieces and the log's values of each step."""
     _megatron.initialize(layout)
     model, optimizer, config = _megatron.build(layout, initial)
-    handle = megatron_dr.attach(model, optimizer, config, DRConfig(rows="sample", **vars(case)))
+    dr = DRConfig(rows="sample", packed=layout.packed, **vars(case))
+    handle = megatron_dr.attach(model, optimizer, config, dr)
+    size, length = (1, _data.PACK) if layout.packed else (SAMPLES, _data.LENGTH)
     rank, function, log = parallel_state.get_data_parallel_rank(), get_forward_backward_func(), []
     for step in range(steps):
         for chunk in model:
@@ -78,14 +87,16 @@ def train(layout: Layout, case: Case, steps: int, initial: Parameters) -> Any:
         target = [batch(layout, "target", step, rank, n, TARGETS) for n in range(wanted)]
         if case.target_pass == "own":  # Megatron's schedules have one microbatch size
             target = [batch(layout, "target", step, rank, n, SAMPLES) for n in range(wanted)]
+        if layout.packed:
+            general, target = ([_data.pack(b) for b in role] for role in (general, target))
         iterators = [[iter(b) for _ in model] for b in (general, target)]
         g, t = iterators if layout.vpp else [i[0] for i in iterators]
         reports = handle.step(
             function, forward_step_func=forward_step, data_iterator=g,
             model=model if layout.vpp else model[0], num_microbatches=MICROBATCHES,
-            seq_length=_data.LENGTH, micro_batch_size=SAMPLES, forward_only=False,
+            seq_length=length, micro_batch_size=size, forward_only=False,
             target_data_iterator=t, num_target_microbatches=wanted,
-            target_micro_batch_size=TARGETS if case.target_pass == "merged" else SAMPLES,
+            target_micro_batch_size=TARGETS if case.target_pass == "merged" else size,
         )  # fmt: skip
         log.append([{k: v.tolist() for k, v in r.items()} for r in reports])
         optimizer.step()

@@ -151,7 +151,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (*ONE, missing): none,
         (*ONE, half): none.replace("missing", "half"),
         (*ONE, prefix + ".bin"): none.replace("missing", "indexed.bin"),
-        (*ONE, good, prefix): "the general data mixes .jsonl files and indexed datasets",
+        (*ONE, good, prefix): "the general data mixes samples (.jsonl files",
         ("--train-data-path", good, "--valid-data-path", prefix): "the general data mixes",
         ("--train-data-path", good, "--valid-data-path", missing): none,
         ("--split", "99,1,0", "--data-path", good): f"{good}: no sample is left for valid",

@@ -26,6 +26,7 @@ class Deferred:
     Args:
         blocks: number of blocks of the whole model.
         tokens: [n, b] of the general samples: n microbatches of this rank.
+        counts: how many of the b samples a microbatch has, the first ones (fewer in packs).
         ratio, row_scale: see `units`, by general microbatch.
         merged: q target samples at the end of each microbatch.
         keep: whether uses are kept for their weight gradients.
@@ -33,12 +34,13 @@ class Deferred:
 
     def __init__(
         self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
-        tokens: torch.Tensor, ratio: list[float], row_scale: list[float], merged: int, keep: bool,
+        tokens: torch.Tensor, counts: list[int], ratio: list[float], row_scale: list[float],
+        merged: int, keep: bool,
     ) -> None:  # fmt: skip
         self.dr, self.places, self.targets, self.tokens = dr, places, targets, tokens
         self.ratio, self.row_scale, self.merged, self.keep = ratio, row_scale, merged, keep
         n, b = tokens.shape
-        self._rows = b + 1
+        self._rows, self._counts = b + 1, counts
         self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=tokens.device)
         self._features: dict[int, list[torch.Tensor]] = {}
         self._cross: torch.Tensor = torch.zeros(blocks, n * b + 1, device=tokens.device)
@@ -54,17 +56,21 @@ class Deferred:
             self._features.setdefault(place.number, []).append(feature_NK)
             return
         b, ratio = self._rows - 1, self.ratio[microbatch]
-        map_RN = sample_map(b, self.merged, ratio, self.tokens.device)
+        map_RN = self._map(microbatch)
         target = None if self.merged else self.targets.of(place) * ratio
         if self.dr.window == "microbatch":
             gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr))
             self._gram[microbatch, place.block] += place.share * gram_RR
             return
         gram_RR = scoring.gram(place, uses, map_RN, target, False)  # cross products alone
-        cross_B = place.share * gram_RR[-1] / b  # in units of U, not of M U
+        cross_B = place.share * gram_RR[-1] / self._counts[microbatch]  # in units of U, not of M U
         self._cross[place.block, microbatch * b : (microbatch + 1) * b] += cross_B[:-1]
         if microbatch == 0:
             self._cross[place.block, -1] += place.share * gram_RR[-1, -1]
+
+    def _map(self, microbatch: int) -> torch.Tensor:
+        b, ratio = self._rows - 1, self.ratio[microbatch]
+        return sample_map(b, self.merged, ratio, self.tokens.device, self._counts[microbatch])
 
     def _needs_features(self, place: Place) -> bool:
         """Kept to the end: where products need samples of other microbatches, ranks or stages."""
@@ -73,67 +79,82 @@ class Deferred:
         return self.dr.window == "step" and (needs_rows(self.dr) or bool(self.merged))
 
     # -- after the schedule call -----------------------------------------------------------------
-    def solve(self, alpha: float) -> tuple[Solved, torch.Tensor]:
+    def solve(self, alpha: float) -> tuple[list[Solved], torch.Tensor]:
         """What was solved, and coefficients [n, B, N] before the scale (collective)."""
         if self.dr.window == "microbatch":
             return self._solve_microbatches(alpha)
         return self._solve_step(alpha)
 
-    def _solve_microbatches(self, alpha: float) -> tuple[Solved, torch.Tensor]:
+    def _solve_microbatches(self, alpha: float) -> tuple[list[Solved], torch.Tensor]:
         n, b = self.tokens.shape
         for number, parts in self._features.items():
             place = self._places[number]
             for microbatch, feature_NK in enumerate(self._over_stages(place, parts)):
                 ratio = self.ratio[microbatch]
-                map_RN = sample_map(b, self.merged, ratio, feature_NK.device)
+                map_RN = self._map(microbatch)
                 target = None if self.merged else self._target(place) * ratio
                 gram_RR = scoring.dense_gram(feature_NK, map_RN, target)
                 self._gram[microbatch, place.block] += place.share * gram_RR
         dist.all_reduce(self._gram, group=compat.model_group())
-        blocks = self._gram.shape[1]
-        share_nM = self.tokens / self.tokens.sum(1, keepdim=True).clamp(min=1)
-        share_BM = share_nM.repeat_interleave(blocks, 0)
-        solved = solve(self.dr, self._gram.flatten(0, 1), share_BM, alpha)
-        update_nBR = solved.update_BR.view(n, blocks, -1)
-        maps = [sample_map(b, self.merged, r, self.tokens.device) for r in self.ratio]
-        return solved, torch.einsum("nbr,nrs->nbs", update_nBR, torch.stack(maps))
+        blocks, found = self._gram.shape[1], []
+        coefficient_nBN = self._gram.new_zeros(n, blocks, b + self.merged, dtype=torch.float64)
+        for count in sorted(set(self._counts)):  # those of as many samples at once
+            alike = [number for number, c in enumerate(self._counts) if c == count]
+            rows = [*range(count), b]
+            gram_BRR = self._gram[alike][:, :, rows][..., rows].flatten(0, 1)
+            share_nM = self.tokens[alike][:, :count]
+            share_nM = share_nM / share_nM.sum(1, keepdim=True).clamp(min=1)
+            solved = solve(self.dr, gram_BRR, share_nM.repeat_interleave(blocks, 0), alpha)
+            update_nBR = solved.update_BR.view(len(alike), blocks, -1)
+            maps = torch.stack([self._map(number)[rows] for number in alike])
+            coefficient_nBN[alike] = torch.einsum("nbr,nrs->nbs", update_nBR, maps)
+            found.append(solved)
+        return found, coefficient_nBN
 
-    def _solve_step(self, alpha: float) -> tuple[Solved, torch.Tensor]:
+    def _solve_step(self, alpha: float) -> tuple[list[Solved], torch.Tensor]:
         n, b = self.tokens.shape
         group = parallel_state.get_data_parallel_group()
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        tokens_M = _gathered(self.tokens.reshape(-1), group, size)
-        M = len(tokens_M)
-        gram_BRR = self._gram.new_zeros(self._gram.shape[1], M + 1, M + 1)
+        tokens_P = _gathered(self.tokens.reshape(-1), group, size)  # P places, M of them samples
+        count_n = torch.tensor(self._counts, device=self.tokens.device)
+        place_b = torch.arange(b, device=count_n.device)
+        is_sample_P = _gathered((place_b < count_n[:, None]).flatten(), group, size)
+        P, (sample_M,) = len(tokens_P), is_sample_P.nonzero(as_tuple=True)
+        M = len(sample_M)
+        gram_BRR = self._gram.new_zeros(self._gram.shape[1], P + 1, P + 1)
         if self._features:
             for number, parts in self._features.items():
                 place = self._places[number]
-                gram_BRR[place.block] += place.share * self._step_gram(place, parts, group, size)
-        cross_BM = M * _gathered(self._cross[:, :-1].t().contiguous(), group, size).t()
-        gram_BRR[:, :-1, -1] += cross_BM
-        gram_BRR[:, -1, :-1] += cross_BM
+                gram_PP = self._step_gram(place, parts, group, size, M)
+                gram_BRR[place.block] += place.share * gram_PP
+        cross_BP = M * _gathered(self._cross[:, :-1].t().contiguous(), group, size).t()
+        gram_BRR[:, :-1, -1] += cross_BP
+        gram_BRR[:, -1, :-1] += cross_BP
         gram_BRR[:, -1, -1] += self._cross[:, -1]
         dist.all_reduce(gram_BRR, group=compat.model_group())
-        share_M = tokens_M / tokens_M.sum().clamp(min=1)
-        solved = solve(self.dr, gram_BRR, share_M, alpha)
-        own = solved.update_BR[:, rank * n * b : (rank + 1) * n * b] * M
+        rows_R = torch.cat([sample_M, sample_M.new_tensor([P])])
+        share_M = tokens_P[sample_M] / tokens_P.sum().clamp(min=1)
+        solved = solve(self.dr, gram_BRR[:, rows_R][..., rows_R], share_M, alpha)
+        weight_BP = solved.update_BR.new_zeros(len(gram_BRR), P)
+        weight_BP[:, sample_M] = solved.update_BR[:, :-1] * M
+        own = weight_BP[:, rank * n * b : (rank + 1) * n * b]
         coefficient_nBN = own.view(-1, n, b).transpose(0, 1)
         if self.merged:
             ratio_n = torch.tensor(self.ratio, dtype=torch.float64, device=own.device)
             target_nB = ratio_n[:, None] * solved.update_BR[None, :, -1]
             target_nBq = target_nB[:, :, None].expand(-1, -1, self.merged)
             coefficient_nBN = torch.cat([coefficient_nBN, target_nBq], 2)
-        return solved, coefficient_nBN
+        return [solved], coefficient_nBN
 
     def _step_gram(
-        self, place: Place, parts: list[torch.Tensor], group: dist.ProcessGroup, size: int
+        self, place: Place, parts: list[torch.Tensor], group: dist.ProcessGroup, size: int, M: int
     ) -> torch.Tensor:
-        """gram [M + 1, M + 1] of the step's samples on all data ranks."""
+        """gram [P + 1, P + 1] of the step's places on all data ranks, M of which are samples."""
         b = self._rows - 1
         parts = self._over_stages(place, parts)
         parts = [f * scale for f, scale in zip(parts, self.row_scale, strict=True)]
         rows_MK = _gathered(torch.cat([f[:b] for f in parts]), group, size)
-        rows_MK = rows_MK * float(len(rows_MK))
+        rows_MK = rows_MK * float(M)
         if self.merged:
             target_K = sum(r * f[b:].sum(0) for r, f in zip(self.ratio, parts, strict=True))
             assert isinstance(target_K, torch.Tensor)
@@ -159,11 +180,15 @@ class Deferred:
 
     def write(self, coefficient_nBN: torch.Tensor) -> None:
         """Add the kept uses' weighted gradients to Megatron's buffer, and let go of them."""
+        chosen_nBN = coefficient_nBN.cpu() != 0  # the one wait for a GPU
         while self._kept:
             place, microbatch, uses = self._kept.pop()
             parameter = place.owned.parameter
             coefficient_N = coefficient_nBN[microbatch, place.block]
-            gradient = gradient_of(uses, coefficient_N, parameter.shape[0])
+            keep_N = chosen_nBN[microbatch, place.block].nonzero().flatten()
+            gradient = gradient_of(
+                uses, coefficient_N, parameter.shape[0], keep_N.to(coefficient_N.device)
+            )
             parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
 
 

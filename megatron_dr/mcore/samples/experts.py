@@ -212,7 +212,7 @@ def tap_router(router: Any, observer: Any) -> list[Undo]:
                 weighted = observer.linear(parameter, x.to(dy.dtype), dy)
                 grad = None if weighted is None else weighted.product()
             else:
-                grad = observer.vector(parameter, dy.float().sum(0))
+                grad = observer.vector(parameter, observer.per_sample(parameter, dy.float()))
             found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
 
     def gating(input: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,7 @@ class SampleHandle(Handle):
         batches = Microbatches(
             schedule["data_iterator"], target_data_iterator, schedule["num_microbatches"],
             num_target, (size, target_micro_batch_size or size), self._merged, self.device,
+            schedule["seq_length"] if self.dr.packed else None,
         )  # fmt: skip
         overlap = self.model[0].ddp_config.overlap_grad_reduce
         try:
@@ -157,26 +158,28 @@ class SampleHandle(Handle):
         merged = batches.target_tokens.shape[1] if self._merged else 0
         own = 0 if self._merged else num_target
         context = parallel_state.get_context_parallel_world_size()
-        shape = BatchShape(batches.tokens.shape[1], merged, schedule["seq_length"] // context)
+        samples = schedule["micro_batch_size"]
+        shape = BatchShape(samples, merged, schedule["seq_length"] // context)
         self._prepare(shape)
         found = self._units(batches, own)
         call = _Call(function, batches, merged, schedule, alpha)
         if self._immediate:
             scale = [found.scale * s for s in found.row_scale]
             mode: Mode = Immediate(
-                dr, self.path.targets, batches.tokens, found.ratio, merged, scale, alpha,
-                self.thresholds, log.add,
+                dr, self.path.targets, batches.tokens, batches.counts, found.ratio, merged, scale,
+                alpha, self.thresholds, log.add,
             )  # fmt: skip
             reports = self._run_pass(call, mode, own, own > 0, found, stock)
         else:
             deferred = Deferred(
                 dr, self.places, len(self.layout.names), self.path.targets, batches.tokens,
-                found.ratio, found.row_scale, merged, keep=dr.passes == 1,
+                batches.counts, found.ratio, found.row_scale, merged, keep=dr.passes == 1,
             )  # fmt: skip
 
             def solve(model: Any = None, *args: Any, **kwargs: Any) -> None:
-                solved, self.coefficients = deferred.solve(alpha)
-                log.add(None, solved)
+                solutions, self.coefficients = deferred.solve(alpha)
+                for solved in solutions:
+                    log.add(None, solved)
 
             def solve_and_write(model: Any, *args: Any, **kwargs: Any) -> None:
                 solve()
@@ -225,7 +228,7 @@ class SampleHandle(Handle):
         batches, alpha = call.batches, call.alpha
         self.path.targets.begin(gather, found.to_mean)
         target_scale = alpha * found.target_scale if gradients else 0.0
-        self.path.begin(mode, own, call.merged, alpha, target_scale)
+        self.path.begin(mode, own, call.merged, alpha, target_scale, batches.packs)
         data = batches.iterator()
         router = _Router(self.path, self.model, own, len(batches.tokens),
                          batches.iterator(of_target=True) if own else None)  # fmt: skip
@@ -241,7 +244,7 @@ class SampleHandle(Handle):
                 finalize(model, num_tokens, *args, **kw)
 
         self.config.finalize_model_grads_func = hook
-        size = batches.tokens.shape[1] + call.merged
+        size = call.schedule["micro_batch_size"] + call.merged
         reports = call.function(
             **{
                 **call.schedule,

@@ -26,6 +26,7 @@ class Immediate:
 
     Args:
         tokens: [microbatches, samples] of the general role.
+        counts: how many of the samples a microbatch has, the first ones.
         ratio: of the target to the rows, by general microbatch.
         merged: target samples at the end of each microbatch.
         scale: of every coefficient, by general microbatch.
@@ -34,19 +35,23 @@ class Immediate:
     """
 
     def __init__(
-        self, dr: DRConfig, targets: Targets, tokens: torch.Tensor, ratio: list[float],
-        merged: int, scale: list[float], alpha: float, thresholds: torch.Tensor,
+        self, dr: DRConfig, targets: Targets, tokens: torch.Tensor, counts: list[int],
+        ratio: list[float], merged: int, scale: list[float], alpha: float, thresholds: torch.Tensor,
         log: Callable[[Place, Solved], None],
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.tokens, self.ratio = dr, targets, tokens, ratio
         self.merged, self.scale, self.alpha = merged, scale, alpha
-        self.thresholds, self.log = thresholds, log
+        self.thresholds, self.log, self.counts = thresholds, log, counts
         self.peers = experts.windows(tokens, ratio)
 
     def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
         tokens, ratios = self.peers if place.is_expert else (self.tokens, self.ratio)
         tokens_M, ratio = tokens[microbatch], ratios[microbatch]
         map_RN = sample_map(len(tokens_M), self.merged, ratio, tokens_M.device)
+        if self.counts[microbatch] < self.tokens.shape[1]:  # of a pack
+            M = self.counts[microbatch]
+            map_RN = sample_map(len(tokens_M), 0, ratio, tokens_M.device, M)
+            map_RN, tokens_M = map_RN[[*range(M), -1]], tokens_M[:M]
         target = None if self.merged else self.targets.of(place) * ratio
         gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr))
         if place.gram_group is not None:

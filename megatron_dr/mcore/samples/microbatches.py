@@ -12,6 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import compat
+from megatron_dr.mcore.samples import packs
+from megatron_dr.mcore.samples.packs import Packs
 
 Batch = dict[str, Any]
 
@@ -25,9 +27,12 @@ class Microbatches:
         num_general, num_target: microbatches of each.
         sizes: samples in a general and in a target microbatch.
         merged: a target microbatch is appended to each general one, as further samples.
+        pack_length: tokens of a microbatch that is a pack of samples; None: none is.
 
     Attributes:
         tokens: [num_general, samples] of each general sample, float64.
+        counts: how many of the samples a general microbatch has, the first ones.
+        packs: the general role's and the target's, or None.
         target_tokens: [num_target, samples] likewise.
 
     Raises:
@@ -36,19 +41,33 @@ class Microbatches:
 
     def __init__(
         self, general: Any, target: Any, num_general: int, num_target: int, sizes: tuple[int, int],
-        merged: bool, device: torch.device,
+        merged: bool, device: torch.device, pack_length: int | None = None,
     ) -> None:  # fmt: skip
         if merged and num_target != num_general:
             raise ValueError(
                 f"with the target in the general microbatches there must be as many target ones: "
                 f"{num_target} target and {num_general} general microbatches were given."
             )
-        self._sizes, self._merged = sizes, merged
+        self._sizes, self._merged, self._numbers = sizes, merged, (num_general, num_target)
         self._many = isinstance(general, list)
         self._general = _read(general, num_general)
         self._target = _read(target, num_target)
+        self.counts, self.packs = [sizes[0]] * num_general, self._packs(pack_length, device)
+        if self.packs is not None:
+            self.counts = self.packs[0].counts
+            sizes = (self.packs[0].most, self.packs[1].most)
         self.tokens = _counts(self._general, (num_general, sizes[0]), device)
         self.target_tokens = _counts(self._target, (num_target, sizes[1]), device)
+
+    def _packs(self, length: int | None, device: torch.device) -> tuple[Packs, Packs] | None:
+        if length is None:
+            return None
+        roles = [
+            Packs(next((b for b in chunks if b is not None), None), number, length, device)
+            for chunks, number in zip((self._general, self._target), self._numbers, strict=True)
+        ]
+        packs.agree(roles, device)
+        return roles[0], roles[1]
 
     def iterator(self, of_target: bool = False) -> Any:
         """Fresh data iterators for one schedule call, as they were given."""
@@ -96,6 +115,9 @@ def _counts(
                 f"[samples, tokens], but this one has {', '.join(map(str, batch))}."
             )
         mask = batch["loss_mask"]
+        if "cu_seqlens" in batch and len(mask) == 1:
+            out[number] = packs.sample_tokens(mask[0].to(out), batch, shape[1])
+            continue
         if mask.dim() != 2 or len(mask) != shape[1]:
             raise ValueError(
                 f"a microbatch's loss_mask is {list(mask.shape)}, but {shape[1]} samples are "

@@ -13,6 +13,7 @@ import torch
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.mcore.samples import scoring
+from megatron_dr.mcore.samples.packs import Packs
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
 from megatron_dr.mcore.samples.targets import Targets
@@ -47,6 +48,7 @@ class SamplePath:
         self._mode: Mode | None = None
         self._num_target = self._merged = 0
         self._alpha = self._target_scale = 0.0
+        self._packs: tuple[Packs, Packs] | None = None
 
     def set_places(self, places: list[Place]) -> None:
         """Before the first step, and where a step's microbatches change their shape."""
@@ -55,15 +57,18 @@ class SamplePath:
 
     # -- a pass ----------------------------------------------------------------------------------
     def begin(
-        self, mode: Mode, num_target: int, merged: int, alpha: float, target_scale: float
-    ) -> None:
+        self, mode: Mode, num_target: int, merged: int, alpha: float, target_scale: float,
+        packs: tuple[Packs, Packs] | None,
+    ) -> None:  # fmt: skip
         """Start a schedule call.
 
         Args:
             num_target: the target's own microbatches, which come first.
             merged: target samples at the end of each general microbatch.
             target_scale: of a target microbatch's gradient in the update, alpha included; 0: none.
+            packs: the general role's and the target's, where a microbatch is a pack.
         """
+        self._packs = packs
         self._mode, self._num_target, self._merged = mode, num_target, merged
         self._alpha, self._target_scale = alpha, target_scale
         self._current.clear()
@@ -89,6 +94,7 @@ class SamplePath:
     def linear(
         self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        x_LNI, dy_LNO = self._split(parameter, x_LNI), self._split(parameter, dy_LNO)
         decided = self._decide(parameter, (x_LNI.detach(), dy_LNO))
         if decided is None:
             return None
@@ -101,10 +107,39 @@ class SamplePath:
     def embedding(
         self, parameter: torch.nn.Parameter, x_LNH: torch.Tensor, index_LN: torch.Tensor
     ) -> torch.Tensor | None:
+        x_LNH, index_LN = self._split(parameter, x_LNH), self._split(parameter, index_LN, -1)
         decided = self._decide(parameter, (x_LNH, index_LN))
         if decided is None:
             return None
         return gradient_of(decided[1], decided[0], parameter.shape[0])
+
+    @property
+    def packed(self) -> bool:
+        """Whether a microbatch is a pack of samples."""
+        return self._packs is not None
+
+    def per_sample(self, parameter: torch.nn.Parameter, g_LNH: torch.Tensor) -> torch.Tensor:
+        """Tokens [L, N, ..., H] summed to samples [N, H]."""
+        pack = self._pack(parameter)
+        if pack is None:
+            return g_LNH.sum([d for d in range(g_LNH.dim() - 1) if d != 1])
+        packs, number = pack
+        return packs.sums(number, g_LNH.sum(list(range(1, g_LNH.dim() - 1))))
+
+    def _split(
+        self, parameter: torch.nn.Parameter, tokens_L1: torch.Tensor, pad: float = 0
+    ) -> torch.Tensor:
+        """A pack's tokens [T, 1, ...] as [L, N, ...]; others as they are."""
+        pack = self._pack(parameter)
+        return tokens_L1 if pack is None else pack[0].split(pack[1], tokens_L1[:, 0], pad)
+
+    def _pack(self, parameter: torch.nn.Parameter) -> tuple[Packs, int] | None:
+        """The pack under way, as a role's packs and its number among them."""
+        if self._packs is None:
+            return None
+        number = self._current[self._place[id(parameter)].chunk] - self._num_target
+        general, target = self._packs
+        return (general, number) if number >= 0 else (target, number + self._num_target)
 
     def _decide(
         self, parameter: torch.nn.Parameter, use: Use
@@ -139,13 +174,21 @@ def weighted(
     return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
 
 
-def gradient_of(uses: list[Use], coefficient_N: torch.Tensor, out: int) -> torch.Tensor:
-    """sum over samples of coefficient_n G_n: [O, I], or [H] of a vector."""
+def gradient_of(
+    uses: list[Use], coefficient_N: torch.Tensor, out: int, keep_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """sum over samples of coefficient_n G_n: [O, I], or [H] of a vector.
+
+    Args:
+        keep_N: numbers of the samples whose coefficient is not 0; None: all samples enter.
+    """
     total: Any = 0
     for x, dy in uses:
         if dy is None:
             total = total + coefficient_N.to(x) @ x
-            continue
-        x_scaled = x * coefficient_N.to(x)[None, :, None]
-        total = total + scoring.gradient(x_scaled.flatten(0, 1), dy.flatten(0, 1), out)
+        elif dy.is_floating_point():
+            total = total + per_sample.weighted(x, dy, coefficient_N, keep_N).product()
+        else:
+            x_scaled = x * coefficient_N.to(x)[None, :, None]
+            total = total + scoring.gradient(x_scaled.flatten(0, 1), dy.flatten(), out)
     return total  # type: ignore[no-any-return]

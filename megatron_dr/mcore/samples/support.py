@@ -15,6 +15,8 @@ from megatron_dr.mcore.samples.weigh import needs_rows
 def check(dr: DRConfig, config: Any, owned: list[OwnedParameter]) -> None:
     """Raise ValueError, in one sentence that says what to change, where sample rows can't work."""
     experts.check(dr, config)
+    if dr.packed:
+        _check_packed(dr, config)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     two_copies = any(o.partial == "embedding" for o in owned)
     if two_copies and dr.score == "ghost":
@@ -32,6 +34,20 @@ def check(dr: DRConfig, config: Any, owned: list[OwnedParameter]) -> None:
             f"--dr-score ghost keeps no samples to the end of a step, as --dr-window step with "
             f"--dr-set {dr.set} and --dr-norm {dr.norm} needs: use --dr-score sketched or exact, "
             "or --dr-set topk or filter with --dr-norm tokens."
+        )
+
+
+def _check_packed(dr: DRConfig, config: Any) -> None:
+    """What can't be done with samples in packs."""
+    if config.num_moe_experts:
+        raise ValueError(
+            "sample rows can't follow the samples of a pack into experts: drop --dr-pack, or use "
+            "--dr-rows slot."
+        )
+    if config.context_parallel_size > 1 or dr.target_pass == "merged":
+        raise ValueError(
+            "sample rows with --dr-pack need --context-parallel-size 1 and --dr-target-pass own: "
+            "a pack is one role's, on one rank."
         )
 
 

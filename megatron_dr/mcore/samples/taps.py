@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -40,6 +41,13 @@ class Observer(Protocol):
     @property
     def active(self) -> bool:
         """Whether a training step is under way."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether a microbatch is a pack of samples."""
+
+    def per_sample(self, parameter: torch.nn.Parameter, g_LNH: torch.Tensor) -> torch.Tensor:
+        """Tokens [L, N, ..., H] summed to samples [N, H]."""
 
     def covers(self, parameter: torch.nn.Parameter) -> bool:
         """Whether the parameter is trained."""
@@ -141,7 +149,9 @@ def _tap_linear(module: Any, observer: Observer, routes: experts.Routes) -> list
         if not observer.active:
             return stock_forward(input_, *args, **kwargs)
         # in the module's own dictionary it hides the parameter
-        module.__dict__["bias"] = _Expand.apply(bias, input_.shape[1], observer)  # type: ignore
+        tokens = _output_tokens(module, input_) if observer.packed else 1
+        shape = (tokens, input_.shape[1])
+        module.__dict__["bias"] = _Expand.apply(bias, shape, observer)  # type: ignore
         try:
             return stock_forward(input_, *args, **kwargs)
         finally:
@@ -155,17 +165,29 @@ def _tap_linear(module: Any, observer: Observer, routes: experts.Routes) -> list
     return undo
 
 
+def _output_tokens(module: Any, input_: torch.Tensor) -> int:
+    """Length of the sequence that leaves a linear layer on this rank."""
+    length, shares = input_.shape[0], dist.get_world_size(module.tp_group)
+    if not module.sequence_parallel:
+        return length
+    return length * shares if isinstance(module, ColumnParallelLinear) else length // shares
+
+
 class _Expand(torch.autograd.Function):
-    """A bias [H] as [1, N, H]: what autograd sums for it is each sample's own gradient."""
+    """A bias [H] as [1, N, H]: what autograd sums for it is each sample's own gradient. In a pack
+    as [T, 1, H], of each token."""
 
     @staticmethod
-    def forward(ctx: Any, bias: torch.nn.Parameter, samples: int, observer: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, bias: torch.nn.Parameter, shape: tuple[int, int], observer: Any
+    ) -> torch.Tensor:
         ctx.bias, ctx.observer = bias, observer
-        return bias.view(1, 1, -1).expand(1, samples, -1).contiguous()
+        return bias.view(1, 1, -1).expand(*shape, -1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        grad = ctx.observer.vector(ctx.bias, gradients[0][0].float())
+        g_NH = ctx.observer.per_sample(ctx.bias, gradients[0].float())
+        grad = ctx.observer.vector(ctx.bias, g_NH)
         return None if grad is None else grad.to(ctx.bias.dtype), None, None
 
 
@@ -179,8 +201,7 @@ def _tap_norm(module: Any, observer: Observer) -> list[Undo]:
     def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
         for name, parameter in own.items():
             per_token = dy.float() * _normalised(module, x) if name == "weight" else dy.float()
-            others = [d for d in range(dy.dim() - 1) if d != 1]
-            grad = observer.vector(parameter, per_token.sum(others))
+            grad = observer.vector(parameter, observer.per_sample(parameter, per_token))
             found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

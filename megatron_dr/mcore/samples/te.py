@@ -157,7 +157,8 @@ def _weigh(
     if norm:
         q_LNI = (dy_LNO @ module.weight).float()
         for name, parameter in norm.items():
-            g_NI = (q_LNI * _normalised(module, x_LNI) if name.endswith("weight") else q_LNI).sum(0)
+            per_token = q_LNI * _normalised(module, x_LNI) if name.endswith("weight") else q_LNI
+            g_NI = observer.per_sample(parameter, per_token)
             if module.tp_size > 1 and not module.sequence_parallel:  # else Megatron sums the parts
                 dist.all_reduce(g_NI, group=module.tp_group)
             grad = observer.vector(parameter, g_NI)
@@ -195,6 +196,7 @@ class _Bias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (dy,) = gradients
-        grad = ctx.observer.vector(ctx.bias, dy.float().sum(0))
+        g_NO = ctx.observer.per_sample(ctx.bias, dy.float())
+        grad = ctx.observer.vector(ctx.bias, g_NO)
         grad = torch.zeros_like(ctx.bias) if grad is None else grad.to(ctx.bias.dtype)
         return dy, grad, None

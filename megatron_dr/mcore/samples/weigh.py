@@ -69,10 +69,17 @@ def alpha_of(dr: DRConfig, step: int) -> float:
     return alpha_at(dr.alpha_style, dr.alpha, dr.end_alpha, step, dr.alpha_steps or 1)
 
 
-def sample_map(general: int, targets: int, ratio: float, device: torch.device) -> torch.Tensor:
-    """map [R, N] of a microbatch: `general` samples, then `targets` ones (float64)."""
+def sample_map(
+    general: int, targets: int, ratio: float, device: torch.device, count: int | None = None
+) -> torch.Tensor:
+    """map [R, N] of a microbatch: `general` samples, then `targets` ones (float64).
+
+    Args:
+        count: how many of the general samples there are (the first ones); the others' rows are 0.
+    """
+    count = general if count is None else count
     map_RN = torch.zeros(general + 1, general + targets, dtype=torch.float64, device=device)
-    map_RN[:general, :general] = general * torch.eye(general, dtype=torch.float64, device=device)
+    map_RN[:count, :count] = count * torch.eye(count, dtype=torch.float64, device=device)
     map_RN[general, general:] = ratio
     return map_RN
 

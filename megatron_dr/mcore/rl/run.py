@@ -1,0 +1,174 @@
+"""A run of Megatron's loop that trains by rewards: cycles of a rollout and steps on it."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu, parallel_state
+
+from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.data.order import EpochOrder
+from megatron_dr.mcore import errors
+from megatron_dr.mcore.datasets import dataset_config
+from megatron_dr.mcore.rl import saved
+from megatron_dr.mcore.rl.collect import Collector, draw
+from megatron_dr.mcore.rl.flags import prompt_files, with_target
+from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.reference import Reference
+from megatron_dr.mcore.training_run import TrainingRun, num_target_microbatches
+from megatron_dr.rl.experience import Experience, ExperienceStream
+from megatron_dr.rl.prompts import Prompt, read_prompts
+from megatron_dr.rl_config import RLConfig
+
+GENERAL, TARGET = "general", "target"
+
+
+class RLRun(TrainingRun):
+    """GRPO with data regularisation.
+
+    A cycle begins with a rollout of general prompts, every `target_refresh` cycles also of target
+    prompts, and goes on with `steps_per_cycle` steps of Megatron's loop on them. What a cycle does
+    depends on its number alone, so that a resumed run goes on as if it had not stopped.
+
+    Attributes:
+        experiences: by role: what is trained on now.
+    """
+
+    def __init__(
+        self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
+        target: TargetConfig, rl: RLConfig,
+    ) -> None:  # fmt: skip
+        self.rl = rl
+        self.tokenizer = dataset_config(args).tokenizer
+        self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(args, prompt_files(args))}
+        self.held_out: dict[str, list[Prompt]] = {}
+        for name, path in (("reward", rl.valid_data), ("target reward", target.target_valid_data)):
+            if path is not None:
+                self.held_out[name] = self._read(args, [path])
+        target = with_target(rl, target)
+        super().__init__(model, optimizer, config, args, dr, target)
+        self.steps_per_cycle = rl.steps_per_cycle(args.global_batch_size)
+        self.experiences: dict[str, Experience] = {}
+        self._general = [self._stream(args.micro_batch_size, False) for _ in model]
+        self._reference = Reference(model) if rl.kl > 0 else None
+        self._collector = Collector(model, self.tokenizer, rl, args, self._reference)
+        self._forward_step = PolicyStep(rl.clip, rl.kl)
+        self._open()
+
+    def _open(self) -> None:
+        """Go on from a checkpoint's rollouts and reference, or keep a new run's reference."""
+        args = self.args
+        resumed = saved.resumes(args)
+        if resumed:
+            if self._reference is not None:
+                self._reference.load(Path(args.load))
+            for role, experience in saved.load(args, self.rl).items():
+                self._show(role, experience)
+        elsewhere = not resumed or Path(args.load).resolve() != Path(args.save or "").resolve()
+        if self._reference is not None and args.save and elsewhere:
+            self._reference.save(Path(args.save))
+
+    def _read(self, args: Namespace, paths: list[str]) -> list[Prompt]:
+        return read_prompts(paths, self.tokenizer, args.seq_length)
+
+    # -- seams of TrainingRun --------------------------------------------------------------------
+    def _training_samples(self, dr: DRConfig, target: TargetConfig) -> Sequence[Any] | None:
+        if self.rl.target == "self" and dr.needs_target:
+            return range(self.rl.completions)
+        if target.target_data is None:
+            return None
+        self.prompts[TARGET] = self._read(self.args, [target.target_data])
+        return self.prompts[TARGET]
+
+    def _open_training(
+        self, samples: Any, dr: DRConfig, target: TargetConfig, num_chunks: int
+    ) -> None:
+        self.num_target = num_target_microbatches(self.args, dr, target)
+        self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
+        by_reward = self.rl.target_loss == "reward"
+        self.train_streams = [self._stream(self.target_size, by_reward) for _ in range(num_chunks)]
+
+    def _open_validation(self, path: str, num_chunks: int) -> None:
+        """Held-out prompts are read at the start, and need no streams."""
+
+    def _prepare(self, schedule: dict[str, Any], steps: int) -> dict[str, Any]:
+        cycle, step = divmod(steps, self.steps_per_cycle)
+        self._collect(cycle)
+        for stream in self._general:
+            stream.consumed = step * self.args.global_batch_size
+        iterators = self._general if len(self._general) > 1 else self._general[0]
+        return {**schedule, "data_iterator": iterators, "forward_step_func": self._forward_step}
+
+    def _step(
+        self, stock: Callable[..., Any], streams: list[Any], number: int, schedule: dict[str, Any]
+    ) -> Any:
+        reports = super()._step(stock, streams, number, schedule)
+        return _with_values(reports, self._values())
+
+    def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
+        values = {
+            name: self._collector.greedy_reward(prompts) for name, prompts in self.held_out.items()
+        }
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        return _with_values([{}], values) if last else []
+
+    def save(self, iteration: int) -> None:
+        """Keep the rollouts for a checkpoint of this iteration; before Megatron writes it."""
+        saved.save(self.args, iteration, self.experiences)
+
+    # -- a cycle ---------------------------------------------------------------------------------
+    def _collect(self, cycle: int) -> None:
+        """What the cycle trains on, unless it is there already."""
+        self._refresh(GENERAL, cycle, by_reward=False, count=self.rl.prompts)
+        refresh = cycle // self.rl.target_refresh
+        by_reward = self.rl.target_loss == "reward"
+        if TARGET in self.prompts:
+            self._refresh(TARGET, refresh, by_reward, self.rl.target_prompts)
+        elif self.num_target and self._number(TARGET) != cycle:
+            general = self.experiences[GENERAL]
+            self._show(TARGET, general.by_reward() if by_reward else general)
+
+    def _number(self, role: str) -> int | None:
+        return self.experiences[role].number if role in self.experiences else None
+
+    def _refresh(self, role: str, number: int, by_reward: bool, count: int) -> None:
+        if self._number(role) == number:
+            return
+        prompts = self.prompts[role]
+        order = EpochOrder(len(prompts), draw(self.args.seed, role, 0))
+        chosen = [prompts[order[number * count + n]] for n in range(count)]
+        with errors.refused():
+            self._show(role, self._collector.collect(chosen, number, role, by_reward))
+
+    def _show(self, role: str, experience: Experience) -> None:
+        self.experiences[role] = experience
+        for stream in self._general if role == GENERAL else self.train_streams:
+            stream.show(experience, self.args.seed)
+
+    def _stream(self, size: int, by_reward: bool) -> ExperienceStream:
+        return ExperienceStream(
+            micro_batch_size=size,
+            rank=mpu.get_data_parallel_rank(),
+            size=self.args.data_parallel_size,
+            aggregation=self.rl.aggregation,
+            by_reward=by_reward,
+        )
+
+    def _values(self) -> dict[str, float]:
+        """Of the present rollouts, for the log."""
+        values = dict(self.experiences[GENERAL].statistics)
+        if TARGET in self.prompts:
+            about = self.experiences[TARGET].statistics
+            values.update({f"target {name}": value for name, value in about.items()})
+        return values
+
+
+def _with_values(reports: Any, values: dict[str, float]) -> Any:
+    """Values that all ranks know, as pairs (sum, count) that Megatron adds up over ranks."""
+    for number, report in enumerate(reports):
+        for name, value in values.items():
+            pair = [value, 1.0] if number == 0 else [0.0, 0.0]
+            report[name] = torch.tensor(pair, device=torch.cuda.current_device())
+    return reports

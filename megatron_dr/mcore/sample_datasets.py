@@ -1,0 +1,156 @@
+"""Sets of samples as Megatron's datasets: JSONL, and indexed datasets with loss masks.
+
+An indexed dataset of samples has one sample in a document, and beside PREFIX.bin and PREFIX.idx a
+second one, PREFIX_loss_mask: uint8, 1 for each token that is predicted with a loss.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+from megatron.training import print_rank_0
+
+from megatron_dr.data.jsonl import JsonlSamples, causal_mask
+from megatron_dr.data.order import EpochOrder
+from megatron_dr.data.packing import PackedSamples, padded
+from megatron_dr.data.sample import Part
+
+MASK = "_loss_mask"
+SampleSet = Any  # JsonlSamples or PreparedSamples
+
+
+class PreparedSamples:
+    """The samples of an indexed dataset with loss masks, read from the files as they are asked for.
+
+    Args:
+        prefix: the dataset's path without .bin and .idx.
+        pad: token that fills a sequence.
+        attention_mask: give a causal mask too, as `JsonlSamples`.
+
+    Raises:
+        ValueError: files that are missing, empty, or don't belong together.
+    """
+
+    def __init__(
+        self, prefix: str, sequence_length: int, pad: int, attention_mask: bool = False
+    ) -> None:
+        for path in (prefix + MASK + ".bin", prefix + ".bin"):
+            if not os.path.isfile(path):
+                raise ValueError(f"{path}: no such file, but its .idx is there.")
+        self.sequence_length, self.pad, self.attention_mask = sequence_length, pad, attention_mask
+        self._tokens, self._mask = IndexedDataset(prefix), IndexedDataset(prefix + MASK)
+        sizes, masks = self._tokens.sequence_lengths, self._mask.sequence_lengths
+        if not len(sizes):
+            raise ValueError(f"{prefix}: the dataset has no samples.")
+        if len(sizes) != len(masks):
+            raise ValueError(
+                f"{prefix}: it has {len(sizes)} samples, but {prefix}{MASK} has {len(masks)}: "
+                "prepare them together."
+            )
+        unequal = np.flatnonzero(sizes != masks)
+        if len(unequal):
+            n = int(unequal[0])
+            raise ValueError(
+                f"{prefix}: sample {n} has {sizes[n]} tokens, but {masks[n]} in {prefix}{MASK}: "
+                "prepare them together."
+            )
+        if len(self._tokens.document_indices) != len(sizes) + 1:
+            raise ValueError(f"{prefix}: a document must be one sequence, the sample.")
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """As `JsonlSamples`."""
+        sample = padded(self.part(number), self.sequence_length, self.pad)
+        if self.attention_mask:
+            sample["attention_mask"] = causal_mask(self.sequence_length)
+        return sample
+
+    def part(self, number: int) -> Part:
+        """The sample itself, cut to one token more than the sequence."""
+        length = int(self.lengths[number])
+        ids = self._tokens.get(number, length=length)
+        return Part.of(ids, self._mask.get(number, length=length))
+
+    @property
+    def num_cut(self) -> int:
+        return int((self._sizes > self.sequence_length + 1).sum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, cut ones' after the cut [n]."""
+        return np.minimum(self._sizes, self.sequence_length + 1)
+
+
+def is_samples(path: str) -> bool:
+    """Whether a path names samples, and not running text to be cut into sequences."""
+    return path.endswith(".jsonl") or os.path.isfile(path + MASK + ".idx")
+
+
+def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
+    """The samples of a path; those that are too long are noted.
+
+    Raises:
+        ValueError: a wrong line or file.
+    """
+    length, mask = config.sequence_length, config.create_attention_mask
+    samples: SampleSet
+    if path.endswith(".jsonl"):
+        samples = JsonlSamples(path, config.tokenizer, length, attention_mask=mask)
+    else:
+        samples = PreparedSamples(path, length, config.tokenizer.eod, attention_mask=mask)
+    if samples.num_cut:
+        print_rank_0(
+            f"megatron_dr: note: {path}: {samples.num_cut} of {len(samples)} samples are longer "
+            f"than --seq-length {length} and are cut"
+        )
+    return samples
+
+
+class SampleDataset(MegatronDataset):
+    """A set of samples as a part of Megatron's blends: each sample once per epoch, seeded.
+
+    Positions beyond its length go on with the next epochs. With `config.packed`, a position is a
+    pack of samples.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSet,
+        dataset_path: str | None,
+        indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self.packs: PackedSamples | None = None
+        self.order = EpochOrder(max(len(indices), 1), config.random_seed)
+        if config.packed and len(indices):
+            self.packs = PackedSamples(dataset, config.random_seed, indices)
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: SampleSet) -> int:
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> SampleSet:
+        return config.samples[dataset_path]  # read by general_datasets
+
+    def __len__(self) -> int:
+        if self.num_samples is not None:
+            return self.num_samples
+        return len(self.packs if self.packs is not None else self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        if self.packs is not None:
+            return self.packs[self.packs.order[position]]
+        sample: dict[str, torch.Tensor] = self.dataset[int(self.indices[self.order[position]])]
+        return sample

@@ -1,0 +1,100 @@
+"""Reinforcement learning's configuration: rollouts, rewards, the policy's loss, the target's."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dr.config import _dial
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """GRPO (arXiv 2402.03300) with data regularisation; flags `--dr-rl-*`.
+
+    A cycle is one rollout of `prompts` x `group` completions, and `epochs` passes over them.
+
+    Raises:
+        ValueError: a dial out of range, in one sentence that says what is allowed.
+    """
+
+    algorithm: Literal["grpo"] = _dial("grpo", "train by rewards; switches it on", "name")
+    reward: str | None = _dial(
+        None, "reward function: module:function of (prompt, completion, answer)", "name"
+    )
+    reward_workers: int = _dial(1, "processes that evaluate rewards, on each rank", "count")
+    reward_timeout: float = _dial(10.0, "time for a completion's reward", "seconds, > 0")
+    prompts: int = _dial(8, "general prompts in a rollout", "count")
+    group: int = _dial(8, "completions of each prompt, among which rewards compete", "count")
+    epochs: int = _dial(1, "passes over a rollout", "count")
+    temperature: float = _dial(1.0, "of sampling", "factor, > 0")
+    top_p: float = _dial(1.0, "probability of the tokens to choose from", "share, 0 < p <= 1")
+    max_tokens: int = _dial(256, "length of a completion, at most", "tokens")
+    stop: str | None = _dial(None, "text that ends a completion", "text")
+    clip: float = _dial(0.2, "how far the ratio may move from 1", "factor, > 0")
+    kl: float = _dial(
+        0.04, "weight of the KL to the policy of the run's start; 0: none", "factor, >= 0"
+    )
+    aggregation: Literal["token", "sequence"] = _dial(
+        "token", "the loss is a mean over tokens, or over completions of their tokens' means",
+        "name",
+    )
+    target: Literal["prompts", "self"] = _dial(
+        "prompts", "the target's completions: of --dr-target-data, or the whole rollout", "name"
+    )
+    target_loss: Literal["reward", "train-loss"] = _dial(
+        "reward", "the target's loss: -(normalised reward) x log-prob, or that of training", "name"
+    )
+    target_prompts: int = _dial(4, "target prompts in a target rollout", "count")
+    target_refresh: int = _dial(1, "rollouts between two target rollouts", "count")
+    valid_data: str | None = _dial(
+        None, "held-out general prompts, answered greedily at Megatron's validation", "path"
+    )
+
+    def __post_init__(self) -> None:
+        if self.reward is None:
+            raise ValueError(
+                "--dr-rl-algorithm needs --dr-rl-reward module:function, such as "
+                "megatron_dr.rl.rewards:numeric."
+            )
+        for name in ("reward_workers", "prompts", "group", "epochs", "max_tokens",
+                     "target_prompts", "target_refresh"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}.")
+        for name in ("reward_timeout", "temperature", "clip"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{_flag(name)} must be finite and above 0, not {getattr(self, name)}."
+                )
+        if not 0.0 <= self.kl < float("inf"):
+            raise ValueError(f"{_flag('kl')} must be finite and at least 0, not {self.kl}.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"{_flag('top_p')} must be in (0, 1], not {self.top_p}.")
+        if self.stop == "":
+            raise ValueError(f"{_flag('stop')} must not be empty.")
+        if self.group == 1:
+            raise ValueError(
+                f"{_flag('group')} must be at least 2: a completion's advantage is its reward "
+                "relative to the others of its prompt."
+            )
+
+    @property
+    def completions(self) -> int:
+        """N, completions in a rollout."""
+        return self.prompts * self.group
+
+    def steps_per_cycle(self, global_batch_size: int) -> int:
+        """Training steps between two rollouts.
+
+        Raises:
+            ValueError: the steps don't come out even.
+        """
+        rows = self.completions * self.epochs
+        if rows % global_batch_size:
+            raise ValueError(
+                f"--dr-rl-prompts x --dr-rl-group x --dr-rl-epochs = {rows} is not a multiple of "
+                f"--global-batch-size {global_batch_size}: change one of them."
+            )
+        return rows // global_batch_size
+
+
+def _flag(name: str) -> str:
+    return f"--dr-rl-{name.replace('_', '-')}"
