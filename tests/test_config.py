@@ -215,6 +215,6 @@ def test_size_of_sketch() -> None:
 @pytest.mark.parametrize("cls", [DRConfig, TargetConfig])
 def test_every_dial_says_what_it_is(cls: Any) -> None:
     for field in dataclasses.fields(cls):
-        if field.name in ("alpha_steps", "target_size", "domains", "packed"):  # no flags of their own
+        if field.name in ("alpha_steps", "target_size", "domains", "packed"):  # they have no flags
             continue
         assert field.metadata["help"] and field.metadata["unit"]

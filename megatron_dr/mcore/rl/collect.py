@@ -1,5 +1,6 @@
 """Collecting experience: completions, rewards, advantages and log-probabilities."""
 
+import atexit
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +48,7 @@ class Collector:
         )
         self.rollouts.context = min(self.rollouts.context, args.seq_length)
         self.pool = RewardPool(rl.reward, rl.reward_workers, rl.reward_timeout)
+        atexit.register(self.pool.close)
 
     def collect(
         self, prompts: Sequence[Prompt], number: int, role: str, by_reward: bool
@@ -86,9 +88,6 @@ class Collector:
         sampling = SamplingParams(self.rl.max_tokens, temperature=0.0, stop=self._stop())
         completions = self._complete(prompts, sampling, 0)
         return self._rewards(prompts, completions)[1]["reward"]
-
-    def close(self) -> None:
-        self.pool.close()
 
     def _stop(self) -> tuple[str, ...]:
         return () if self.rl.stop is None else (self.rl.stop,)

@@ -1,0 +1,56 @@
+"""Runs of the training entry that train by rewards, small, and what they leave."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.utils import get_model_config
+
+from megatron_dr.mcore import adaptor
+
+from . import _megatron
+from ._ranks import run_ranks
+from .test_train import MODEL, SENTENCES, launch
+
+REWARD = "tests.mcore._rewards:vowels"
+# 4 prompts x 4 completions x 2 epochs in batches of 8: four steps in a cycle
+RL = f"""{MODEL} --make-vocab-size-divisible-by 136 --seed 5
+    --dr-rl-algorithm grpo --dr-rl-reward {REWARD} --dr-rl-prompts 4 --dr-rl-group 4
+    --dr-rl-epochs 2 --dr-rl-max-tokens 6 --dr-rl-target-prompts 2 --dr-rl-stop e
+    --no-load-rng --save-interval 100 --dist-ckpt-optim-fully-reshardable"""
+
+
+def write_prompts(folder: Path) -> dict[str, str]:
+    paths = {}
+    for name, count in (("general", 9), ("target", 5), ("held_out", 3)):
+        path = folder / f"{name}.jsonl"
+        lines = [
+            {"prompt": f"{n} {SENTENCES[n % 4][: 3 + 2 * n]}", "answer": n % 3}
+            for n in range(count)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths[name] = str(path)
+    return paths
+
+
+def run(data: dict[str, str], more: str, steps: int, world: int = 1) -> Any:
+    """(exit code, stdout, stderr, pieces of parameters) of every rank."""
+    argv = f"{RL} --data-path {data['general']} --train-iters {steps} {more}".split()
+    return run_ranks(world, _run, argv)
+
+
+def _run(argv: list[str]) -> Any:
+    torch.distributed.destroy_process_group = lambda: None  # the pieces are asked for after it
+    ended = launch(argv)
+    if ended[0]:
+        return *ended, []
+    model = adaptor._run.handle.model
+    return *ended, _megatron.pieces(model, get_model_config(model[0]))
+
+
+def parameters(ended: Any) -> dict[str, torch.Tensor]:
+    """The model's parameters at a run's end, whole, by name; every rank ended well."""
+    for code, _, error, _ in ended:
+        assert code == 0, error
+    return _megatron.whole([pieces for *_, pieces in ended])

@@ -1,0 +1,75 @@
+"""Flags of training by rewards: the set that they default to, and contradictions."""
+
+import argparse
+
+import pytest
+
+from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.mcore.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.rl import flags
+
+RL = "--dr-rl-algorithm grpo --dr-rl-reward megatron_dr.rl.rewards:numeric "
+
+
+def parsed(more: str) -> argparse.Namespace:
+    parser = add_arguments(argparse.ArgumentParser())
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--dataloader-type")
+    parser.add_argument("--eval-interval", type=int)
+    parser.add_argument("--mock-data", action="store_true")
+    return parser.parse_args((RL + more).split())
+
+
+def configs(more: str) -> tuple[DRConfig, TargetConfig]:
+    found = configs_from_args(parsed(more))
+    assert found is not None
+    return found
+
+
+def test_the_set_is_that_of_the_paper_where_there_is_a_target() -> None:
+    for more in ("--dr-target-data t.jsonl", "--dr-rl-target self"):
+        dr, _ = configs(more)
+        assert (dr.set, dr.fraction, dr.alpha) == ("filter", 1.0, 0.0)
+    assert configs("")[0].set == "mean"
+    assert configs("--dr-target-data t.jsonl --dr-set cone")[0] == DRConfig(set="cone")
+    assert configs("--dr-rl-target self --dr-fraction 0.5")[0].fraction == 0.5
+
+
+def test_its_flags_need_the_one_that_switches_it_on() -> None:
+    args = add_arguments(argparse.ArgumentParser()).parse_args(["--dr-rl-group", "4"])
+    with pytest.raises(ValueError, match="--dr-rl-group needs --dr-rl-algorithm"):
+        flags.prepare(args)
+
+
+WRONG = {
+    "": "needs general prompts: give --data-path prompts.jsonl",
+    "--data-path 0.5 a.jsonl": "--data-path 0.5: with --dr-rl-algorithm prompts are .jsonl files",
+    "--data-path a.jsonl --mock-data": "does not go with --mock-data",
+    "--data-path a.jsonl --dr-rows domain": "does not go with --dr-rows domain",
+    "--data-path a.jsonl --dr-target-ranks 1": "does not go with --dr-target-ranks",
+    "--data-path a.jsonl --dataloader-type cyclic": "drop --dataloader-type cyclic",
+    "--data-path a.jsonl --dr-rl-valid-data b.jsonl": "held-out prompts need --eval-interval",
+}
+
+
+@pytest.mark.parametrize("more, sentence", WRONG.items())
+def test_contradictions_are_refused(more: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        flags.prepare(parsed(more))
+    assert sentence in str(caught.value)
+
+
+def test_megatrons_flags_are_set() -> None:
+    args = parsed("--data-path a.jsonl b.jsonl")
+    flags.prepare(args)
+    assert flags.prompt_files(args) == ["a.jsonl", "b.jsonl"]
+    assert (args.dataloader_type, args.calculate_per_token_loss, args.eval_iters) == (
+        "external", True, 0,
+    )  # fmt: skip
+
+
+def test_with_the_rollout_as_target_its_batch_is_all_of_it() -> None:
+    from megatron_dr.rl_config import RLConfig
+
+    rl = RLConfig(reward="a:b", target="self", prompts=3, group=5)
+    assert flags.with_target(rl, TargetConfig()).target_batch_size == 15

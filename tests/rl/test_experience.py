@@ -1,0 +1,82 @@
+"""Experience: batches, streams that any number of ranks shares, and files."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dr.rl import experience
+from megatron_dr.rl.experience import Experience, ExperienceStream
+
+
+def made(rows: int = 6, length: int = 5, number: int = 4) -> Experience:
+    """Row n's completion has n tokens; its tokens tell which row it is."""
+    mask = (torch.arange(length) < torch.arange(rows)[:, None]).to(torch.uint8)
+    values = torch.randn(2, rows, length, generator=torch.Generator().manual_seed(number))
+    tokens = (torch.arange(rows)[:, None] * 10 + torch.arange(length)).to(torch.int32)
+    rewards = torch.arange(rows).float()
+    return Experience(number, tokens, mask, *values, rewards, rewards - 2, {"reward": 2.5})
+
+
+def test_a_batch_has_labels_weights_and_counts() -> None:
+    batch = made().batch([3, 0], "sequence", by_reward=True)
+    assert batch["labels"][0, :4].tolist() == [31, 32, 33, 34]
+    assert batch["weight"][0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
+    assert batch["loss_mask"].sum() == 1 and not batch["weight"][1].any()
+    assert batch["advantage"].tolist() == [[1.0], [-2.0]] and batch["by_reward"].all()
+    assert made().batch([3], "token", False)["loss_mask"].sum() == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_step_is_the_same_for_any_number_of_ranks(size: int) -> None:
+    """And a stream that is set back gives the same again."""
+
+    def rows(consumed: int) -> list[int]:
+        found = []
+        for rank in range(size):
+            stream = ExperienceStream(
+                micro_batch_size=1, rank=rank, size=size, aggregation="token", by_reward=False
+            )
+            stream.show(made(), seed=9)
+            stream.consumed = consumed
+            found += [int(next(stream)["tokens"][0, 0]) // 10 for _ in range(6 // size)]
+        return sorted(found)
+
+    assert rows(0) == rows(6) == list(range(6))
+    one = ExperienceStream(
+        micro_batch_size=6, rank=0, size=1, aggregation="token", by_reward=False
+    )
+    one.show(made(), seed=9)
+    first, second = next(one)["tokens"], next(one)["tokens"]
+    assert not torch.equal(first, second)  # epochs have their own order
+    one.consumed = 0
+    assert torch.equal(next(one)["tokens"], first)
+
+
+def test_rewards_of_the_whole_rollout_are_normalised() -> None:
+    found = made().by_reward().advantage_N
+    assert found.mean() == pytest.approx(0, abs=1e-6)
+    assert found.std() == pytest.approx(1, rel=1e-3)
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "iter_1.safetensors"
+    saved = {"general": made(), "target": made(3, number=1)}
+    experience.save(path, saved)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    found = experience.load(path)
+    assert found.keys() == saved.keys()
+    for role in saved:
+        for field in dataclasses.fields(Experience):
+            got, want = getattr(found[role], field.name), getattr(saved[role], field.name)
+            assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "iter_1.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="iter_1.safetensors: the checkpoint's rollout can't"):
+        experience.load(path)

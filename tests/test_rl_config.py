@@ -1,0 +1,34 @@
+"""The configuration of training by rewards refuses what is out of range, by its flag's name."""
+
+from typing import Any
+
+import pytest
+
+from megatron_dr.rl_config import RLConfig
+
+REWARD = "megatron_dr.rl.rewards:numeric"
+
+OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
+    ({"reward": None}, "needs --dr-rl-reward"),
+    ({"group": 1}, "--dr-rl-group must be at least 2"),
+    ({"prompts": 0}, "--dr-rl-prompts must be at least 1"),
+    ({"target_refresh": 0}, "--dr-rl-target-refresh must be at least 1"),
+    ({"clip": 0.0}, "--dr-rl-clip must be finite and above 0"),
+    ({"temperature": float("nan")}, "--dr-rl-temperature must be finite"),
+    ({"kl": -0.1}, "--dr-rl-kl must be finite and at least 0"),
+    ({"top_p": 0.0}, r"--dr-rl-top-p must be in \(0, 1\]"),
+    ({"stop": ""}, "--dr-rl-stop must not be empty"),
+]
+
+
+@pytest.mark.parametrize("values, sentence", OUT_OF_RANGE)
+def test_out_of_range(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        RLConfig(**{"reward": REWARD} | values)
+
+
+def test_steps_of_a_cycle_come_out_even() -> None:
+    rl = RLConfig(reward=REWARD, prompts=4, group=6, epochs=2)
+    assert rl.completions == 24 and rl.steps_per_cycle(16) == 3
+    with pytest.raises(ValueError, match="= 48 is not a multiple of --global-batch-size 32"):
+        rl.steps_per_cycle(32)
