@@ -3,7 +3,7 @@
     python examples/rlvr/demo.py [--out runs/rlvr] [--seeds 3]
 
 A base model is taught sums, not well. Then each arm goes on by GRPO with an exact-match reward:
-the general prompts are many, but of four answers that they reward one and a half are wrong; the
+the general prompts are many, but two fifths of their answers are wrong; the
 target prompts are eight, and right. All runs go through Megatron-Core's training loop on two CPU
 processes. What comes out: a table of held-out rewards and plots, in the output folder.
 """
