@@ -81,7 +81,7 @@ def general_datasets(
     builder = BlendedMegatronDatasetBuilder(
         kind, num_samples, lambda: _has_data(vp_stage, config.packed), config
     )
-    train, valid, test = builder.build()
+    train, valid, test = (part if part is None or len(part) else None for part in builder.build())
     return by_domain(args, train) if domain_rows else train, valid, test
 
 

@@ -50,7 +50,8 @@ def _run(store: torch.distributed.Store | None) -> None:
     from megatron_dr.mcore import adaptor
 
     adaptor.enable()
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    defaults = {"tokenizer_type": "GPT2BPETokenizer", "eval_interval": 1000}
+    args = parse_and_validate_args(args_defaults=defaults)
     _carry_assets(args)
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at 8

@@ -85,6 +85,15 @@ def test_both_roles_are_trained_logged_and_validated(data: dict[str, str], tmp_p
     assert list(losses(path, "validation")) == [3, 6]
 
 
+def test_no_validation_needs_no_flags_for_it(data: dict[str, str]) -> None:
+    """Of so small a file the default split leaves a validation set without samples."""
+    model = re.sub(r"--eval-iters 1 --eval-interval 3", "--eval-iters 0", MODEL)
+    argv = f"{model} --train-iters 2 --data-path {data['general']}".split()
+    code, out, error = run(argv, 1)[0]
+    assert code == 0, error
+    assert re.search(r"iteration +2/", out)
+
+
 LAYOUTS = {
     "tp2-sp": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
     "pp2": ("--pipeline-model-parallel-size 2", 2),
