@@ -42,7 +42,7 @@ NEAR = {
     ),
     "TP 2 SP EP 2 DP 2": Layout(tp=2, ep=2, dp=2, sequence_parallel=True, moe=True),
 }
-NEAR_MODES = ("exact", "cone ghost", "model two passes")
+NEAR_MODES = ("cone ghost", "model two passes")
 
 
 @pytest.mark.parametrize("mode", NEAR_MODES)
