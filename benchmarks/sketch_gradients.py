@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from rich.progress import Progress
 
-from megatron_dr.data.jsonl import JsonlSamples
+from megatron_dr.data.file_samples import FileSamples
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.mcore import cpu
 
@@ -61,7 +61,7 @@ class Text:
     """Sentences of the demo's files, in a seeded order, as Megatron's batches."""
 
     def __init__(self, name: str, seed: int) -> None:
-        self.samples = JsonlSamples(str(SFT / "data" / f"{name}.jsonl"), _Tokenizer(), LENGTH)
+        self.samples = FileSamples(str(SFT / "data" / f"{name}.jsonl"), _Tokenizer(), LENGTH)
         self.order, self.place = EpochOrder(len(self.samples), seed), 0
 
     def next(self, count: int) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ class Text:
 
 
 class _Tokenizer:
-    """The demo's tokenizer, as `JsonlSamples` wants it."""
+    """The demo's tokenizer, as `FileSamples` wants it."""
 
     def __init__(self) -> None:
         from tokenizers import Tokenizer

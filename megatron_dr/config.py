@@ -240,7 +240,7 @@ class TargetConfig:
     """Where the target role's data comes from (flags of the training entry)."""
 
     target_data: str | None = _dial(
-        None, "target set: a .jsonl file, or the prefix of an indexed dataset", "path"
+        None, "target set: a file or folder of samples, or the prefix of an indexed dataset", "path"
     )
     target_batch_size: int = _dial(8, "target sequences per step, over all data ranks", "sequences")
     target_valid_data: str | None = _dial(

@@ -56,7 +56,7 @@ class Encoder:
             raise ValueError(
                 f"a record must have one of {columns['text']!r}, {columns['prompt']!r} with "
                 f"{columns['response']!r}, or {columns['messages']!r}; this one has "
-                f"{', '.join(map(repr, record)) or 'no column'} (--columns renames them)."
+                f"{', '.join(map(repr, record)) or 'no column'}."
             )
         if kinds == ["messages"]:
             messages = self._messages(record, "messages")
@@ -110,7 +110,7 @@ class Encoder:
         if self.chat is None:
             raise ValueError(
                 "messages need a tokenizer with a chat template: a folder of tokenizer.json with "
-                "one, or --chat-template FILE."
+                "one, or --chat-template."
             )
         return self.chat
 

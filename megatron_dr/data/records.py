@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,14 @@ def inspect(number: int, path: str, piece_size: int) -> InputFile:
     """
     if path.endswith(".jsonl"):
         return _inspect_jsonl(number, path, piece_size)
+    pieces = _table_pieces(number, path, piece_size)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return InputFile(path, digest, sum(piece.count for piece in pieces), tuple(pieces))
+
+
+def _table_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
+    """Of Parquet its row groups, of Arrow so many rows."""
     if path.endswith(".parquet"):
         metadata = _parquet(path).metadata
         counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
@@ -100,9 +109,7 @@ def inspect(number: int, path: str, piece_size: int) -> InputFile:
     for group, count in enumerate(counts):
         pieces.append(Piece(number, path, first, count, group))
         first += count
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputFile(path, digest, first - 1, tuple(pieces))
+    return pieces
 
 
 def _inspect_jsonl(number: int, path: str, piece_size: int) -> InputFile:
@@ -145,6 +152,20 @@ def read(piece: Piece) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
             number += 1
 
 
+def read_file(path: str) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    """As `read`, of a whole file.
+
+    Raises:
+        ValueError: a file that pyarrow can't read.
+    """
+    if path.endswith(".jsonl"):
+        with open(path, "rb") as file:
+            yield from ((number, raw) for number, raw in enumerate(file, 1) if raw.strip())
+        return
+    for piece in _table_pieces(0, path, 1 << 20):
+        yield from read(piece)
+
+
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
@@ -154,8 +175,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _parquet(path: str) -> Any:
-    import pyarrow.parquet
-
+    pyarrow = _import("pyarrow.parquet", path)
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -164,10 +184,18 @@ def _parquet(path: str) -> Any:
 
 def _arrow(path: str) -> Any:
     """The table of an Arrow stream, mapped into memory."""
-    import pyarrow
-
+    pyarrow = _import("pyarrow.ipc", path)
     try:
         with pyarrow.memory_map(path) as source:
             return pyarrow.ipc.open_stream(source).read_all()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not an Arrow stream ({error}).") from None
+
+
+def _import(name: str, path: str) -> Any:
+    """pyarrow with a module of it."""
+    try:
+        import_module(name)
+    except ImportError:
+        raise ValueError(f"{path} needs pyarrow: pip install 'megatron_dr[data]'.") from None
+    return import_module("pyarrow")

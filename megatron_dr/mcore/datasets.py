@@ -15,11 +15,12 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_dr.data import records
 from megatron_dr.data.domains import DomainPlan
 from megatron_dr.data.order import Samples, TargetStream
 from megatron_dr.data.packing import PackedSamples
 from megatron_dr.mcore import domain_flags, errors
-from megatron_dr.mcore.sample_datasets import SampleDataset, is_samples, open_samples
+from megatron_dr.mcore.sample_datasets import SampleDataset, is_file, is_samples, open_samples
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -137,13 +138,13 @@ def _check_kinds(paths: list[str], packed: bool) -> None:
     if text and len(text) < len(paths):
         sample = next(path for path in paths if is_samples(path))
         raise ValueError(
-            "the general data mixes samples (.jsonl files, indexed datasets with a _loss_mask "
-            f"beside them: {sample}) and running text ({text[0]}): a blend is of one kind."
+            "the general data mixes samples (files, indexed datasets with a _loss_mask beside "
+            f"them: {sample}) and running text ({text[0]}): a blend is of one kind."
         )
     if text and packed:
         raise ValueError(
             f"--dr-pack packs samples, and {text[0]} is running text that fills its sequences: "
-            "give .jsonl files or prepared datasets with loss masks, or drop --dr-pack."
+            "give files of samples or prepared datasets with loss masks, or drop --dr-pack."
         )
 
 
@@ -167,13 +168,12 @@ def _blended_paths(config: GPTDatasetConfig) -> list[str]:
 
 
 def _check_path(path: str) -> None:
-    if path.endswith(".jsonl"):
-        if not os.path.isfile(path):
-            raise ValueError(f"{path}: no such file.")
+    if is_file(path):
+        records.list_files([path])
     elif not os.path.isfile(path + ".idx") or not os.path.isfile(path + ".bin"):
         raise ValueError(
             f"{path}: no such data; an indexed dataset is named by its path without .bin and .idx, "
-            "JSONL by a path that ends in .jsonl."
+            f"a file of samples by a path that ends in {', '.join(records.SUFFIXES)}."
         )
 
 

@@ -8,17 +8,18 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_dr.data.domains import DomainPlan
+from megatron_dr.data.records import SUFFIXES
 from megatron_dr.mcore import compat
 
 
 def domain_names(args: argparse.Namespace) -> tuple[str, ...]:
-    """The general training corpora in the blend's order: the last part of the path, no .jsonl.
+    """The general training corpora in the blend's order: the path's last part, no ending.
 
     Raises:
         ValueError: no corpus, a single one, or two of one name.
     """
     paths, _ = _training_blend(args)
-    names = tuple(os.path.basename(path).removesuffix(".jsonl") for path in paths)
+    names = tuple(_name(path) for path in paths)
     for number, name in enumerate(names):
         first = names.index(name)
         if first < number:
@@ -27,6 +28,11 @@ def domain_names(args: argparse.Namespace) -> tuple[str, ...]:
                 f"are both named {name}: rename one."
             )
     return names
+
+
+def _name(path: str) -> str:
+    stem, ending = os.path.splitext(os.path.basename(os.path.normpath(path)))
+    return stem if ending in SUFFIXES else stem + ending
 
 
 def domain_weights(args: argparse.Namespace) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Sets of samples as Megatron's datasets: JSONL, and indexed datasets with loss masks.
+"""Sets of samples as Megatron's datasets: files, and indexed datasets with loss masks.
 
 An indexed dataset of samples has one sample in a document, and beside PREFIX.bin and PREFIX.idx a
 second one, PREFIX_loss_mask: uint8, 1 for each token that is predicted with a loss.
@@ -15,13 +15,15 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
 
-from megatron_dr.data.jsonl import JsonlSamples, causal_mask
+from megatron_dr.data.chat import Chat
+from megatron_dr.data.file_samples import FileSamples, causal_mask
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.data.packing import PackedSamples, padded
+from megatron_dr.data.records import SUFFIXES
 from megatron_dr.data.sample import Part
 
 MASK = "_loss_mask"
-SampleSet = Any  # JsonlSamples or PreparedSamples
+SampleSet = Any  # FileSamples or PreparedSamples
 
 
 class PreparedSamples:
@@ -30,7 +32,7 @@ class PreparedSamples:
     Args:
         prefix: the dataset's path without .bin and .idx.
         pad: token that fills a sequence.
-        attention_mask: give a causal mask too, as `JsonlSamples`.
+        attention_mask: give a causal mask too, as `FileSamples`.
 
     Raises:
         ValueError: files that are missing, empty, or don't belong together.
@@ -67,7 +69,7 @@ class PreparedSamples:
         return len(self._sizes)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """As `JsonlSamples`."""
+        """As `FileSamples`."""
         sample = padded(self.part(number), self.sequence_length, self.pad)
         if self.attention_mask:
             sample["attention_mask"] = causal_mask(self.sequence_length)
@@ -91,7 +93,23 @@ class PreparedSamples:
 
 def is_samples(path: str) -> bool:
     """Whether a path names samples, and not running text to be cut into sequences."""
-    return path.endswith(".jsonl") or os.path.isfile(path + MASK + ".idx")
+    return is_file(path) or os.path.isfile(path + MASK + ".idx")
+
+
+def is_file(path: str) -> bool:
+    """Whether a path names a file of samples or a folder of them, not an indexed dataset."""
+    folder = os.path.isdir(path) and not os.path.isfile(path + ".idx")
+    return path.endswith(SUFFIXES) or folder
+
+
+def chat_of(tokenizer: Any) -> Chat | None:
+    """The chat template of Megatron's tokenizer, if it is one of Hugging Face with one.
+
+    Raises:
+        ValueError: the tokenizer does not say which characters a token is.
+    """
+    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+    return Chat(inner) if getattr(inner, "chat_template", None) else None
 
 
 def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
@@ -102,8 +120,9 @@ def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
     """
     length, mask = config.sequence_length, config.create_attention_mask
     samples: SampleSet
-    if path.endswith(".jsonl"):
-        samples = JsonlSamples(path, config.tokenizer, length, attention_mask=mask)
+    if is_file(path):
+        tokenizer = config.tokenizer
+        samples = FileSamples(path, tokenizer, length, chat_of(tokenizer), attention_mask=mask)
     else:
         samples = PreparedSamples(path, length, config.tokenizer.eod, attention_mask=mask)
     if samples.num_cut:

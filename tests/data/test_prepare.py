@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from megatron.core.tokenizers import MegatronTokenizer
 
-from megatron_dr.data.jsonl import JsonlSamples
+from megatron_dr.data.file_samples import FileSamples
+from megatron_dr.mcore.sample_datasets import chat_of
 
 from . import _chat
 from ._prepare import BYTES, command, documents, prepare, sources, tool, write
@@ -33,12 +34,19 @@ def refused(*given: Any, **named: Any) -> str:
     return stop.value.code
 
 
+def read_directly(path: Path, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """(token ids, mask) of every sample of a file that is not prepared."""
+    samples = FileSamples(str(path), tokenizer, 1000, chat_of(tokenizer))
+    parts = [samples.part(n) for n in range(len(samples))]
+    return [(part.ids.tolist(), part.mask.tolist()) for part in parts]
+
+
 @pytest.mark.parametrize("length", [1000, 40])
-def test_as_jsonl_is_read_in_training(tmp_path: Path, length: int) -> None:
+def test_as_files_are_read_in_training(tmp_path: Path, length: int) -> None:
     """Same tokens, same labels with a loss, same cut as the files read directly."""
     data = write(tmp_path / "a.jsonl", TEXTS)
     manifest = prepare(data, tmp_path / "p", "--max-length", length + 1)
-    direct = JsonlSamples(str(data), ByteTokenizer(), length)
+    direct = FileSamples(str(data), ByteTokenizer(), length)
     found = documents(tmp_path / "p")
     assert len(found) == len(direct)
     for (ids, mask), sample in zip(found, (direct[n] for n in range(len(direct)))):
@@ -68,6 +76,7 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     for kind in ("a.jsonl", "a.parquet", "saved"):
         prepare(tmp_path / kind, tmp_path / "p", "--shard-size", 4, "--restart")
         found.append(documents(tmp_path / "p"))
+        assert read_directly(tmp_path / kind, ByteTokenizer()) == found[-1]
         expected = [[n // 12, n % 12 + 1] if kind == "saved" else [0, n + 1] for n in range(23)]
         assert sources(tmp_path / "p") == expected
     assert found[0] == found[1] == found[2] and len(found[0]) == 23
@@ -87,6 +96,8 @@ def test_conversations(tmp_path: Path) -> None:
     folder = _chat.saved(tmp_path / "tokenizer")
     prepare(write(tmp_path / "a.jsonl", [{"messages": TURNS}]), tmp_path / "p", tokenizer=folder)
     [(ids, mask)] = documents(tmp_path / "p")
+    tokenizer = MegatronTokenizer.from_pretrained(folder, metadata_path={"library": "huggingface"})
+    assert read_directly(tmp_path / "a.jsonl", tokenizer) == [(ids, mask)]
     decode = _chat.fast(None).decode
     assert decode([i for i, m in zip(ids, mask) if m]) == "Hello there.<|im_end|>"
     assert decode(ids).startswith("<|im_start|>user\nHi<|im_end|>")

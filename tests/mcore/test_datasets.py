@@ -146,12 +146,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     half = str(tmp_path / "half")
     none = f"{missing}: no such data; an indexed dataset is named by its path without .bin"
     cases = {
-        (*ONE, missing + ".jsonl"): f"{missing}.jsonl: no such file.",
-        (*ONE, "1", good, "1", missing + ".jsonl"): f"{missing}.jsonl: no such file.",
+        (*ONE, missing + ".jsonl"): f"{missing}.jsonl: no such file or folder.",
+        (*ONE, "1", good, "1", missing + ".jsonl"): f"{missing}.jsonl: no such file or folder.",
         (*ONE, missing): none,
         (*ONE, half): none.replace("missing", "half"),
         (*ONE, prefix + ".bin"): none.replace("missing", "indexed.bin"),
-        (*ONE, good, prefix): "the general data mixes samples (.jsonl files",
+        (*ONE, good, prefix): "the general data mixes samples (files",
         ("--train-data-path", good, "--valid-data-path", prefix): "the general data mixes",
         ("--train-data-path", good, "--valid-data-path", missing): none,
         ("--split", "99,1,0", "--data-path", good): f"{good}: no sample is left for valid",
@@ -246,7 +246,7 @@ def test_missing_target_is_refused(tmp_path: Path) -> None:
         return said
 
     ((file, prefix),) = on_ranks(1, refused)
-    assert file == f"{tmp_path}/none.jsonl: no such file."
+    assert file == f"{tmp_path}/none.jsonl: no such file or folder."
     assert prefix.startswith(f"{tmp_path}/none: no such data; an indexed dataset is named by")
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from pyarrow import parquet
 
 from megatron_dr.mcore import datasets
 from megatron_dr.mcore.sample_datasets import PreparedSamples
 from megatron_dr.report import metrics
 
+from ..data import _chat
 from .test_datasets import LENGTH, ONE, arguments, general, indexed, on_ranks, target
 from .test_train import MODEL, SENTENCES, run
 
@@ -73,6 +76,35 @@ def test_prepared_samples_are_those_of_jsonl(tmp_path: Path, pack: tuple[str, ..
     if pack:
         counts = [s["num_packed"] for s in one[:25]]
         assert sum(counts) > 30 and max(counts) >= 2  # samples share packs
+
+
+def test_conversations_in_a_folder_of_parquet_need_no_preparing(tmp_path: Path) -> None:
+    """In both roles, beside JSONL in a blend; a wrong row is named."""
+    folder, tokenizer = tmp_path / "talks", _chat.saved(tmp_path / "tokenizer")
+    folder.mkdir()
+    asked = {"role": "user", "content": "Hi"}
+    lines = [{"messages": [asked, {"role": "assistant", "content": f"{n}"}]} for n in range(4)]
+    parquet.write_table(pyarrow.Table.from_pylist(lines), folder / "part-0.parquet")
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"text": "7"}\n')
+    length = ["--seq-length", "64", "--max-position-embeddings", "64"]
+    flags = ["--tokenizer-model", tokenizer, *length]
+
+    def read(tp: int) -> list[list[str]]:
+        args = arguments(*flags, *ONE, "1", str(folder), "1", str(more))
+        train_set, _, _ = datasets.general_datasets(args, [8, 0, 0], None)
+        samples = datasets.target_samples(args, str(folder))
+        decode = datasets.dataset_config(args).tokenizer.detokenize
+        every = [train_set[n] for n in range(8)] + [samples[n] for n in range(4)]
+        return [decode(s["labels"][s["loss_mask"] == 1].tolist()) for s in every]
+
+    (said,) = on_ranks(1, read)
+    answers = [f"{n}<|im_end|>" for n in range(4)]
+    assert sorted(said[:8]) == sorted([*answers, *["<|im_end|>"] * 4]) and said[8:] == answers
+    lines.append({"messages": []})
+    parquet.write_table(pyarrow.Table.from_pylist(lines), folder / "part-0.parquet")
+    (refusal,) = on_ranks(1, general, [*flags, *ONE, str(folder)], [8, 0, 0])
+    assert refusal.startswith(f"{folder}/part-0.parquet:5: 'messages' must be a list of messages")
 
 
 def test_blend_and_split_of_prepared_samples(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""What a line of JSONL becomes: which tokens have a loss, and how wrong lines are refused."""
+"""What a record of a file becomes: which tokens have a loss, and how wrong ones are refused."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from megatron_dr.data.jsonl import JsonlSamples
+from megatron_dr.data.file_samples import FileSamples
 
 from ._tokenizer import ByteTokenizer
 
@@ -31,7 +32,7 @@ def write(folder: Path, *lines: Any) -> str:
 
 
 def one(folder: Path, tokenizer: ByteTokenizer, line: Any, length: int = LENGTH) -> Any:
-    samples = JsonlSamples(write(folder, line), tokenizer, length)
+    samples = FileSamples(write(folder, line), tokenizer, length)
     assert len(samples) == 1
     return samples[0]
 
@@ -69,7 +70,7 @@ def test_response_alone_is_trained_on(
 def test_utf8_as_it_is_and_escaped_are_the_same(tmp_path: Path, tokenizer: ByteTokenizer) -> None:
     raw = json.dumps({"text": UNICODE}, ensure_ascii=False).encode()
     path = write(tmp_path, raw, {"text": UNICODE})
-    samples = JsonlSamples(path, tokenizer, 64)
+    samples = FileSamples(path, tokenizer, 64)
     assert torch.equal(samples[0]["tokens"], samples[1]["tokens"])
 
 
@@ -92,7 +93,7 @@ def test_padding_has_no_loss(tmp_path: Path, tokenizer: ByteTokenizer) -> None:
 def test_long_text_is_cut_on_the_right(tmp_path: Path, tokenizer: ByteTokenizer) -> None:
     text = "0123456789" * 4
     path = write(tmp_path, {"text": text}, {"text": "short"})
-    samples = JsonlSamples(path, tokenizer, LENGTH)
+    samples = FileSamples(path, tokenizer, LENGTH)
     assert samples.num_cut == 1
     assert tokenizer.decode(samples[0]["tokens"].tolist()) == text[:LENGTH]
     assert trained(samples[0], tokenizer) == text[1 : LENGTH + 1]  # no end token
@@ -103,7 +104,7 @@ def test_long_text_is_cut_on_the_right(tmp_path: Path, tokenizer: ByteTokenizer)
 def test_cut_begins_where_the_end_token_no_longer_fits(
     tmp_path: Path, tokenizer: ByteTokenizer, size: int, cut: int
 ) -> None:
-    samples = JsonlSamples(write(tmp_path, {"text": "x" * size}), tokenizer, LENGTH)
+    samples = FileSamples(write(tmp_path, {"text": "x" * size}), tokenizer, LENGTH)
     assert samples.num_cut == cut
     assert (samples[0]["labels"][-1] == tokenizer.eod) == (cut == 0)
 
@@ -128,12 +129,13 @@ WRONG = {
     "list": (["text"], "must be a JSON object, not list"),
     "string": ("text", "must be a JSON object, not str"),
     "null": (None, "must be a JSON object, not NoneType"),
-    "no field": ({}, "this one has no field"),
+    "no field": ({}, "this one has no column"),
     "other field": ({"content": "a"}, "this one has 'content'"),
-    "both kinds": ({"text": "a", "prompt": "b", "response": "c"}, "either 'text', or 'prompt'"),
-    "text and response": ({"text": "a", "response": "c"}, "either 'text', or 'prompt'"),
+    "both kinds": ({"text": "a", "prompt": "b", "response": "c"}, "one of 'text', 'prompt'"),
+    "text and response": ({"text": "a", "response": "c"}, "one of 'text', 'prompt'"),
     "number": ({"text": 3}, "'text' must be a string"),
-    "no response": ({"prompt": "a"}, "'response' must be a string"),
+    "no response": ({"prompt": "a"}, "this one has 'prompt'"),
+    "messages": ({"messages": [{"role": "user", "content": "a"}]}, "need a tokenizer with a chat"),
     "no prompt": ({"response": "a"}, "'prompt' must be a string"),
     "prompt null": ({"prompt": None, "response": "a"}, "'prompt' must be a string"),
     "response list": ({"prompt": "a", "response": ["b"]}, "'response' must be a string"),
@@ -155,24 +157,24 @@ def test_wrong_line_is_refused(
 ) -> None:
     path = write(tmp_path, {"text": "good"}, line, {"text": "good"})
     with pytest.raises(ValueError) as error:
-        JsonlSamples(path, tokenizer, LENGTH)
+        FileSamples(path, tokenizer, LENGTH)
     assert str(error.value).startswith(f"{path}:2: ")
     assert message in str(error.value)
 
 
 def test_blank_lines_are_skipped_but_counted(tmp_path: Path, tokenizer: ByteTokenizer) -> None:
     good = [b"", {"text": "one"}, b"  \t", b"\r", {"text": "two"}, b""]
-    samples = JsonlSamples(write(tmp_path, *good), tokenizer, LENGTH)
+    samples = FileSamples(write(tmp_path, *good), tokenizer, LENGTH)
     assert [trained(s, tokenizer) for s in samples] == ["ne" + END, "wo" + END]
     path = write(tmp_path, *good, {"text": 1})
     with pytest.raises(ValueError, match=f"{path}:7: "):
-        JsonlSamples(path, tokenizer, LENGTH)
+        FileSamples(path, tokenizer, LENGTH)
 
 
 def test_crlf_and_no_newline_at_the_end(tmp_path: Path, tokenizer: ByteTokenizer) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "one"}\r\n{"text": "two"}')
-    samples = JsonlSamples(str(path), tokenizer, LENGTH)
+    samples = FileSamples(str(path), tokenizer, LENGTH)
     assert [trained(s, tokenizer) for s in samples] == ["ne" + END, "wo" + END]
 
 
@@ -181,13 +183,22 @@ def test_file_without_samples(tmp_path: Path, tokenizer: ByteTokenizer, content:
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{path}: the file has no samples"):
-        JsonlSamples(str(path), tokenizer, LENGTH)
+        FileSamples(str(path), tokenizer, LENGTH)
 
 
 def test_missing_file(tmp_path: Path, tokenizer: ByteTokenizer) -> None:
-    for path in (tmp_path / "missing.jsonl", tmp_path):
-        with pytest.raises(ValueError, match=f"^{path}: no such file"):
-            JsonlSamples(str(path), tokenizer, LENGTH)
+    for name, said in (("missing.jsonl", "no such file"), ("", "no .jsonl or .parquet file in it")):
+        with pytest.raises(ValueError, match=f"^{tmp_path / name}: {said}"):
+            FileSamples(str(tmp_path / name), tokenizer, LENGTH)
+
+
+def test_parquet_without_pyarrow(
+    tmp_path: Path, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"a.parquet needs pyarrow: pip install"):
+        FileSamples(str(tmp_path / "a.parquet"), tokenizer, LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +214,7 @@ def test_line_that_json_or_the_tokenizer_chokes_on(
 ) -> None:
     path = write(tmp_path, line)
     with pytest.raises(ValueError, match=f"^{path}:1: "):
-        JsonlSamples(path, tokenizer, LENGTH)
+        FileSamples(path, tokenizer, LENGTH)
 
 
 def test_beginning_token_is_not_repeated_between_prompt_and_response(tmp_path: Path) -> None:
