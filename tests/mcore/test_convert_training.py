@@ -80,6 +80,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 LAYOUTS = {
     "qwen2": "--tensor-model-parallel-size 2 --sequence-parallel",
     "llama3.2": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+    "mixtral": "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather",
     "qwen3-moe": "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
 }
 

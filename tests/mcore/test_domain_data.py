@@ -1,5 +1,6 @@
 """Domain rows' data: through Megatron's own sampler, a microbatch holds samples of one corpus."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,16 @@ def test_jsonl_corpora_on_ranks(tmp_path: Path, ranks: int, ep: int) -> None:
         assert [{t.split()[0] for t in m} for m in given] == [{"ab"[d]} for d in known]
         seen.update(t for m in given for t in m)
     assert seen == {f"a {n}": 3 for n in range(SAMPLES)} | {f"b {n}": 1 for n in range(SAMPLES)}
+
+
+def test_packs_are_of_one_corpus(tmp_path: Path) -> None:
+    flags = [*ONE, "3", jsonl(tmp_path, "a"), "1", jsonl(tmp_path, "b"), "--dr-pack"]
+    seen = Counter[str]()
+    for _, microbatches, known in on_ranks(2, loaded, flags, 1, 8):  # 5 samples in a pack
+        packs = [bytes(t for t in m[0] if t < 256).decode() for m in microbatches]
+        assert [set(re.findall("[ab]", p)) for p in packs] == [{"ab"[d]} for d in known]
+        seen.update(x for p in packs for x in re.findall("..[0-9]", p))
+    assert seen == {f"a {n}": 6 for n in range(SAMPLES)} | {f"b {n}": 2 for n in range(SAMPLES)}
 
 
 def test_jsonl_corpora_beyond_their_share_go_on_with_new_samples(tmp_path: Path) -> None:
