@@ -83,7 +83,31 @@ def general_datasets(
         kind, num_samples, lambda: _has_data(vp_stage, config.packed), config
     )
     train, valid, test = (part if part is None or len(part) else None for part in builder.build())
+    _settle_validation(args, valid, test)
     return by_domain(args, train) if domain_rows else train, valid, test
+
+
+def _settle_validation(args: argparse.Namespace, valid: Any, test: Any) -> None:
+    """Without a validation set there is no validation (collective).
+
+    Megatron 0.19 begins one wherever --eval-iters is above 0, and its default is 100.
+
+    Raises:
+        ValueError: something else was to be evaluated with it.
+    """
+    here = [valid is not None, test is not None]
+    found = torch.tensor(here, dtype=torch.int, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    if found[0] or not args.eval_iters:
+        return
+    flag = "--dr-target-valid-data" if getattr(args, "dr_target_valid_data", None) else None
+    flag = "a test set" if found[1] else flag
+    if flag is not None:
+        raise ValueError(
+            f"{flag} is evaluated as the general validation set is, but there is none: give "
+            "--valid-data-path, or --eval-iters 0."
+        )
+    args.eval_iters = 0
 
 
 class DomainBlend(torch.utils.data.Dataset[Any]):

@@ -87,11 +87,15 @@ def test_both_roles_are_trained_logged_and_validated(data: dict[str, str], tmp_p
 
 def test_no_validation_needs_no_flags_for_it(data: dict[str, str]) -> None:
     """Of so small a file the default split leaves a validation set without samples."""
-    model = re.sub(r"--eval-iters 1 --eval-interval 3", "--eval-iters 0", MODEL)
-    argv = f"{model} --train-iters 2 --data-path {data['general']}".split()
-    code, out, error = run(argv, 1)[0]
-    assert code == 0, error
-    assert re.search(r"iteration +2/", out)
+    model = re.sub(r"--eval-iters 1 --eval-interval 3", "", MODEL)
+    for flag, ranks in (("--eval-iters 0 --data-path", 1), ("--dr-set mean --train-data-path", 2)):
+        argv = f"{model} --train-iters 2 {flag} {data['general']}".split()
+        code, out, error = run(argv, ranks)[-1]
+        assert code == 0, error
+        assert re.search(r"iteration +2/", out) and "validation loss" not in out
+    argv += ["--dr-target-valid-data", data["held_out"]]
+    code, _, error = run(argv, 1)[0]
+    assert code == 2 and "--dr-target-valid-data is evaluated as the general" in error
 
 
 LAYOUTS = {
