@@ -12,21 +12,21 @@ import argparse
 import json
 import random
 import shutil
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import alpha_plot
 from rich.console import Console
-from rich.table import Table
 
 from megatron_dr.report import metrics
 
 SFT = Path(__file__).resolve().parent.parent / "examples" / "sft"
 sys.path.insert(0, str(SFT))
 
-import demo  # noqa: E402
+import demo  # noqa: E402  (its own imports are found from here on)
+import launch  # noqa: E402
+import report  # noqa: E402
 
 # name -> (target sentences, whether the pool holds more of their language, unlabelled; title)
 CONDITIONS = {
@@ -57,7 +57,7 @@ def data(out: Path, condition: str, seed: int) -> tuple[Path, Path]:
 
 
 def plan(out: Path, conditions: list[str], seeds: list[int], arms: list[str]) -> list[Any]:
-    """The base model's run, then each condition's and seed's, as `demo.train` takes them."""
+    """The base model's run, then each condition's and seed's, as `launch.train` takes them."""
     base = out / "base"
     jobs = [{"name": "base", "folder": str(base), "steps": demo.PRETRAIN_STEPS,
              "flags": f"{demo.MODEL} {demo.PRETRAIN} --save {base}".split()}]  # fmt: skip
@@ -87,7 +87,7 @@ def run(jobs: list[Any], out: Path, console: Console) -> None:
         shutil.rmtree(job["folder"], ignore_errors=True)
     console.print(f"{len(left)} of {len(jobs)} runs to do; logs and metrics: {out}")
     if left:
-        demo.train(left, out, console)
+        launch.train(left, out, console)
 
 
 def gather(out: Path) -> dict[str, Any]:
@@ -112,25 +112,16 @@ def values(path: Path) -> dict[str, Any]:
     return {**{key: last[key] for key in LOSSES}, "alpha": alphas}
 
 
-def spread(numbers: list[float]) -> str:
-    text = f"{statistics.mean(numbers):.3f}"
-    return f"{text} ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else text
-
-
 def table(found: dict[str, Any], base: dict[str, float], console: Console, path: Path) -> None:
     """On the screen and as Markdown: a row per arm, a column per condition and loss."""
     header = ["arm", *(f"{c}: {loss.split()[1]}" for c in found for loss in LOSSES.values())]
     rows = [["base, untrained", *(f"{base[key]:.3f}" for _ in found for key in LOSSES)]]
     for arm in FLAGS:
-        cells = [spread(found[c][arm][key]) if arm in found[c] else "" for c in found
+        cells = [report.spread(found[c][arm][key]) if arm in found[c] else "" for c in found
                  for key in LOSSES]  # fmt: skip
         rows.append([arm, *cells])
-    on_screen = Table(*header, title="Final held-out loss, nats per byte, mean ± sd over seeds")
-    for row in rows:
-        on_screen.add_row(*row, style="bold" if "auto" in row[0] else None)
-    console.print(on_screen)
-    lines = [header, ["---"] * len(header), *rows]
-    path.write_text("".join("| " + " | ".join(line) + " |\n" for line in lines), encoding="utf-8")
+    title = "Final held-out loss, nats per byte, mean ± sd over seeds"
+    report.table(title, header, rows, path, console)
 
 
 def main() -> None:

@@ -1,77 +1,65 @@
-"""The table and the plots of the job with rewards, from the runs' metrics."""
+"""The table and the plots of demos that train by rewards, from the runs' metrics."""
 
-import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import report
 from rich.console import Console
-from rich.table import Table
 
 from megatron_dr.report import metrics
 
-# kind of the lines, name in them, title
+# kind of the lines, name in them, in the table, title of the plot
 CURVES = (
-    ("validation", "target reward", "held-out target reward (all answers right)"),
-    ("validation", "reward", "held-out general reward (some answers wrong)"),
-    ("train", "kl", "KL to the base model (nats per token)"),
-    ("train", "response length", "response length (tokens)"),
+    ("validation", "target reward", "target reward", "held-out target reward"),
+    ("validation", "reward", "general reward", "held-out general reward"),
+    ("train", "kl", "KL", "KL to the base model (nats per token)"),
+    ("train", "response length", "length", "response length (tokens)"),
 )
-HEADER = ["arm", "target reward", "general reward", "KL", "response length"]
+LAST = 10  # steps that a training figure in the table is the mean of
 
 
-def values(job: dict[str, Any], kind: str, name: str) -> dict[int, float]:
+def curve(job: dict[str, Any], kind: str, name: str) -> dict[int, float]:
     """iteration -> value."""
     lines = metrics.read(Path(job["folder"]) / "metrics.jsonl", kind)
     return {line["iteration"]: line[name] for line in lines if name in line}
 
 
-def spread(numbers: list[float]) -> str:
-    if len(numbers) == 1:
-        return f"{numbers[0]:.3f}"
-    return f"{statistics.mean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
+def final(job: dict[str, Any], kind: str, name: str) -> float:
+    """Of the last validation, or the mean of the last training steps."""
+    values = list(curve(job, kind, name).values())[-1 if kind == "validation" else -LAST :]
+    return sum(values) / len(values)
 
 
 def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
     """table.md and curves.png in the output folder, and the table on the screen."""
     arms: dict[str, list[dict[str, Any]]] = {}
-    for job in jobs[1:]:
-        arms.setdefault(job["arm"], []).append(job)
+    for job in jobs:
+        if curve(job, "train", "kl"):  # not the runs that make the base model
+            arms.setdefault(job["arm"], []).append(job)
+    seeds = len(next(iter(arms.values())))
+    of = f"mean ± sd of {seeds} seed(s)"
     rows = []
     for arm, runs in arms.items():
-        last = [[list(values(job, kind, name).values())[-1] for job in runs]
-                for kind, name, _ in CURVES]  # fmt: skip
-        rows.append([arm, *map(spread, last)])
-    seeds = len(next(iter(arms.values())))
-    title = f"After the last step, mean ± sd of {seeds} seed(s)"
-    table = Table(*HEADER, title=title)
-    for row in rows:
-        table.add_row(*row, style="bold" if "default" in row[0] else None)
-    console.print(table)
-    text = [f"{title}\n", *("| " + " | ".join(r) + " |" for r in (HEADER, ["---"] * 5, *rows))]
-    (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    plot(arms, out / "curves.png", seeds)
+        peaks = [max(curve(job, *CURVES[0][:2]).values()) for job in runs]
+        last = [[final(job, kind, name) for job in runs] for kind, name, _, _ in CURVES]
+        rows.append([arm, *map(report.spread, [last[0], peaks, *last[1:]])])
+    names = [name for _, _, name, _ in CURVES]
+    header = ["arm", names[0], "its best", *names[1:]]
+    title = f"After the last step (KL, length: last {LAST} steps), {of}"
+    report.table(title, header, rows, out / "table.md", console)
+    plot(arms, out / "curves.png", of)
     console.print(f"Plots: {out / 'curves.png'}")
 
 
-def plot(arms: dict[str, list[dict[str, Any]]], path: Path, seeds: int) -> None:
+def plot(arms: dict[str, list[dict[str, Any]]], path: Path, of: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    for axis, (kind, name, title) in zip(axes.flat, CURVES):
+    for axis, (kind, name, _, title) in zip(axes.flat, CURVES):
         for arm, runs in arms.items():
-            curves = [values(job, kind, name) for job in runs]
-            steps = list(curves[0])
-            means = [statistics.mean(c[s] for c in curves) for s in steps]
-            line = axis.plot(steps, means, label=arm)[0]
-            if seeds > 1:
-                sd = [statistics.stdev(c[s] for c in curves) for s in steps]
-                low, high = ([m + k * d for m, d in zip(means, sd)] for k in (-1, 1))
-                axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
-        axis.set(title=title, xlabel="step")
+            report.band(axis, [curve(job, kind, name) for job in runs], arm)
+        axis.set(title=title, xlabel="step", ylabel=title.partition("(")[2].rstrip(")") or "reward")
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
-    figure.suptitle(f"mean ± sd of {seeds} seed(s)")
+    figure.suptitle(of)
     figure.savefig(path, dpi=110)
     plt.close(figure)

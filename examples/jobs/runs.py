@@ -1,6 +1,6 @@
 """Several training runs in one `torchrun`: Megatron is imported once, each run is a fork.
 
-    torchrun --nproc-per-node 2 examples/sft/runs.py PLAN.json
+    torchrun --nproc-per-node 2 examples/jobs/runs.py PLAN.json
 
 PLAN is a list of {"name", "folder", "flags"}. A run is `python -m megatron_dr.train <flags>` on
 every rank; its output goes to <folder>/log.<rank>.txt. The first run that fails ends the plan.

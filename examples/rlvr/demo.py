@@ -1,51 +1,44 @@
-"""The job with rewards: a small GPT learns sums from a few right prompts and many doubtful ones.
+"""The job with rewards: a small GPT learns sums; most of its teachers forget to carry.
 
     python examples/rlvr/demo.py [--out runs/rlvr] [--seeds 3]
 
-A base model is taught sums, not well. Then each arm goes on by GRPO with an exact-match reward:
-the general prompts are many, but two fifths of their answers are wrong; the
-target prompts are eight, and right. All runs go through Megatron-Core's training loop on two CPU
-processes. What comes out: a table of held-out rewards and plots, in the output folder.
+A base model is taught right sums, not well. Then each arm goes on by GRPO with an exact-match
+reward. The general prompts are many, but their answers forget the carry, which makes them wrong
+where there is one; the target prompts are eight, and right. All runs go through Megatron-Core's
+training loop on two CPU processes. What comes out: a table of held-out rewards and plots, in the
+output folder.
 """
 
-import argparse
-import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
-
-import arithmetic
-import results
-from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
-SFT = HERE.parent / "sft"
-BASE_STEPS, STEPS, TARGETS, WRONG = 130, 60, 8, 0.4
+sys.path.insert(0, str(HERE.parent / "jobs"))
+
+import arithmetic  # noqa: E402
+import launch  # noqa: E402
+import rewards  # noqa: E402
+
+BASE_STEPS, STEPS, TARGETS, HELD_OUT, SIGNED = 250, 60, 8, 100, 0.6
 
 MODEL = f"""
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 384
-    --seq-length 16 --max-position-embeddings 16 --position-embedding-type rope
+    --seq-length 12 --max-position-embeddings 12 --position-embedding-type rope
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 8
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model {SFT / "tokenizer"}
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model {HERE.parent / "sft" / "tokenizer"}
     --use-distributed-optimizer --adam-beta2 0.95 --weight-decay 0 --log-interval 10
-    --dr-device cpu
+    --dr-device cpu --global-batch-size 128 --micro-batch-size 32
 """
 BASE = f"""
-    --micro-batch-size 64 --global-batch-size 128 --train-iters {BASE_STEPS} --lr 2e-3
-    --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20 --seed 1 --eval-iters 0
-    --eval-interval 1000
-    --save-interval {BASE_STEPS}
+    --train-iters {BASE_STEPS} --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20
+    --seed 1 --save-interval {BASE_STEPS}
 """
 GRPO = f"""
-    --micro-batch-size 8 --global-batch-size 128 --train-iters {STEPS} --lr 1e-4
-    --lr-decay-style constant --lr-warmup-iters 5 --eval-interval 10
+    --train-iters {STEPS} --lr 1e-4 --lr-decay-style constant --lr-warmup-iters 5 --eval-interval 5
     --finetune --no-load-optim --no-load-rng
-    --dr-rl-algorithm grpo --dr-rl-reward megatron_dr.rl.rewards:exact_match --dr-rl-prompts 16
-    --dr-rl-group 8 --dr-rl-max-tokens 4 --dr-rl-kl 0.01 --dr-rl-target-prompts {TARGETS}
+    --dr-rl-algorithm grpo --dr-rl-reward megatron_dr.rl.rewards:exact_match --dr-rl-prompts 64
+    --dr-rl-group 8 --dr-rl-max-tokens 4 --dr-rl-kl 0.01 --dr-rl-target-prompts {4 * TARGETS}
 """
 # name in the table -> flags; an arm without --dr-target-data never sees the target
 TARGET = "--dr-target-data {target} --dr-target-batch-size 64 "
@@ -56,85 +49,31 @@ ARMS = {
 }
 
 
-def plan(out: Path, seeds: int) -> list[dict[str, Any]]:
+def plan(out: Path, seeds: int) -> list[launch.Job]:
     """The base model's run, then each arm's for each seed: its own prompts and draws."""
     pairs = arithmetic.sums(0)
-    held_out, pool = pairs[:100], pairs[100:]
-    arithmetic.write(out / "held_out.jsonl", arithmetic.examples(held_out, 0.0, 1))
-    taught = [
-        {"prompt": line["prompt"], "response": line["answer"]}
-        for line in arithmetic.examples(pool, 0.0, 2)
-    ]
-    arithmetic.write(out / "base.jsonl", taught)
-    base = out / "base"
-    jobs = [{"name": "base", "arm": "base", "seed": 0, "folder": str(base), "flags":
-             f"{MODEL} {BASE} --save {base} --train-data-path {out / 'base.jsonl'}"}]  # fmt: skip
+    held_out, pool = pairs[:HELD_OUT], pairs[HELD_OUT:]
+    trusted = arithmetic.write(out / "trusted.jsonl", arithmetic.examples(held_out, 0, 0))
+    doubtful = arithmetic.write(out / "doubtful.jsonl", arithmetic.examples(held_out, SIGNED, 0))
+    lines = [x for n in range(8) for x in arithmetic.examples(pool, 0.5, n, wrong=0.5)]
+    taught = [{"prompt": line["prompt"], "response": line["answer"]} for line in lines]
+    data, base = arithmetic.write(out / "base.jsonl", taught), out / "base"
+    flags = f"{MODEL} {BASE} --save {base} --train-data-path {data}"
+    jobs = [launch.job("base", 0, BASE_STEPS, base, flags)]
     for seed in range(1, seeds + 1):
-        own = arithmetic.sums(seed)
-        own = [pair for pair in own if pair in set(pool)]
-        target, general = out / f"target-{seed}.jsonl", out / f"general-{seed}.jsonl"
-        arithmetic.write(target, arithmetic.examples(own[:TARGETS], 0.0, seed))
-        arithmetic.write(general, arithmetic.examples(own[TARGETS:], WRONG, seed))
-        lies = out / f"lies-{seed}.jsonl"
-        arithmetic.write(lies, arithmetic.examples(held_out, WRONG, seed))
-        for number, (arm, flags) in enumerate(ARMS.items()):
+        own = [pair for pair in arithmetic.sums(seed) if pair in set(pool)]
+        lines = arithmetic.examples(own[:TARGETS], 0, seed)
+        target = arithmetic.write(out / f"target-{seed}.jsonl", lines)
+        lines = arithmetic.examples(own[TARGETS:], SIGNED, seed)
+        general = arithmetic.write(out / f"general-{seed}.jsonl", lines)
+        for number, (arm, more) in enumerate(ARMS.items()):
+            flags = (f"{MODEL} {GRPO} --load {base} --seed {seed} --data-path {general} "
+                     f"--dr-rl-valid-data {doubtful} --dr-target-valid-data {trusted} "
+                     f"{more.format(target=target)}")  # fmt: skip
             folder = out / f"seed-{seed}-arm-{number}"
-            jobs.append({"name": f"{arm}, seed {seed}", "arm": arm, "seed": seed,
-                         "folder": str(folder), "flags": f"{MODEL} {GRPO} --load {base} "
-                         f"--seed {seed} --data-path {general} --dr-rl-valid-data {lies} "
-                         f"--dr-target-valid-data {out / 'held_out.jsonl'} "
-                         f"{flags.format(target=target)}"})  # fmt: skip
-    for job in jobs:
-        path = Path(job["folder"]) / "metrics.jsonl"
-        path.unlink(missing_ok=True)
-        job["flags"] = [*job["flags"].split(), "--dr-metrics", str(path)]
+            jobs.append(launch.job(arm, seed, STEPS, folder, flags))
     return jobs
 
 
-def train(jobs: list[dict[str, Any]], out: Path, console: Console) -> float:
-    """Run the plan; seconds it took."""
-    for job in jobs:
-        (Path(job["folder"]) / "done").unlink(missing_ok=True)
-    (out / "plan.json").write_text(json.dumps(jobs, indent=1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(SFT / "runs.py"), str(out / "plan.json")]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    began = time.monotonic()
-    with open(out / "torchrun.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        try:
-            with console.status("starting") as status:
-                while process.poll() is None:
-                    left = [j for j in jobs if not (Path(j["folder"]) / "done").exists()]
-                    if left:
-                        status.update(f"{len(jobs) - len(left)} of {len(jobs)} runs done; "
-                                      f"under way: {left[0]['name']}")  # fmt: skip
-                    time.sleep(0.5)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-    if process.returncode:
-        lines = [x for x in (out / "torchrun.log").read_text().splitlines() if "failed: see" in x]
-        sys.exit(lines[0] if lines else f"training failed: see {out / 'torchrun.log'}")
-    return time.monotonic() - began
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/rlvr"), help="output folder")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per arm")
-    options = parser.parse_args()
-    out, console = options.out.resolve(), Console()
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = plan(out, options.seeds)
-    console.print(
-        f"{len(jobs)} training runs through Megatron-Core's loop: 2 processes, CPU, gloo.\n"
-        f"Logs, metrics and checkpoints: {out}"
-    )
-    seconds = train(jobs, out, console)
-    results.write(jobs, out, console)
-    console.print(f"Training took {seconds / 60:.1f} minutes.")
-
-
 if __name__ == "__main__":
-    main()
+    launch.demo(__doc__, "rlvr", plan, rewards.write)

@@ -4,27 +4,19 @@
 
 A base model is trained on English, German, Tagalog, Russian and Italian. Then each arm fine-tunes
 it with 8 Spanish target sentences and a general pool of which a tenth is Spanish, unlabelled. All
-runs go through Megatron-Core's training loop on two CPU processes (`runs.py`). What comes out: a
+runs go through Megatron-Core's training loop on two CPU processes. What comes out: a
 table of held-out losses (nats per byte) and plots, in the output folder.
 """
 
-import argparse
-import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import results
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from megatron_dr.report import metrics
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "jobs"))
+
+import launch  # noqa: E402
+import results  # noqa: E402
+
 DATA, PRETRAIN_STEPS, STEPS = HERE / "data", 400, 50
 
 MODEL = f"""
@@ -64,88 +56,21 @@ ARMS = {
 }
 
 
-def plan(out: Path, seeds: int) -> list[dict[str, Any]]:
+def plan(out: Path, seeds: int) -> list[launch.Job]:
     """The base model's run, then each arm's for each seed: its own target sentences and order."""
     base = out / "base"
-    jobs = [{"name": "base", "arm": "base", "seed": 0, "steps": PRETRAIN_STEPS, "folder": str(base),
-             "flags": f"{MODEL} {PRETRAIN} --save {base}"}]  # fmt: skip
+    flags = f"{MODEL} {PRETRAIN} --save {base}"
+    jobs = [launch.job("base", 0, PRETRAIN_STEPS, base, flags)]
     targets = (DATA / "target.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for seed in range(1, seeds + 1):
         chosen = out / f"target-{seed}.jsonl"
         chosen.write_text("".join(targets[8 * (seed - 1) : 8 * seed]), encoding="utf-8")
-        for number, (arm, flags) in enumerate(ARMS.items()):
+        for number, (arm, own) in enumerate(ARMS.items()):
+            flags = f"{MODEL} {TUNE} --load {base} --seed {seed} {own.format(target=chosen)}"
             folder = out / f"seed-{seed}-arm-{number}"
-            jobs.append({"name": f"{arm}, seed {seed}", "arm": arm, "seed": seed, "steps": STEPS,
-                         "folder": str(folder), "flags": f"{MODEL} {TUNE} --load {base} "
-                         f"--seed {seed} {flags.format(target=chosen)}"})  # fmt: skip
-    for job in jobs:
-        path = Path(job["folder"]) / "metrics.jsonl"
-        path.unlink(missing_ok=True)
-        job["flags"] = [*job["flags"].split(), "--dr-metrics", str(path)]
+            jobs.append(launch.job(arm, seed, STEPS, folder, flags))
     return jobs
 
 
-def follow(jobs: list[Any], process: subprocess.Popen[bytes]) -> Iterator[tuple[str, int]]:
-    """(name of the run under way, training steps done in all), a few times a second."""
-    finished, current = 0, 0
-    while True:
-        alive = process.poll() is None
-        while current < len(jobs):
-            path = Path(jobs[current]["folder"]) / "metrics.jsonl"
-            steps = len(metrics.read(path, "train")) if path.exists() else 0
-            if not (Path(jobs[current]["folder"]) / "done").exists():
-                break
-            finished, current, steps = finished + jobs[current]["steps"], current + 1, 0
-        name = jobs[min(current, len(jobs) - 1)]["name"]
-        yield name, finished + (steps if current < len(jobs) else 0)
-        if not alive:
-            return
-        time.sleep(0.5)
-
-
-def train(jobs: list[dict[str, Any]], out: Path, console: Console) -> float:
-    """Run the plan under a progress bar; seconds it took."""
-    for job in jobs:
-        (Path(job["folder"]) / "done").unlink(missing_ok=True)
-    (out / "plan.json").write_text(json.dumps(jobs, indent=1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(HERE / "runs.py"), str(out / "plan.json")]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    began = time.monotonic()
-    with open(out / "torchrun.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("steps"), TimeElapsedColumn())  # fmt: skip
-        try:
-            with Progress(*columns, console=console) as progress:
-                task = progress.add_task("starting", total=sum(job["steps"] for job in jobs))
-                for name, steps in follow(jobs, process):
-                    progress.update(task, description=name, completed=steps)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-    if process.returncode:
-        lines = [x for x in (out / "torchrun.log").read_text().splitlines() if "failed: see" in x]
-        sys.exit(lines[0] if lines else f"training failed: see {out / 'torchrun.log'}")
-    return time.monotonic() - began
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/sft"), help="output folder")
-    parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="runs per arm")
-    options = parser.parse_args()
-    out, console = options.out.resolve(), Console()
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = plan(out, options.seeds)
-    console.print(
-        f"{len(jobs)} training runs through Megatron-Core's loop: 2 processes, CPU, gloo.\n"
-        f"Logs, metrics and checkpoints: {out}"
-    )
-    seconds = train(jobs, out, console)
-    results.write(jobs, out, console)
-    console.print(f"Training took {seconds / 60:.1f} minutes.")
-
-
 if __name__ == "__main__":
-    main()
+    launch.demo(__doc__, "sft", plan, results.write)

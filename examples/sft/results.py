@@ -4,12 +4,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import report
 from rich.console import Console
-from rich.table import Table
 
 from megatron_dr.report import metrics
 
@@ -51,12 +48,6 @@ def step_times(jobs: list[dict[str, Any]]) -> dict[str, float]:
     return {arm: statistics.median(values) for arm, values in seconds.items()}
 
 
-def spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
 def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
     """table.md, losses.png and tradeoff.png in the output folder, and the table on the screen."""
     arms = curves(jobs)
@@ -68,16 +59,12 @@ def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
     rows = []
     for arm, runs in arms.items():
         ratio = f"{times[arm] / times['general only']:.2f}" if arm in times else ""
-        losses = [spread(final(runs, key)) for key in LOSSES]
+        losses = [report.spread(final(runs, key)) for key in LOSSES]
         rows.append([arm, *losses, ratio, notes.get(arm, "")])
     title = f"Held-out loss after fine-tuning, nats per byte, mean ± sd of {seeds} seed(s)"
     header = ["arm", *LOSSES.values(), "step time", ""]
-    table = Table(*header, title=title, caption="step time: median, relative to general only")
-    for row in rows:
-        table.add_row(*row, style="bold" if "default" in row[0] else None)
-    console.print(table)
-    text = [f"{title}\n", *("| " + " | ".join(r) + " |" for r in (header, ["---"] * 5, *rows))]
-    (out / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    caption = "step time: median, relative to general only"
+    report.table(title, header, rows, out / "table.md", console, caption)
     plot_losses(arms, out / "losses.png", seeds)
     plot_tradeoff(arms, out / "tradeoff.png", seeds)
     console.print(f"Plots: {out / 'losses.png'}, {out / 'tradeoff.png'}")
@@ -89,14 +76,8 @@ def plot_losses(arms: dict[str, Any], path: Path, seeds: int) -> None:
         for arm, runs in arms.items():
             if arm == "base":
                 continue
-            steps = [v["iteration"] for v in runs[0]]
-            values = [[run[n][key] for run in runs] for n in range(len(steps))]
-            means = [statistics.mean(v) for v in values]
-            line = axis.plot(steps, means, label=arm, color=COLOURS.get(arm), marker=".")[0]
-            if seeds > 1:
-                sd = [statistics.stdev(v) for v in values]
-                low, high = ([m + s * d for m, d in zip(means, sd)] for s in (-1, 1))
-                axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+            points = [{v["iteration"]: v[key] for v in run} for run in runs]
+            report.band(axis, points, arm, color=COLOURS.get(arm), marker=".")
         axis.set(title=f"{name}, mean ± sd of {seeds} seed(s)", xlabel="step", ylabel=UNIT)
         axis.grid(alpha=0.3)
         start = arms["base"][0][0][key]

@@ -4,11 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
+_NEEDS = "{} needs pyarrow: pip install 'megatron_dr[data]'."
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,10 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _parquet(path: str) -> Any:
-    pyarrow = _import("pyarrow.parquet", path)
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(_NEEDS.format(path)) from None
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -184,18 +187,12 @@ def _parquet(path: str) -> Any:
 
 def _arrow(path: str) -> Any:
     """The table of an Arrow stream, mapped into memory."""
-    pyarrow = _import("pyarrow.ipc", path)
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(_NEEDS.format(path)) from None
     try:
         with pyarrow.memory_map(path) as source:
             return pyarrow.ipc.open_stream(source).read_all()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not an Arrow stream ({error}).") from None
-
-
-def _import(name: str, path: str) -> Any:
-    """pyarrow with a module of it."""
-    try:
-        import_module(name)
-    except ImportError:
-        raise ValueError(f"{path} needs pyarrow: pip install 'megatron_dr[data]'.") from None
-    return import_module("pyarrow")

@@ -169,11 +169,8 @@ def load_at(layout: Layout, folder: str, at: int) -> Any:
 
 CHECKPOINTS = {
     "world1": (Layout(), Layout(), 0.0),
-    "tp2-sp": (Layout(tp=2, sequence_parallel=True),) * 2 + (0.0,),
-    "pp2-tied": (Layout(pp=2, tied=True),) * 2 + (0.0,),
     "pp2-vpp2": (Layout(pp=2, vpp=2),) * 2 + (0.0,),
     "tp2-dp2-bf16": (Layout(tp=2, dp=2, bf16=True),) * 2 + (0.0,),
-    "moe-ep2": (Layout(moe=True, ep=2, dp=2),) * 2 + (0.0,),
     "tp2-sp-to-world1": (Layout(tp=2, sequence_parallel=True), Layout(), 2e-5),
     "pp2-tied-to-tp2-tied": (Layout(pp=2, tied=True), Layout(tp=2, tied=True), 2e-5),
     "moe-ep2-to-tp2-ep2": (

@@ -226,12 +226,11 @@ def test_packs_train_alike_in_every_layout(
         assert other == pytest.approx(found[0], rel=2e-4)
 
 
-@pytest.mark.parametrize("rows", [SLOTS, ROWS], ids=("slot", "sample"))
-def test_packs_resume_where_they_stopped(data: dict[str, str], tmp_path: Path, rows: str) -> None:
+def test_packs_resume_where_they_stopped(data: dict[str, str], tmp_path: Path) -> None:
     """On two data ranks, past the first epoch of either role."""
     paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]
-    checkpoint = f"{rows} --save {tmp_path / 'saved'} --save-interval 2"
-    more = [(rows, paths[0]), (f"{checkpoint} --exit-interval 2", paths[1]),
+    checkpoint = f"{ROWS} --save {tmp_path / 'saved'} --save-interval 2"
+    more = [(ROWS, paths[0]), (f"{checkpoint} --exit-interval 2", paths[1]),
             (f"{checkpoint} --load {tmp_path / 'saved'}", paths[2])]  # fmt: skip
     for extra, path in more:
         found = run(flags(data, f"{extra} --dr-metrics {path}", 6))

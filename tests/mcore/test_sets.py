@@ -36,7 +36,8 @@ def test_set_and_blocks(name: str, blocks: str) -> None:
     ids=str,
 )
 def test_dials(problem: Problem) -> None:
-    check(TWO_RANKS, problem)
+    # a short gradient (no norm) meets Adam's epsilon, which enlarges float32's rounding
+    check(TWO_RANKS, problem, atol=5e-5)
 
 
 def test_blocks_across_pipeline_stages_and_shards() -> None:

@@ -170,9 +170,9 @@ def test_without_our_flags_megatron_runs_as_if_we_were_not_there(data: dict[str,
 
 WRONG_LINE = '{"text": "good"}\n{"prompt": "no response"}\n'
 BAD = {
-    "no target file": ("--dr-target-data {tmp}/none.jsonl", "none.jsonl: no such file."),
+    "no target file": ("--dr-target-data {tmp}/none.jsonl", "none.jsonl: no such file or folder."),
     "empty target": ("--dr-target-data {tmp}/empty.jsonl", "empty.jsonl: the file has no samples."),
-    "wrong line": ("--dr-target-data {tmp}/wrong.jsonl", "wrong.jsonl:2: 'response' must be"),
+    "wrong line": ("--dr-target-data {tmp}/wrong.jsonl", "wrong.jsonl:2: a record must have one of"),
     "no indexed target": ("--dr-target-data {tmp}/none", "none: no such data"),
     "target batch": (
         "--dr-target-data {target} --dr-target-batch-size 3",
@@ -199,7 +199,7 @@ BAD = {
     ),
     "no general file": (
         "--dr-target-data {target} --dr-slots 4 --train-data-path {tmp}/none.jsonl",
-        "none.jsonl: no such file.",
+        "none.jsonl: no such file or folder.",
     ),
     "metrics": (
         "--dr-target-data {target} --dr-slots 4 --dr-metrics {target}/m.jsonl",
