@@ -8,6 +8,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+# what get_forward_backward_func() chooses from, in megatron.core.pipeline_parallel.schedules
+SCHEDULES = (
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_without_interleaving",
+    "forward_backward_pipelining_with_interleaving",
+)
+
 OLDEST, NEWEST = (0, 19), (0, 19)  # minor versions that the tests ran with
 
 # Configuration that no test of ours covers: refused at attach, with what to change.
@@ -142,6 +149,22 @@ def ranks_per_row() -> int:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     cp = parallel_state.get_context_parallel_world_size()
     return max(cp, _expert_ranks() // tp, 1)
+
+
+def schedule_hooks(config: Any) -> dict[str, Any]:
+    """What the schedules call around gradients, by name: a step replaces it and puts it back.
+
+    Raises:
+        RuntimeError: gradients would not be reduced.
+    """
+    names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
+    found = {name: getattr(config, name) for name in names}
+    if found["finalize_model_grads_func"] is None:
+        raise RuntimeError(
+            "config.finalize_model_grads_func is not set, so Megatron would not reduce gradients: "
+            "set it to finalize_model_grads before the step."
+        )
+    return found
 
 
 def hold_gradient_sync(model: Any) -> None:

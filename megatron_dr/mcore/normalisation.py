@@ -7,6 +7,7 @@ of microbatches. A role has its own count. So with n_t and n_g microbatches (tok
 | | target's factor c_t / c | role scale |
 |---|---|---|
 | per token; c is 1 / general tokens | general tokens / target tokens | 1 |
+| per token, but no loss brings a token count: Megatron divides as in the next row | | |
 | ranks run both roles; losses were divided by n_t + n_g | n_g / n_t | (n_t + n_g) / n_g |
 | G_t of G row groups run the target alone, G_g the others | G_g / G_t | G / G_g |
 
@@ -28,7 +29,7 @@ from megatron_dr.mcore.row_map import RowMap
 
 def factors(
     router: RoleRouter, row_map: RowMap, per_token: bool, device: torch.device
-) -> tuple[torch.Tensor, float, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
     """c_t / c in float64, the role scale, and with domain rows each domain's share, else None."""
     n_t, n_g, groups = router.num_target, router.num_general, row_map.target_groups
     share_D = None
@@ -37,14 +38,20 @@ def factors(
         general, target = amounts[:-1].sum(), amounts[-1]
         if row_map.kind == "domain":
             share_D = amounts[:-1] / general
-    if per_token:
-        return general / target.clamp(min=1), 1.0, share_D
     if groups:  # each rank divided by its own microbatches, Megatron divides by all ranks
         others = row_map.groups - groups
         ratio, role_scale = others / groups, row_map.groups / others
     else:  # each microbatch was divided by n_t + n_g
         ratio, role_scale = n_g / n_t if n_t else 0.0, (n_t + n_g) / n_g
-    return torch.tensor(ratio, dtype=torch.float64, device=device), role_scale, share_D
+    by_microbatch = torch.tensor(ratio, dtype=torch.float64, device=device)
+    if not per_token:
+        return by_microbatch, role_scale, share_D
+    counted = amounts.sum() > 0
+    ratio_of_tokens = general / target.clamp(min=1)
+    return (
+        torch.where(counted, ratio_of_tokens, by_microbatch),
+        torch.where(counted, 1.0, by_microbatch.new_tensor(role_scale)), share_D,
+    )  # fmt: skip
 
 
 def general_tokens(router: RoleRouter, like: torch.Tensor) -> torch.Tensor:

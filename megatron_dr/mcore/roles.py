@@ -56,7 +56,10 @@ class MicrobatchRouter:
             is_target = microbatch < self.num_target
             data = self._target_iterator(chunk) if is_target else data_iterator
             output, loss_func = forward_step_func(data, module, *args)
-            self._mark_backward(output, chunk, microbatch)
+            if isinstance(output, torch.Tensor):
+                self._mark_backward(output, chunk, microbatch)
+            else:  # a last stage with several outputs: backward begins at their loss
+                loss_func = self._marking(loss_func, chunk, microbatch)
             return output, self.forwarded(chunk, microbatch, loss_func)
 
         return forward_step
@@ -66,6 +69,14 @@ class MicrobatchRouter:
             iterator: Iterator[Any] | None = self._target_data[chunk]
             return iterator
         return self._target_data  # type: ignore[no-any-return]
+
+    def _marking(self, loss_func: Any, chunk: int, microbatch: int) -> Callable[..., Any]:
+        def marked(output: Any, *args: Any, **kwargs: Any) -> Any:
+            result = loss_func(output, *args, **kwargs)
+            self._mark_backward(result[0], chunk, microbatch)
+            return result
+
+        return marked
 
     def _mark_backward(self, output: torch.Tensor, chunk: int, microbatch: int) -> None:
         if not output.requires_grad:  # validation, or a stage without trainable parameters
