@@ -146,6 +146,7 @@ class DRConfig:
     alpha_steps: int | None = _known(None)  # the run's length, where alpha is not constant
     target_size: int | None = _known(None)  # samples of the whole target set, for auto
     packed: bool = _known(False)  # a microbatch is one pack of samples (sample rows)
+    sequences: int = _known(1)  # of a sample: 2 of a preference pair (sample rows)
     domains: tuple[str, ...] = _known(())  # names of the general corpora, for domain rows
 
     def __post_init__(self) -> None:

@@ -68,5 +68,5 @@ class TargetStream:
 
 def _tensors(sample: dict[str, Any]) -> dict[str, Any]:
     names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens",
-             "max_seqlen", "num_packed")  # fmt: skip
+             "max_seqlen", "num_packed", "answer_mask", "reference_log_prob")  # fmt: skip
     return {name: sample[name] for name in names if name in sample}

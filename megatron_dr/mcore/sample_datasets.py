@@ -34,6 +34,9 @@ class PreparedSamples:
         pad: token that fills a sequence.
         attention_mask: give a causal mask too, as `FileSamples`.
 
+    Attributes:
+        lengths: tokens of each sample, cut ones' after the cut [n].
+
     Raises:
         ValueError: files that are missing, empty, or don't belong together.
     """
@@ -64,6 +67,7 @@ class PreparedSamples:
         if len(self._tokens.document_indices) != len(sizes) + 1:
             raise ValueError(f"{prefix}: a document must be one sequence, the sample.")
         self._sizes = sizes
+        self.lengths = np.minimum(sizes, sequence_length + 1)
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -84,11 +88,6 @@ class PreparedSamples:
     @property
     def num_cut(self) -> int:
         return int((self._sizes > self.sequence_length + 1).sum())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample, cut ones' after the cut [n]."""
-        return np.minimum(self._sizes, self.sequence_length + 1)
 
 
 def is_samples(path: str) -> bool:

@@ -34,6 +34,7 @@ def import_megatron() -> None:
     import megatron.training  # noqa: F401
     import megatron.training.models.gpt  # noqa: F401
 
+    import megatron_dr.mcore.preferences.run  # noqa: F401
     import megatron_dr.mcore.rl.run  # noqa: F401
     from megatron_dr.mcore import adaptor, datasets  # noqa: F401
 
@@ -89,14 +90,17 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     """General train, validation and test sets; called by Megatron on every rank."""
     from megatron.training import get_args
 
-    from megatron_dr.mcore import datasets, errors
+    from megatron_dr.mcore import adaptor, datasets, errors
     from megatron_dr.mcore.arguments import part_from_args
 
     if part_from_args(get_args(), "rl") is not None:  # every step gets its data from a rollout
         return repeat({}), repeat({}), None
     built: tuple[Any, Any, Any] = (None, None, None)
     with errors.refused():
-        built = datasets.general_datasets(get_args(), num_samples, vp_stage)
+        if part_from_args(get_args(), "dpo") is not None:  # the run has read and measured its pairs
+            built = adaptor.current_run().datasets(num_samples)
+        else:
+            built = datasets.general_datasets(get_args(), num_samples, vp_stage)
     return built
 
 

@@ -94,15 +94,19 @@ class TrainingRun:
             return None
         from megatron.training import print_rank_0
 
-        from megatron_dr.mcore import datasets
-
-        samples = datasets.target_samples(self.args, target.target_data)
+        samples = self._samples(target.target_data)
         if target.target_batch_size > len(samples):
             print_rank_0(
                 f"megatron_dr: note: the target batch ({target.target_batch_size}) is larger than "
                 f"the target set ({len(samples)}): samples repeat within a step"
             )
         return samples
+
+    def _samples(self, path: str) -> Any:
+        """The whole target set of a path."""
+        from megatron_dr.mcore import datasets
+
+        return datasets.target_samples(self.args, path)
 
     def _open_training(
         self, samples: Any, dr: DRConfig, target: TargetConfig, num_chunks: int
@@ -120,7 +124,7 @@ class TrainingRun:
         from megatron_dr.mcore import datasets
 
         args, size = self.args, self.args.eval_micro_batch_size
-        samples = datasets.target_samples(args, path)
+        samples = self._samples(path)
         self.valid_streams = datasets.target_streams(
             args, samples, size, num_chunks, args.data_parallel_size
         )

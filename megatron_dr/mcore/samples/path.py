@@ -122,6 +122,7 @@ class SamplePath:
         """Tokens [L, N, ..., H] summed to samples [N, H]."""
         pack = self._pack(parameter)
         if pack is None:
+            g_LNH = self._together(g_LNH)
             return g_LNH.sum([d for d in range(g_LNH.dim() - 1) if d != 1])
         packs, number = pack
         return packs.sums(number, g_LNH.sum(list(range(1, g_LNH.dim() - 1))))
@@ -129,9 +130,18 @@ class SamplePath:
     def _split(
         self, parameter: torch.nn.Parameter, tokens_L1: torch.Tensor, pad: float = 0
     ) -> torch.Tensor:
-        """A pack's tokens [T, 1, ...] as [L, N, ...]; others as they are."""
+        """Tokens by sample [L, N, ...]: a pack's [T, 1, ...] are taken apart."""
         pack = self._pack(parameter)
-        return tokens_L1 if pack is None else pack[0].split(pack[1], tokens_L1[:, 0], pad)
+        if pack is None:
+            return self._together(tokens_L1)
+        return pack[0].split(pack[1], tokens_L1[:, 0], pad)
+
+    def _together(self, tokens_LB: torch.Tensor) -> torch.Tensor:
+        """[L, S N, ...] as [L S, N, ...], S sequences of a sample: all samples' first, then all
+        samples' second ones, so that it is a view."""
+        if self.dr.sequences == 1:
+            return tokens_LB
+        return tokens_LB.unflatten(1, (self.dr.sequences, -1)).flatten(0, 1)
 
     def _pack(self, parameter: torch.nn.Parameter) -> tuple[Packs, int] | None:
         """The pack under way, as a role's packs and its number among them."""
