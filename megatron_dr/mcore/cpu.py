@@ -174,6 +174,9 @@ def _replace_streams() -> None:
 
 def _replace_factories() -> None:
     """Literals `device="cuda"` in schedules, clip_grads, the optimizers and the causal mask."""
+    # `with torch.device("meta")`, by which transformers loads a model, must know the originals:
+    # without, rotary frequencies are left uninitialised
+    torch.utils._device._device_constructors()
 
     def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)

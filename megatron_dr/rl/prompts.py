@@ -1,75 +1,62 @@
-"""Prompts from JSONL: one object a line with `prompt` and, for the reward function, `answer`."""
+"""Prompts from files: records with `prompt` and, for the reward function, `answer`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from megatron_dr.data.jsonl import Tokenizer, parse_line, prompt_tokens
+from megatron_dr.data.chat import Chat, Message
+from megatron_dr.data.encode import COLUMNS, Encoder
+from megatron_dr.data.file_samples import read
+from megatron_dr.data.jsonl import Tokenizer
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and as token ids, its answer (any JSON), and where it is from."""
+    """A prompt as the file has it and as token ids, its answer (any JSON), and where it is from."""
 
-    text: str
+    content: str | list[Message]
     tokens: tuple[int, ...]
     answer: Any
     origin: str
 
 
 def read_prompts(
-    paths: Sequence[str], tokenizer: Tokenizer, sequence_length: int
+    paths: Sequence[str], tokenizer: Tokenizer, sequence_length: int, chat: Chat | None = None
 ) -> list[Prompt]:
-    """The prompts of JSONL files, in order.
+    """The prompts of files and folders (JSONL, Parquet, datasets on disk), in order.
 
     Args:
         sequence_length: tokens that prompt and completion have together, at most.
+        chat: for prompts that are messages; None if the tokenizer has no chat template.
 
     Raises:
-        ValueError: a missing or empty file, or a wrong line: with the file, the line's number and
-            what is wrong with it.
+        ValueError: a missing or empty file, or a wrong record: with the file, the line's or row's
+            number and what is wrong with it.
     """
-    around = set(tokenizer.tokenize(""))
+    encoder = Encoder("prompts", tokenizer, dict(zip(COLUMNS, COLUMNS)), chat)
     prompts: list[Prompt] = []
     for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file.")
         before = len(prompts)
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                if raw.strip():
-                    where = f"{path}:{number}"
-                    text, answer = _fields(where, parse_line(where, raw))
-                    tokens = tuple(prompt_tokens(tokenizer, around, text))
-                    _check_room(where, len(tokens), sequence_length)
-                    prompts.append(Prompt(text, tokens, answer, where))
+        for where, record in read(path):
+            try:
+                part = encoder({"answer": None} | record).parts[0]  # a reward may need no answer
+                _check_room(len(part.ids), sequence_length)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            tokens = tuple(part.ids.tolist())
+            prompts.append(Prompt(record["prompt"], tokens, record.get("answer"), where))
         if len(prompts) == before:
             raise ValueError(f"{path}: the file has no prompts.")
     return prompts
 
 
-def _fields(where: str, record: dict[str, Any]) -> tuple[str, Any]:
-    text = record.get("prompt")
-    if not isinstance(text, str):
-        given = ", ".join(map(repr, record)) or "no field"
-        raise ValueError(f"{where}: 'prompt' must be a string; this line has {given}.")
-    if not text:
-        raise ValueError(f"{where}: 'prompt' is empty.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: 'prompt' has half of a surrogate pair.") from None
-    return text, record.get("answer")
-
-
-def _check_room(where: str, length: int, sequence_length: int) -> None:
+def _check_room(length: int, sequence_length: int) -> None:
     if length == 0:
-        raise ValueError(f"{where}: the tokenizer makes no token of 'prompt'.")
+        raise ValueError("the tokenizer makes no token of 'prompt'.")
     if length >= sequence_length:
         raise ValueError(
-            f"{where}: the prompt has {length} tokens and leaves no room for a completion in a "
-            f"sequence of {sequence_length}: shorten it or raise --seq-length."
+            f"the prompt has {length} tokens and leaves no room for a completion in a sequence of "
+            f"{sequence_length}: shorten it or raise --seq-length."
         )

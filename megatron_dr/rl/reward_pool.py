@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 class Sample:
     """What a reward function sees; the answer must be JSON."""
 
-    prompt: str
+    prompt: Any
     completion: str
     answer: Any
 

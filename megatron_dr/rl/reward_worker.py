@@ -36,7 +36,7 @@ def main() -> None:
         reply(_evaluate(reward, *json.loads(line)))
 
 
-def _evaluate(reward: Reward, prompt: str, completion: str, answer: Any) -> dict[str, Any]:
+def _evaluate(reward: Reward, prompt: Any, completion: str, answer: Any) -> dict[str, Any]:
     try:
         value: Any = reward(prompt, completion, answer)
     except (Exception, SystemExit) as error:

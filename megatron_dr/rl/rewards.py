@@ -1,7 +1,8 @@
 r"""Rewards that ship: functions (prompt, completion, answer) -> float, named `module:function`.
 
-Prompt and completion are text. The answer is what the data file holds. A wrong completion gets 0;
-a useless answer (not a number, not a pattern) raises, since no completion could be right.
+The completion is text. Prompt and answer are what the data file holds: the prompt is text or
+messages. A wrong completion gets 0; a useless answer (not a number, not a pattern) raises, since no
+completion could be right.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from megatron_dr.rl.sandbox import passes
 
-Reward = Callable[[str, str, Any], float]
+Reward = Callable[[Any, str, Any], float]
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
@@ -42,12 +43,12 @@ def load_reward(name: str) -> Reward:
     return found  # type: ignore[no-any-return]
 
 
-def exact_match(prompt: str, completion: str, answer: Any) -> float:
+def exact_match(prompt: Any, completion: str, answer: Any) -> float:
     """1 if completion and answer are the same text, blanks around them aside."""
     return float(completion.strip() == str(answer).strip())
 
 
-def numeric(prompt: str, completion: str, answer: Any) -> float:
+def numeric(prompt: Any, completion: str, answer: Any) -> float:
     """1 if the completion's last number is the answer, to 1e-6 of it.
 
     Raises:
@@ -61,7 +62,7 @@ def numeric(prompt: str, completion: str, answer: Any) -> float:
     return float(abs(found - expected) <= _TOLERANCE * max(1.0, abs(expected)))
 
 
-def regex(prompt: str, completion: str, answer: Any) -> float:
+def regex(prompt: Any, completion: str, answer: Any) -> float:
     """1 if the regular expression `answer` is found in the completion.
 
     Raises:
@@ -70,7 +71,7 @@ def regex(prompt: str, completion: str, answer: Any) -> float:
     return float(re.search(str(answer), completion) is not None)
 
 
-def boxed(prompt: str, completion: str, answer: Any) -> float:
+def boxed(prompt: Any, completion: str, answer: Any) -> float:
     r"""1 if the completion's last `\boxed{...}` is the answer's mathematics (by math-verify).
 
     The answer is a formula, with or without `\boxed{}`. A completion without a box gets 0.
@@ -107,7 +108,7 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def unit_tests(prompt: str, completion: str, answer: Any) -> float:
+def unit_tests(prompt: Any, completion: str, answer: Any) -> float:
     """1 if the completion's Python passes the answer's asserts in a sandbox (see `sandbox`).
 
     The code is the completion's last fenced block, or all of it where there is none.

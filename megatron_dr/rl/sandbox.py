@@ -1,10 +1,14 @@
 """Runs a model's Python code with tests, in a process that is cut off as far as the host allows.
 
 Limits: CPU time, address space, size of a file, number of processes (not where run as root, whom
-the kernel exempts), wall time. Where the kernel allows user namespaces: no network, and a process
-namespace, so that nothing outlives the run. The environment is empty and the working folder is a
-temporary one. Files stay readable as to the user: this stops accidents and resource hogs. Against
-code that is written to break out, run the training in a container or a virtual machine.
+the kernel exempts), wall time. The environment is empty and the working folder is a temporary one.
+Nothing outlives the run, processes that left its session included. Where the kernel allows user
+namespaces, it is the end of a process namespace that sees to it, and there is no network. Elsewhere
+the launcher adopts and kills what the program leaves behind, the program may use the network, and
+it could kill the launcher first.
+
+Files stay readable as to the user: this stops accidents and resource hogs. Against code that is
+written to break out, run the training in a container or a virtual machine.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from pathlib import Path
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _OUTPUT = 1 << 20
+_GRACE = 5.0  # seconds for the launcher to start and to clear up
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def passes(code: str, tests: str, limits: Limits | None = None) -> bool:
 
 
 def _run(program: Path, output: int, limits: Limits) -> bool:
-    """Whether the program exits with 0 in time; all of its process group is killed in any case."""
+    """Whether the program exits with 0 in time. The launcher ends it, and what it has started."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(asdict(limits)), program.name],
         stdin=subprocess.DEVNULL,
@@ -67,10 +72,10 @@ def _run(program: Path, output: int, limits: Limits) -> bool:
         start_new_session=True,
     )
     try:
-        return process.wait(limits.wall_seconds) == 0
+        return process.wait(limits.wall_seconds + _GRACE) == 0
     except subprocess.TimeoutExpired:
         return False
     finally:
-        with contextlib.suppress(ProcessLookupError):  # nobody is left
+        with contextlib.suppress(ProcessLookupError):  # nobody is left, unless the launcher hangs
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

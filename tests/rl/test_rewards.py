@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dr.rl import rewards
+from megatron_dr.rl import rewards, sandbox
 from megatron_dr.rl.sandbox import Limits, passes
 
 QUICK = Limits(wall_seconds=1.5, cpu_seconds=1)
@@ -88,17 +88,80 @@ def test_code_has_no_network() -> None:
     assert not passes(connect, "")
 
 
-@pytest.mark.parametrize("leave", ["", "os.setsid()"])
-def test_nothing_outlives_a_run(tmp_path: Path, leave: str) -> None:
-    beat = tmp_path / "beat"
-    code = (
-        "import os, time\n"
-        f"if os.fork() == 0:\n    {leave or 'pass'}\n"
-        f"    for _ in range(600):\n        open({str(beat)!r}, 'a').write('x'); time.sleep(0.05)\n"
-        "time.sleep(60)"
-    )
-    assert not passes(code, "", QUICK)
-    size = beat.stat().st_size
-    assert size > 0
+# A launcher on a kernel that forbids user namespaces.
+FORBIDDING = f"""
+import os, runpy
+def unshare(flags):
+    raise PermissionError("forbidden")
+os.unshare = unshare
+runpy.run_path({str(sandbox._LAUNCHER)!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(params=["as the kernel has it", "no namespaces"])
+def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param != "no namespaces":
+        return sandbox._LAUNCHER
+    path = tmp_path / "launcher.py"
+    path.write_text(FORBIDDING)
+    return path
+
+
+def leaving(folder: Path) -> str:
+    """Code that leaves processes that write on, in its session and, by a grandchild, out of it."""
+    return f"""
+import os, time
+def beat(name):
+    for _ in range(1200):
+        with open({str(folder)!r} + "/" + name, "a") as file:
+            file.write("x")
+        time.sleep(0.05)
+    os._exit(0)
+if os.fork() == 0:
+    beat("inside")
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        beat("outside")
+    os._exit(0)
+while not all(os.path.exists({str(folder)!r} + "/" + name) for name in ("inside", "outside")):
+    time.sleep(0.01)
+"""
+
+
+def sizes(folder: Path) -> list[int]:
+    return [path.stat().st_size for path in sorted(folder.glob("*side"))]
+
+
+def assert_nothing_runs(folder: Path) -> None:
+    before = sizes(folder)
+    assert len(before) == 2 and min(before) > 0
     time.sleep(0.5)
-    assert beat.stat().st_size == size
+    assert sizes(folder) == before
+
+
+@pytest.mark.parametrize("end", ["", "time.sleep(60)"], ids=["ends", "is late"])
+def test_nothing_outlives_a_run(
+    tmp_path: Path, launcher: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_LAUNCHER", launcher)
+    limits = Limits(wall_seconds=3.0)
+    assert passes(leaving(tmp_path) + end, "", limits) == (not end)
+    assert_nothing_runs(tmp_path)
+
+
+def test_nothing_outlives_who_waits_for_it(tmp_path: Path, launcher: Path) -> None:
+    """As when a reward worker that is late is killed."""
+    run = (
+        "from pathlib import Path; from megatron_dr.rl import sandbox\n"
+        f"sandbox._LAUNCHER = Path({str(launcher)!r})\n"
+        f"sandbox.passes({leaving(tmp_path) + 'time.sleep(60)'!r}, '')"
+    )
+    waiting = subprocess.Popen([sys.executable, "-c", run])
+    deadline = time.monotonic() + 30
+    while len(sizes(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    waiting.kill()
+    waiting.wait()
+    time.sleep(0.3)
+    assert_nothing_runs(tmp_path)

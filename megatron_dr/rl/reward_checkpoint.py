@@ -1,0 +1,88 @@
+"""Loads a reward model: a Hugging Face sequence-classification checkpoint with one label.
+
+Only a local folder is read, weights only as safetensors, and no code of the folder runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_HEAD = "ForSequenceClassification"
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
+_OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """transformers' model, for evaluation and on the host, and its tokenizer.
+
+    Raises:
+        ValueError: transformers is not installed, or what is wrong with the folder.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("a reward model needs: pip install transformers") from error
+    _check_files(folder)
+    # each rank would print one
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **_OFFLINE)
+        _check_config(folder, config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_OFFLINE)
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, use_safetensors=True, output_loading_info=True, **_OFFLINE
+        )
+    except _Refused:
+        raise
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise ValueError(f"{folder} can't be loaded: {first_line(error)}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys']))}.")
+    _check_vocabulary(folder, model, tokenizer)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library as the end of a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class _Refused(ValueError):
+    """A sentence of ours, beside those of transformers."""
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a reward model is a local one.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json, so it is no Hugging Face checkpoint.")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder}: no weights in safetensors; other formats, which are pickles, are not read."
+        )
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise ValueError(f"{folder}: no tokenizer; save the reward model's own into the folder.")
+
+
+def _check_config(folder: Path, config: Any) -> None:
+    named = config.architectures or []
+    if not named or not all(name.endswith(_HEAD) for name in named):
+        raise _Refused(
+            f"{folder}: config.json names the architecture {', '.join(named) or None}; a reward "
+            f"model is one that ends in {_HEAD}."
+        )
+    if config.num_labels != 1:
+        raise _Refused(f"{folder}: the model has {config.num_labels} labels; a reward is one.")
+
+
+def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Ids without an embedding would stop the run in its middle; padding has none of its own."""
+    rows = model.get_input_embeddings().num_embeddings
+    ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
+    if ids and max(ids) >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {max(ids)}, but the model embeds {rows}: "
+            "the tokenizer is another model's."
+        )

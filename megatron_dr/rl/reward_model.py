@@ -1,0 +1,175 @@
+"""Rewards by a reward model: a Hugging Face sequence-classification checkpoint with one label.
+
+Shape suffixes: N samples, B samples of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dr.rl.reward_checkpoint import first_line, load
+from megatron_dr.rl.reward_pool import Sample, Scores
+
+_log = logging.getLogger(__name__)
+_TRIAL = Sample("What is one and one?", "Two.", None)
+
+
+class _NoTemplate(ValueError):
+    """All prompts' mistake, not a sample's."""
+
+
+class RewardModel:
+    """Scores batches with a reward model; what a `RewardPool` is for functions.
+
+    Its input is the prompt (messages, or a text as a user's turn) and an assistant's turn, the
+    completion, by the tokenizer's chat template. Without a template it is prompt and completion as
+    one text, with the special tokens that the tokenizer adds. A text longer than the model's
+    context is scored on its last tokens, and counted in a warning. Rows are right-padded and
+    masked, so that a score depends neither on the padding nor on the batch, but for rounding.
+
+    A sample on which the template raises, or whose score is not a finite number, has no reward; it
+    is logged and counted.
+
+    Args:
+        folder: config.json, safetensors and the tokenizer (see `reward_checkpoint`).
+        device: keeps the whole model, in the checkpoint's dtype.
+        batch_size: samples in a forward pass.
+
+    Raises:
+        ValueError: the folder is no such checkpoint, in one sentence.
+    """
+
+    def __init__(
+        self, folder: str | Path, device: torch.device | int | str, batch_size: int = 8
+    ) -> None:
+        self._folder, self._device, self._batch_size = Path(folder), device, batch_size
+        self._model, self._tokenizer = load(self._folder)
+        self._model.to(device)
+        self._config = self._model.config.get_text_config()
+        self._config.use_cache = False
+        self._tokenizer.truncation_side = "left"
+        self._pad = _padding(self._config, self._model.get_input_embeddings().num_embeddings)
+        self._context = _context(self._config, self._tokenizer)
+        try:
+            self._forward([self._text(_TRIAL)])
+        except Exception as error:  # templates and models raise what they like
+            raise ValueError(
+                f"{self._folder}: this reward model can't score a text: {first_line(error)}"
+            ) from error
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """Rewards of a batch; failures are of the kinds `raised` and `invalid` (not finite).
+
+        Raises:
+            ValueError: a prompt is messages, and the tokenizer has no chat template.
+        """
+        rewards: list[float | None] = [None] * len(samples)
+        failures: Counter[str] = Counter()
+        texts: dict[int, str] = {}
+        for number, sample in enumerate(samples):
+            try:
+                texts[number] = self._text(sample)
+            except _NoTemplate:
+                raise
+            except Exception as error:  # a template refuses what it likes
+                failures["raised"] += 1
+                self._warn(number, first_line(error))
+        reward_N = self._forward(list(texts.values()))
+        for number, reward, finite in zip(texts, reward_N.tolist(), reward_N.isfinite().tolist()):
+            if finite:
+                rewards[number] = reward
+            else:
+                failures["invalid"] += 1
+                self._warn(number, f"the score is {reward}, not a finite number")
+        return Scores(rewards, failures)
+
+    def close(self) -> None:
+        """Let the model's memory go."""
+        self._model = None
+
+    def _warn(self, number: int, message: str) -> None:
+        _log.warning("reward model %s, sample %d: %s", self._folder, number, message)
+
+    def _text(self, sample: Sample) -> str:
+        if self._tokenizer.chat_template is None:
+            if not isinstance(sample.prompt, str):
+                raise _NoTemplate(
+                    f"{self._folder}: the reward model's tokenizer has no chat template, which "
+                    "prompts that are messages need."
+                )
+            return sample.prompt + sample.completion
+        asked = sample.prompt
+        if isinstance(asked, str):
+            asked = [{"role": "user", "content": asked}]
+        turns = [*asked, {"role": "assistant", "content": sample.completion}]
+        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        return text
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids, at most as many as the model's context."""
+        # a template writes special tokens itself
+        options = {"add_special_tokens": self._tokenizer.chat_template is None, "verbose": False}
+        rows: list[list[int]] = self._tokenizer(texts, **options)["input_ids"]
+        long = [number for number, row in enumerate(rows) if len(row) > self._context]
+        if long:
+            _log.warning(
+                "reward model %s: %d of %d texts are longer than its %d tokens and are scored on "
+                "their last", self._folder, len(long), len(texts), self._context,
+            )  # fmt: skip
+            cut = self._tokenizer(
+                [texts[n] for n in long], truncation=True, max_length=self._context, **options
+            )
+            for number, row in zip(long, cut["input_ids"]):
+                rows[number] = row
+        return rows
+
+    @torch.no_grad()
+    def _forward(self, texts: list[str]) -> Tensor:
+        """Scores [N] on the host; NaN for a text without tokens."""
+        reward_N = torch.full((len(texts),), float("nan"), dtype=torch.float64)
+        rows = self._encode(texts) if texts else []
+        # neighbours in length need little padding
+        order = sorted((n for n, row in enumerate(rows) if row), key=lambda n: len(rows[n]))
+        for first in range(0, len(order), self._batch_size):
+            numbers = order[first : first + self._batch_size]
+            reward_N[numbers] = self._scores([rows[n] for n in numbers]).double().cpu()
+        return reward_N
+
+    def _scores(self, rows: list[list[int]]) -> Tensor:
+        """Scores [B] of one batch."""
+        pad = self._pad
+        if pad is None:
+            # decoders score the last token that is not padding, and refuse a batch without such
+            # an id: any will do that ends no text
+            ends = {row[-1] for row in rows}
+            pad = next(n for n in itertools.count() if n not in ends)
+            self._config.pad_token_id = pad
+        shape = (len(rows), max(map(len, rows)))
+        ids_BT, mask_BT = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids_BT[number, : len(row)] = torch.tensor(row)
+            mask_BT[number, : len(row)] = 1
+        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        scores_B1: Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
+        return scores_B1[:, 0].float()
+
+
+def _padding(config: Any, vocabulary: int) -> int | None:
+    """The id by which the model itself tells padding; None where it knows none that it embeds."""
+    pad = config.pad_token_id
+    return pad if pad is not None and 0 <= pad < vocabulary else None
+
+
+def _context(config: Any, tokenizer: Any) -> int:
+    """The longest text, in tokens; that of the tokenizer is huge where it does not know it."""
+    longest: int = tokenizer.model_max_length
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(longest, positions) if positions and positions > 0 else longest
