@@ -65,8 +65,8 @@ class GradRows:
         }
         self.pieces = [places[n] for n in range(len(owned))]
         self._extra: dict[int, list[torch.Tensor]] = {}  # local buffer -> flat, per Megatron buffer
-        for slot in range(1, num_slots):
-            self._allocate(slot, slot_dtype)
+        self._is_bound = False  # whether views other than Megatron's own may be
+        self.restore()
 
     def _allocate(self, row: int, dtype: torch.dtype | None) -> None:
         """dtype None: that of main_grad."""
@@ -101,6 +101,7 @@ class GradRows:
 
     def begin_step(self, with_target: bool) -> None:
         """Zero the rows; Megatron has zeroed its own."""
+        self.restore()
         if with_target:
             for row in range(self.num_slots, self.num_local):
                 if row not in self._extra:
@@ -124,13 +125,30 @@ class GradRows:
 
     def bind(self, row: int, chunk: int | None = None) -> None:
         """Let gradients of a model chunk (None: all) accumulate in a local buffer."""
+        self._is_bound = row != 0 or chunk is not None
         for number, o in enumerate(self.owned):
             if chunk is None or o.chunk == chunk:
                 o.parameter.main_grad = self.view(row, number)
 
     def end_step(self) -> None:
-        """Bind Megatron's own views back. Safe to call twice."""
-        self.bind(0)
+        """Bind Megatron's own views back. Safe to call twice, also while their memory is freed."""
+        if self._is_bound:
+            self.bind(0)
+
+    def offload(self) -> int:
+        """Free the buffers beside Megatron's own; how many bytes they were. Safe to call twice.
+
+        Nothing is kept elsewhere: every step begins with zeros.
+        """
+        freed = self.extra_bytes
+        self._extra.clear()
+        return freed
+
+    def restore(self) -> None:
+        """Allocate the slots that are missing; the target's buffers come with its next batch."""
+        for slot in range(1, self.num_slots):
+            if slot not in self._extra:
+                self._allocate(slot, self.slot_dtype)
 
     def present(self) -> list[int]:
         """Local buffers that hold something: the target's only once it was used."""

@@ -113,6 +113,19 @@ class Handle:
         if getattr(self.model[0], _ATTRIBUTE, None) is self:
             delattr(self.model[0], _ATTRIBUTE)
 
+    def offload(self) -> int:
+        """Between two steps: free what the plugin keeps on the device; how many bytes.
+
+        Megatron's own gradient buffers are freed by each model chunk's `offload_grad_buffers`,
+        before or after this. Safe to call twice. The next step calls `restore` itself, and
+        computes what it would have computed.
+        """
+        return self.rows.offload()
+
+    def restore(self) -> None:
+        """Take the memory again that the next step needs. Safe to call twice."""
+        self.rows.restore()
+
     def state_dict(self) -> dict[str, Any]:
         """Steps done, and what alpha's rule has gathered."""
         return {"steps": self.steps, "dial": self.dial.state}
@@ -169,14 +182,7 @@ class Handle:
             return self._run(forward_backward_func, None, target_data_iterator, num_target,
                              domains, schedule)  # fmt: skip
         self.check_batch(schedule["num_microbatches"], num_target)
-        config, saved = self.config, {}
-        for name in ("finalize_model_grads_func", "no_sync_func", "grad_sync_func"):
-            saved[name] = getattr(config, name)
-        if saved["finalize_model_grads_func"] is None:
-            raise RuntimeError(
-                "config.finalize_model_grads_func is not set, so Megatron would not reduce "
-                "gradients: set it to finalize_model_grads before the step."
-            )
+        config, saved = self.config, compat.schedule_hooks(self.config)
         try:
             config.no_sync_func = config.grad_sync_func = None
             compat.hold_gradient_sync(self.model)

@@ -21,10 +21,10 @@ from megatron_dr.mcore.samples.immediate import Immediate, agree
 from megatron_dr.mcore.samples.log import SampleLog
 from megatron_dr.mcore.samples.microbatches import Microbatches
 from megatron_dr.mcore.samples.path import Mode, SamplePath
-from megatron_dr.mcore.samples.places import BatchShape, Place, places
+from megatron_dr.mcore.samples.places import BatchShape, Place, move, places
 from megatron_dr.mcore.samples.units import Units, units
 from megatron_dr.mcore.samples.weigh import alpha_of, needs_rows
-from megatron_dr.projection import block_of
+from megatron_dr.projection import UNPROJECTED, block_of
 
 
 class SampleHandle(Handle):
@@ -40,7 +40,9 @@ class SampleHandle(Handle):
     ) -> None:
         check_dial(dr)
         self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
-        owned = owned_parameters(model, config)
+        everything = owned_parameters(model, config)
+        owned = [o for o in everything if block_of(o.name, dr.blocks) != UNPROJECTED]
+        self._untapped = [o.parameter for o in everything if o not in owned]
         support.check(dr, config, owned)
         names = block_names(owned, dr.blocks)
         number = {name: n for n, name in enumerate(names)}
@@ -68,6 +70,15 @@ class SampleHandle(Handle):
             undo()
         self._undo = []
         self._forget()
+
+    def offload(self) -> int:
+        """As `Handle.offload`: a target that later steps use, and projections, go to the host."""
+        freed = self.path.targets.offload(keep=self.dr.target_refresh > 1)
+        return freed + move(self.places, torch.device("cpu"))
+
+    def restore(self) -> None:
+        self.path.targets.move(self.device)
+        move(self.places, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps done, and the streaming window's thresholds."""
@@ -109,14 +120,8 @@ class SampleHandle(Handle):
                 num_target_microbatches=num_target, **schedule,
             )  # fmt: skip
         self.check_batch(schedule["num_microbatches"], num_target)
-        config = self.config
-        names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
-        saved = {name: getattr(config, name) for name in names}
-        if saved["finalize_model_grads_func"] is None:
-            raise RuntimeError(
-                "config.finalize_model_grads_func is not set, so Megatron would not reduce "
-                "gradients: set it to finalize_model_grads before the step."
-            )
+        self.restore()
+        config, saved = self.config, compat.schedule_hooks(self.config)
         size = schedule["micro_batch_size"]
         batches = Microbatches(
             schedule["data_iterator"], target_data_iterator, schedule["num_microbatches"],
@@ -159,7 +164,8 @@ class SampleHandle(Handle):
         own = 0 if self._merged else num_target
         context = parallel_state.get_context_parallel_world_size()
         samples = schedule["micro_batch_size"]
-        shape = BatchShape(samples, merged, schedule["seq_length"] // context)
+        length = schedule["seq_length"] * dr.sequences // context
+        shape = BatchShape(samples, merged, length)
         self._prepare(shape)
         found = self._units(batches, own)
         call = _Call(function, batches, merged, schedule, alpha)
@@ -193,6 +199,8 @@ class SampleHandle(Handle):
                 random = random_state.save()
                 self._run_pass(call, deferred, own, own > 0, found, solve, gradients=False)
                 random_state.restore(random)
+                for parameter in self._untapped:  # what is not projected ran backward already
+                    parameter.main_grad.zero_()  # type: ignore[attr-defined]
                 own = own if alpha > 0 else 0
                 found = self._units(batches, own)
                 assert self.coefficients is not None

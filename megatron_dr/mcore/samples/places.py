@@ -115,6 +115,18 @@ def places(
     ]  # fmt: skip
 
 
+def move(places: list[Place], device: torch.device) -> int:
+    """The sketches' projections to a device; bytes that moved."""
+    moved = 0
+    for place in places:
+        for side in ("p_out", "p_in"):
+            matrix = getattr(place, side)
+            if matrix is not None and matrix.device != device:
+                setattr(place, side, matrix.to(device))
+                moved += matrix.nbytes
+    return moved
+
+
 def _routed(batch: BatchShape, config: Any) -> BatchShape:
     """What an expert sees of it on average."""
     if not config.num_moe_experts:

@@ -40,6 +40,18 @@ class Targets:
         known = self._value.get(place.number)
         self._value[place.number] = part if known is None else known.add_(part)
 
+    def offload(self, keep: bool) -> int:
+        """Off the device, to the host's memory or nowhere; bytes that are free then."""
+        values = list(self._value.values())
+        if not keep:
+            self._value.clear()
+            return sum(value.nbytes for value in values)
+        self.move(torch.device("cpu"))
+        return sum(value.nbytes for value in values if value.device.type != "cpu")
+
+    def move(self, device: torch.device) -> None:
+        self._value = {number: value.to(device) for number, value in self._value.items()}
+
     @property
     def known(self) -> bool:
         """Whether there is a target, of this step or an earlier one."""

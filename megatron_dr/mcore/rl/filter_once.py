@@ -1,0 +1,246 @@
+"""A rollout filtered once, before the steps on it: the baseline IIF.
+
+With the policy that sampled, at the start of a cycle,
+
+    score_n = g_n . t ,   g_n = gradient of completion n's part in the sum of the loss of training,
+                          t   = gradient of the target's mean loss over its whole rollout
+
+and completions with a score below 0 have no part in any step of the cycle. IIF is iterative
+influence-based filtering (arXiv 2505.19281); this is the form in which Dr. Post-Training
+(arXiv 2605.07063) compares with it, and as in its authors' code (RLHF/train/trainer.py) the value
+loss has no part in a score, all negative scores are dropped, and nothing may be left.
+
+The passes are those of training. The target's gradient is summed over all ranks that have parts of
+it; a completion's is a microbatch of its own, and stays partial: the products of each rank's part
+with the whole target add up to the score, each piece counted as `ownership` says.
+
+Shape suffixes: N completions, n those of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_dr.mcore import compat
+from megatron_dr.mcore.grad_rows import CHUNK
+from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
+from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.roles import MicrobatchRouter
+from megatron_dr.mcore.samples import random_state
+from megatron_dr.rl.experience import Experience
+from megatron_dr.rl.weights import Aggregation, token_weights
+from megatron_dr.rl_config import RLConfig
+
+Batch = dict[str, Tensor]
+Flats = list[list[Tensor]]  # by model chunk: one like each of its gradient buffers
+
+
+def filtered(
+    general: Experience, target: Experience, rl: RLConfig, model: list[Any],
+    function: Callable[..., Any], schedule: dict[str, Any],
+) -> Experience:  # fmt: skip
+    """The experience without the completions whose score is below 0, and the share kept.
+
+    Their tokens are masked: a step's mean is over what is kept. Collective; see `scores`.
+    """
+    kept_N = ~(scores(general, target, rl, model, function, schedule) < 0)  # NaN: Megatron's to see
+    mask_NT = general.mask_NT * kept_N[:, None].to(general.mask_NT)
+    statistics = {**general.statistics, "kept": float(kept_N.double().mean())}
+    return replace(general, mask_NT=mask_NT, statistics=statistics)
+
+
+def scores(
+    general: Experience, target: Experience, rl: RLConfig, model: list[Any],
+    function: Callable[..., Any], schedule: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """score [N] in float64 on the host, the same on every rank (collective). With fp16 it is times
+    the square of the loss scale.
+
+    Of Megatron's state nothing is changed: gradient buffers are zeroed before and after. For the
+    time of the call there is one more copy of them.
+
+    Args:
+        target: for `reward_loss` where `rl.target_loss` says so.
+        function, schedule: a schedule of Megatron and the arguments of a training step.
+    """
+    size = schedule["micro_batch_size"]
+    with _apart(model):
+        run = _Passes(rl, model, function, schedule)
+        run.accumulate(_share(target, rl, size, rl.target_loss == "reward", model))
+        owned = owned_parameters(model, get_model_config(model[0]))
+        target_flats = _target(model, owned, target, rl)
+        share = _share(general, rl, 1, False, model)
+        own_n = run.score(share, target_flats)
+    dist.all_reduce(own_n, group=compat.model_group())
+    score_N = own_n.new_zeros(len(general))
+    score_N[share.numbers] = own_n[: len(share.numbers)]
+    dist.all_reduce(score_N, group=parallel_state.get_data_parallel_group())
+    return score_N.cpu()
+
+
+class _Passes:
+    """Schedule calls of training without its reduction."""
+
+    def __init__(
+        self, rl: RLConfig, model: list[Any], function: Callable[..., Any],
+        schedule: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.step, self.model = PolicyStep(rl), model
+        self.function, self.schedule = function, schedule
+
+    def accumulate(self, batches: _Share) -> None:
+        """The batches' summed gradient into Megatron's buffers."""
+        self._call(self.step, batches)
+
+    def score(self, batches: _Share, target: Flats) -> Tensor:
+        """This rank's part of each batch's product with the target [n]."""
+        router = _ScoreRouter(self.model, target, len(batches))
+        self._call(router.wrap(self.step), batches)
+        router.check_complete()
+        for chunk in range(len(self.model)):
+            router.take(chunk)
+        return router.score_n
+
+    def _call(self, step: Callable[..., Any], batches: _Share) -> None:
+        iterators = [iter(batches) for _ in self.model]
+        self.function(
+            **{
+                **self.schedule,
+                "forward_step_func": step,
+                "data_iterator": iterators if len(iterators) > 1 else iterators[0],
+                "num_microbatches": len(batches),
+                "micro_batch_size": batches.size,
+            }
+        )
+
+
+class _ScoreRouter(MicrobatchRouter):
+    """Takes a microbatch's gradient out of a chunk's buffers when the next backward begins."""
+
+    def __init__(self, model: list[Any], target: Flats, number: int) -> None:
+        super().__init__(model, 0, number, None)
+        self.model, self.target = model, target
+        self.score_n = torch.zeros(number, dtype=torch.float64, device=target[0][0].device)
+        self._present: dict[int, int] = {}
+
+    def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
+        if backward:
+            self.take(chunk)
+            self._present[chunk] = microbatch
+
+    @torch.no_grad()
+    def take(self, chunk: int) -> None:
+        """Score what is in the buffers, and zero them."""
+        microbatch = self._present.pop(chunk, None)
+        if microbatch is None:
+            return
+        for buffer, target in zip(_buffers(self.model[chunk]), self.target[chunk], strict=True):
+            gradient = buffer.grad_data
+            for start in range(0, len(gradient), CHUNK):
+                part = gradient[start : start + CHUNK].float()
+                self.score_n[microbatch] += part @ target[start : start + CHUNK]
+            gradient.zero_()
+
+
+@contextmanager
+def _apart(model: list[Any]) -> Iterator[None]:
+    """Backwards inside reduce nothing; gradients, random states and settings are put back."""
+    config = get_model_config(model[0])
+    saved, random = compat.schedule_hooks(config), random_state.save()
+    try:
+        for chunk in model:
+            chunk.zero_grad_buffer()
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.is_last_microbatch = False  # overlapped reductions wait for it
+        for name in saved:
+            setattr(config, name, None)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(config, name, value)
+        random_state.restore(random)
+        for chunk in model:
+            chunk.zero_grad_buffer()
+
+
+@torch.no_grad()
+def _target(
+    model: list[Any], owned: list[OwnedParameter], target: Experience, rl: RLConfig
+) -> Flats:
+    """Copies of the buffers with the target's whole mean gradient times each piece's count; the
+    buffers are zero again (collective)."""
+    count = int(token_weights(target.mask_NT, rl.aggregation).count_BT.sum())
+    views: dict[int, Tensor] = {}
+    flats: Flats = []
+    for chunk in model:
+        flats.append([])
+        for buffer in _buffers(chunk):
+            flat = buffer.grad_data.float() / max(count, 1)
+            dist.all_reduce(flat, group=compat.data_group())
+            buffer.grad_data.zero_()
+            flats[-1].append(flat)
+            for parameter, (start, stop, _) in buffer.param_index_map.items():
+                views[id(parameter)] = flat[start:stop]
+    for o in owned:
+        part = views[id(o.parameter)]
+        if o.partial == "tensor":
+            dist.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
+            part *= o.count  # Megatron averages some
+        elif o.partial == "embedding":
+            dist.all_reduce(part, group=parallel_state.get_embedding_group())
+        part *= o.count
+    return flats
+
+
+def _buffers(chunk: Any) -> list[Any]:
+    buffers: list[Any] = [*chunk.buffers, *chunk.expert_parallel_buffers]
+    return buffers
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This data rank's share of an experience in microbatches of one size.
+
+    Attributes:
+        numbers: of its completions.
+        filled: with what fills up the last microbatches; it counts nothing.
+    """
+
+    experience: Experience
+    aggregation: Aggregation
+    by_reward: bool
+    size: int
+    numbers: list[int]
+    filled: list[int]
+
+    def __len__(self) -> int:
+        return len(self.filled) // self.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.filled), self.size):
+            rows = self.filled[start : start + self.size]
+            batch = self.experience.batch(rows, self.aggregation, self.by_reward)
+            for name in ("weight", "loss_mask"):
+                batch[name][max(len(self.numbers) - start, 0) :] = 0
+            yield batch
+
+
+def _share(
+    experience: Experience, rl: RLConfig, size: int, by_reward: bool, model: list[Any]
+) -> _Share:
+    """Of this rank, in a number of microbatches that interleaving can divide, at least one."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
+    group = parallel_state.get_data_parallel_group()
+    numbers = list(range(len(experience)))[group.rank() :: group.size()]
+    missing = -len(numbers) % (size * stages) if numbers else size * stages
+    return _Share(experience.without_returns(), rl.aggregation, by_reward, size, numbers,
+                  [*numbers, *[0] * missing])  # fmt: skip

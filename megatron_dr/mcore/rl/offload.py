@@ -1,0 +1,59 @@
+"""Rollouts without gradient buffers: their memory is the inference's meanwhile."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dr.mcore.handle import Handle
+
+
+class Offload:
+    """Frees a model's gradient buffers, Megatron's and the plugin's own, while none is needed.
+
+    Args:
+        wanted: else they stay where they are.
+    """
+
+    def __init__(self, handle: Handle, wanted: bool) -> None:
+        self._handle, self._wanted, self._said = handle, wanted, False
+
+    @contextmanager
+    def during(self, rollouts: bool) -> Iterator[None]:
+        """Free inside, between two steps, where there are rollouts; afterwards there again, zero.
+
+        Nothing is copied: a gradient is of no use once the optimizer has taken it. Rank 0 says
+        once how many bytes it was.
+        """
+        if not (self._wanted and rollouts):
+            yield
+            return
+        try:
+            self._say(self._handle.offload() + sum(map(_free, self._handle.model)))
+            yield
+        finally:
+            for chunk in self._handle.model:
+                chunk.restore_grad_buffers()  # type: ignore[operator]
+            self._handle.restore()
+
+    def _say(self, freed: int) -> None:
+        if not self._said and dist.get_rank() == 0:
+            print(
+                f"megatron_dr: {freed:,} bytes of gradient buffers on this rank are free during "
+                "rollouts",
+                flush=True,
+            )
+        self._said = True
+
+
+def _free(chunk: Any) -> int:
+    """Megatron's buffers of a chunk; bytes that were freed."""
+    held = _held(chunk)
+    chunk.offload_grad_buffers()
+    return held - _held(chunk)
+
+
+def _held(chunk: Any) -> int:
+    buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
+    return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
