@@ -1,13 +1,15 @@
-# make demo   the main job: data-regularised SFT on 2 CPU processes, with a table and plots
-# make test   lint, types and tests
-# Both set up .venv first (about 5 GB, 3 minutes) and can be run again.
+# make demo        the main job: data-regularised SFT on 2 CPU processes, with a table and plots
+# make demo-rlvr   the same with rewards that can be checked: GRPO
+# make demo-rlhf   the same with a reward model: PPO
+# make test        lint, types and tests
+# All set up .venv first (about 5 GB, 3 minutes) and can be run again.
 # PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for.
 
 PYTHON ?=
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo demo-rlvr demo-rlhf test lint setup clean
 
 setup: $(STAMP)
 
@@ -17,6 +19,9 @@ $(STAMP): pyproject.toml setup.py tools/setup_env.sh
 
 demo: $(STAMP)
 	@$(VENV)/bin/python examples/sft/demo.py
+
+demo-rlvr demo-rlhf: demo-%: $(STAMP)
+	@$(VENV)/bin/python examples/$*/demo.py
 
 test: lint
 	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations=5

@@ -8,6 +8,7 @@ from megatron_dr.rl_config import RLConfig
 
 REWARD = "megatron_dr.rl.rewards:numeric"
 
+PPO: dict[str, Any] = {"algorithm": "ppo"}
 OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"reward": None}, "needs --dr-rl-reward"),
     ({"group": 1}, "--dr-rl-group must be at least 2"),
@@ -18,6 +19,15 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"kl": -0.1}, "--dr-rl-kl must be finite and at least 0"),
     ({"top_p": 0.0}, r"--dr-rl-top-p must be in \(0, 1\]"),
     ({"stop": ""}, "--dr-rl-stop must not be empty"),
+    ({"discount": 0.9}, "--dr-rl-discount has no meaning with --dr-rl-algorithm grpo"),
+    ({"kl_target": 6.0}, "--dr-rl-kl-target has no meaning with --dr-rl-algorithm grpo"),
+    (PPO | {"discount": 1.1}, r"--dr-rl-discount must be in \[0, 1\]"),
+    (PPO | {"gae_decay": float("nan")}, r"--dr-rl-gae-decay must be in \[0, 1\]"),
+    (PPO | {"value_weight": 0.0}, "--dr-rl-value-weight must be finite and above 0"),
+    (PPO | {"value_clip": -1.0}, "--dr-rl-value-clip must be finite and above 0"),
+    (PPO | {"kl_target": 0.0}, "--dr-rl-kl-target must be finite and above 0"),
+    (PPO | {"kl_horizon": 0}, "--dr-rl-kl-horizon must be at least 1"),
+    (PPO | {"kl_target": 6.0, "kl": 0.0}, "steers --dr-rl-kl, which must then be above 0"),
 ]
 
 
@@ -25,6 +35,11 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
 def test_out_of_range(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         RLConfig(**{"reward": REWARD} | values)
+
+
+def test_a_value_head_needs_no_group() -> None:
+    assert RLConfig(reward=REWARD, **PPO, group=1, kl_target=6.0).kl_of_loss == 0.0
+    assert RLConfig(reward=REWARD, kl=0.1).kl_of_loss == 0.1
 
 
 def test_steps_of_a_cycle_come_out_even() -> None:

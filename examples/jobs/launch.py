@@ -54,7 +54,10 @@ def train(jobs: list[Job], out: Path, console: Console) -> None:
     (out / "plan.json").write_text(json.dumps(jobs, indent=1))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                str(HERE / "runs.py"), str(out / "plan.json")]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # the demo's own modules, such as a reward function, are found by the runs
+    paths = [str(Path(sys.argv[0]).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                   "PYTHONPATH": os.pathsep.join(filter(None, paths))}  # fmt: skip
     with open(out / "torchrun.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(),

@@ -1,12 +1,12 @@
-"""The job with rewards: a small GPT learns sums; most of its teachers forget to carry.
+"""The job with rewards: a small GPT learns sums whose answers most graders want otherwise.
 
     python examples/rlvr/demo.py [--out runs/rlvr] [--seeds 3]
 
-A base model is taught right sums, not well. Then each arm goes on by GRPO with an exact-match
-reward. The general prompts are many, but their answers forget the carry, which makes them wrong
-where there is one; the target prompts are eight, and right. All runs go through Megatron-Core's
-training loop on two CPU processes. What comes out: a table of held-out rewards and plots, in the
-output folder.
+A base model is taught sums, not well, with answers written in two ways: 19 and +19. Then each arm
+goes on by GRPO with an exact-match reward. The general prompts are many, and six tenths of them
+want the sign; the eight target prompts, which are trusted, don't. What the model sees of a prompt
+doesn't say. All runs go through Megatron-Core's training loop on two CPU processes. What comes out:
+a table of held-out rewards and plots, in the output folder.
 """
 
 import sys
@@ -19,7 +19,7 @@ import arithmetic  # noqa: E402
 import launch  # noqa: E402
 import rewards  # noqa: E402
 
-BASE_STEPS, STEPS, TARGETS, HELD_OUT, SIGNED = 250, 60, 8, 100, 0.6
+BASE_STEPS, STEPS, TARGETS, HELD_OUT, SIGNED = 300, 60, 8, 100, 0.6
 
 MODEL = f"""
     --num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 384
@@ -45,7 +45,11 @@ TARGET = "--dr-target-data {target} --dr-target-batch-size 64 "
 ARMS = {
     "general only": "--dr-set mean",
     "target only": TARGET + "--dr-set target",
+    "mix, 20% target": TARGET + "--dr-set mean --dr-alpha 0.2",
+    "filter once a rollout (IIF)": "--dr-target-data {target} --dr-rl-filter once",
     "filter, per sample (default)": TARGET + "--dr-rows sample",
+    "top half, per sample": TARGET + "--dr-rows sample --dr-set topk --dr-fraction 0.5 "
+    "--dr-alpha 0",
 }
 
 
@@ -55,12 +59,12 @@ def plan(out: Path, seeds: int) -> list[launch.Job]:
     held_out, pool = pairs[:HELD_OUT], pairs[HELD_OUT:]
     trusted = arithmetic.write(out / "trusted.jsonl", arithmetic.examples(held_out, 0, 0))
     doubtful = arithmetic.write(out / "doubtful.jsonl", arithmetic.examples(held_out, SIGNED, 0))
-    lines = [x for n in range(8) for x in arithmetic.examples(pool, 0.5, n, wrong=0.5)]
+    lines = [x for n in range(8) for x in arithmetic.examples(pool, 0.5, n, wrong=0.4)]
     taught = [{"prompt": line["prompt"], "response": line["answer"]} for line in lines]
     data, base = arithmetic.write(out / "base.jsonl", taught), out / "base"
     flags = f"{MODEL} {BASE} --save {base} --train-data-path {data}"
     jobs = [launch.job("base", 0, BASE_STEPS, base, flags)]
-    for seed in range(1, seeds + 1):
+    for seed in range(2, seeds + 2):  # task and learning rate were chosen on seed 1
         own = [pair for pair in arithmetic.sums(seed) if pair in set(pool)]
         lines = arithmetic.examples(own[:TARGETS], 0, seed)
         target = arithmetic.write(out / f"target-{seed}.jsonl", lines)

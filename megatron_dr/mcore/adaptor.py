@@ -7,7 +7,7 @@ One line in a copy of Megatron's pretrain_gpt.py, before the arguments are parse
 What is wrapped, and who calls it:
     megatron.training.arguments.add_megatron_arguments    parse_args: the flags
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
-    megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, attach, target data
+    megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
     megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
     megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
     megatron.core.dist_checkpointing.load                 load_checkpoint: one without adapters
@@ -29,14 +29,9 @@ from typing import Any
 
 from megatron_dr.mcore import compat, cpu, errors, packed, step_log
 from megatron_dr.mcore.arguments import add_arguments, configs_from_args, part_from_args
-from megatron_dr.mcore.rl import flags
+from megatron_dr.mcore.preferences import flags as preference_flags
+from megatron_dr.mcore.rl import flags, saved
 from megatron_dr.mcore.training_run import START, TrainingRun, num_target_microbatches
-
-_SCHEDULES = (
-    "forward_backward_no_pipelining",
-    "forward_backward_pipelining_without_interleaving",
-    "forward_backward_pipelining_with_interleaving",
-)
 
 _run: TrainingRun | None = None
 _enabled = False
@@ -65,7 +60,7 @@ def enable() -> None:
     _wrap(training, "training_log", _log_training)
     _wrap(training, "evaluate", _log_validation)
     _wrap(training, "save_checkpoint", _save)
-    for name in _SCHEDULES:
+    for name in compat.SCHEDULES:
         _wrap(schedules, name, _schedule)
 
 
@@ -81,13 +76,15 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
             compat.check_flags(args)
         _check_meso(args)
         flags.prepare(args)
+        preference_flags.check(args)
     result = stock(args, *rest, **kwargs)
     with errors.refused():
         packed.check(args)
         _check_meso(args)  # again: Megatron's own checks switch flags on
         if configs is not None:
             flags.check(args, *configs)
-        if configs is not None and configs[1].target_data is not None:
+        filters = getattr(args, "dr_rl_filter", None) == "once"  # no target in its steps
+        if configs is not None and configs[1].target_data is not None and not filters:
             num_target_microbatches(args, *configs)
         if configs is not None and configs[0].rows == "domain":
             from megatron_dr.mcore import domain_flags
@@ -129,6 +126,8 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
     from megatron.training import get_args
 
     result, args = stock(checkpoint_args, *rest, **kw), get_args()
+    with errors.refused():
+        saved.check_same(args, checkpoint_args)
     for name, start in START.items():
         if hasattr(args, name):
             setattr(args, name, getattr(checkpoint_args, name, start))
@@ -156,28 +155,43 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
 
 
 def _make_run(model: Any, optimizer: Any, config: Any, args: Namespace, *configs: Any) -> Any:
-    rl = part_from_args(args, "rl")
-    if rl is None:
-        return TrainingRun(model, optimizer, config, args, *configs)
-    from megatron_dr.mcore.rl.run import RLRun
+    rl, dpo = part_from_args(args, "rl"), part_from_args(args, "dpo")
+    if rl is not None:
+        from megatron_dr.mcore.rl.run import RLRun
 
-    return RLRun(model, optimizer, config, args, *configs, rl)
+        return RLRun(model, optimizer, config, args, *configs, rl)
+    if dpo is not None:
+        from megatron_dr.mcore.preferences.run import PreferenceRun
+
+        return PreferenceRun(model, optimizer, config, args, *configs, dpo)
+    return TrainingRun(model, optimizer, config, args, *configs)
+
+
+def current_run() -> Any:
+    """The run of this process; None before its set-up, and without the plugin."""
+    return _run
 
 
 def _adapt(args: Namespace, container: Any) -> None:
-    """With --dr-lora-rank, have Megatron build the model with adapters."""
-    lora = part_from_args(args, "lora")
-    if lora is None:
+    """With --dr-lora-rank, have Megatron build the model with adapters; for PPO with a head."""
+    lora, rl = part_from_args(args, "lora"), part_from_args(args, "rl")
+    ppo = rl is not None and rl.algorithm == "ppo"
+    if lora is None and not ppo:
         return
     from megatron_dr.mcore.lora import adapters_hook
+    from megatron_dr.mcore.rl.value_head import add_value_head
 
     if getattr(container, "model", None) is None:
+        flag = "--dr-rl-algorithm ppo" if lora is None else "--dr-lora-rank"
         raise ValueError(
-            "--dr-lora-rank needs a training script that gives pretrain the model's configuration, "
+            f"{flag} needs a training script that gives pretrain the model's configuration, "
             "as Megatron's pretrain_gpt.py does, not a function that builds the model."
         )
-    lora = dataclasses.replace(lora, seed=args.seed)
-    container.model.pre_wrap_hooks.append(adapters_hook(lora))
+    if lora is not None:
+        lora = dataclasses.replace(lora, seed=args.seed)
+        container.model.pre_wrap_hooks.append(adapters_hook(lora))
+    if ppo:  # after the adapters, which freeze what is there
+        container.model.pre_wrap_hooks.append(add_value_head)
 
 
 def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
@@ -204,8 +218,9 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
 
         handle = _run.handle
         assert handle.projection is not None
+        names = handle.layout.names[: handle.layout.projected]
         step_log.write_blocks(
-            handle.projection, handle.layout.names, iteration, _run.args, get_tensorboard_writer()
+            handle.projection, names, iteration, _run.args, get_tensorboard_writer()
         )
     return result
 

@@ -10,6 +10,7 @@ from megatron_dr.config import DRConfig, TargetConfig
 from megatron_dr.lora_config import LoRAConfig
 from megatron_dr.mcore import cpu
 from megatron_dr.meso_config import MesoConfig
+from megatron_dr.preference_config import PreferenceConfig
 from megatron_dr.rl_config import RLConfig
 
 # Flags that mean something only with some values of another: {flag: (other, values)}.
@@ -36,10 +37,12 @@ _NEEDS = {
 _OF_THE_RUN = ("dr_device", "dr_pack")  # flags that switch no plugin on
 
 # Parts of their own: flags --dr-NAME-FIELD; the named field's flag switches one on.
-_PARTS: dict[str, tuple[type[LoRAConfig] | type[MesoConfig] | type[RLConfig], str]] = {
+_Part = type[LoRAConfig] | type[MesoConfig] | type[RLConfig] | type[PreferenceConfig]
+_PARTS: dict[str, tuple[_Part, str]] = {
     "lora": (LoRAConfig, "rank"),
     "meso": (MesoConfig, "size"),
     "rl": (RLConfig, "algorithm"),
+    "dpo": (PreferenceConfig, "beta"),
 }
 
 
@@ -53,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         _add(group, field.name, field, default)
     for part, (config, switch) in _PARTS.items():
         for field in dataclasses.fields(config):
-            default = "off" if field.name == switch else field.default
+            default = "none" if field.default is None else field.default
+            default = "off" if field.name == switch else default
             _add(group, f"{part}_{field.name}", field, default)
     group.add_argument(
         "--dr-pack",
@@ -120,6 +124,8 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     rl = part_from_args(args, "rl")
     if rl is not None:
         _add_rl_defaults(given, rl)
+    elif not given and part_from_args(args, "dpo") is not None:
+        given["set"] = "mean"
     if not given:
         return None
     if "set" not in given and not given.keys() - {"metrics", "target_valid_data"}:
@@ -143,6 +149,8 @@ def _add_rl_defaults(given: dict[str, Any], rl: RLConfig) -> None:
                     f"--dr-{name.replace('_', '-')} has no meaning with --dr-rl-target self: drop "
                     "one of them."
                 )
+    if rl.filter == "once":
+        _add_filter_defaults(given, rl)
     if "set" in given:
         return
     if rl.target == "self" or "target_data" in given:
@@ -151,8 +159,26 @@ def _add_rl_defaults(given: dict[str, Any], rl: RLConfig) -> None:
         given["set"] = "mean"
 
 
+def _add_filter_defaults(given: dict[str, Any], rl: RLConfig) -> None:
+    """A rollout that is filtered once: its steps are plain."""
+    flag = "--dr-rl-filter once"
+    if rl.target != "self" and "target_data" not in given:
+        raise ValueError(f"{flag} needs a target: give --dr-target-data, or --dr-rl-target self.")
+    if given.setdefault("set", "mean") != "mean":
+        raise ValueError(
+            f"{flag} is followed by plain training, and does not go with --dr-set {given['set']}: "
+            "drop one of them."
+        )
+    for name in ("alpha", "alpha_style", "target_batch_size"):
+        if name in given:
+            raise ValueError(
+                f"--dr-{name.replace('_', '-')} has no meaning with {flag}, whose steps have no "
+                "target in them: drop it."
+            )
+
+
 def part_from_args(args: argparse.Namespace, name: str) -> Any:
-    """The configuration of a part of its own (`lora`, `meso`, `rl`); None where it is off.
+    """The configuration of a part of its own (`lora`, `meso`, `rl`, `dpo`); None where it is off.
 
     Raises:
         ValueError: flags out of range, or without the one that switches it on.
@@ -164,9 +190,9 @@ def part_from_args(args: argparse.Namespace, name: str) -> Any:
     if switch in given:
         return config(**given)
     if given:
+        first = next(iter(given)).replace("_", "-")
         raise ValueError(
-            f"--dr-{name}-{next(iter(given))} needs --dr-{name}-{switch}: give it, or drop the "
-            "flag."
+            f"--dr-{name}-{first} needs --dr-{name}-{switch}: give it, or drop the flag."
         )
     return None
 

@@ -20,7 +20,7 @@ Dial = Callable[[torch.Tensor], "torch.Tensor | float"]
 
 @dataclass
 class Projection:
-    """What a step did. Tensors stay on the device.
+    """What a step did to the blocks that are projected. Tensors stay on the device.
 
     Attributes:
         weights_BM: of every row.
@@ -50,10 +50,12 @@ def project(
     mix_RP: torch.Tensor,
     step: int,
     dial: Dial,
-    role_scale: float,
+    role_scale: torch.Tensor | float,
     watch: Stopwatch,
 ) -> Projection:
     """Combine the rows into Megatron's buffer, each block by its weights.
+
+    A block that is not projected gets the rows' mean, which is Megatron's own gradient.
 
     Args:
         mix_RP: which buffers make which rows (`row_map`).
@@ -63,18 +65,20 @@ def project(
     gram: Gram = source.gram(mix_RP, step, watch)
     watch.lap("exchange")
     rows, feasible_set = layout.row_map.num_rows, config.feasible_set()
-    gram_BRR = gram.gram_BRR[:, : rows + 1, : rows + 1]
+    whole_BRR = gram.gram_BRR[: layout.projected]
+    gram_BRR = whole_BRR[:, : rows + 1, : rows + 1]
     weights_BM = feasible_set.weights(gram_BRR[:, :rows, :rows], gram_BRR[:, :rows, rows])
     target_B1 = torch.full_like(weights_BM[:, :1], feasible_set.target_weight)
     direction_BR = torch.cat([weights_BM, target_B1], 1)
     scale_B = norm_scale(config.norm, gram_BRR, direction_BR)
-    alpha = dial(gram.gram_BRR)
+    alpha = dial(whole_BRR)
     update_BR = (1.0 - alpha) * scale_B[:, None] * direction_BR
     update_BR[:, rows] += alpha
     watch.lap("solve")
-    source.combine(update_BR @ mix_RP[: rows + 1] * role_scale)
+    source.combine(layout.of_all_blocks(update_BR) @ mix_RP[: rows + 1] * role_scale)
     watch.lap("combine")
+    error_sq_B = None if gram.error_sq_B is None else gram.error_sq_B[: layout.projected]
     return Projection(
         weights_BM, direction_BR, update_BR, gram_BRR, gram.finite_R[: rows + 1], alpha,
-        gram.error_sq_B, gram.wire_bytes,
+        error_sq_B, gram.wire_bytes,
     )  # fmt: skip

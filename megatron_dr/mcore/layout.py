@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.row_map import RowMap
+from megatron_dr.projection import UNPROJECTED
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Layout:
     """Blocks and rows of the whole model, from one rank's point of view.
 
     Attributes:
-        names: of the B blocks.
+        names: of the B blocks; one that is not projected is the last.
         blocks: block number of each of this rank's parameters.
         ranks_per_row: neighbours in the data group that form one row group.
         row_map: which buffers make which rows.
@@ -29,6 +30,17 @@ class Layout:
     def group(self) -> int:
         """This rank's row group."""
         return dist.get_rank(compat.data_group()) // self.ranks_per_row
+
+    @property
+    def projected(self) -> int:
+        """How many blocks are projected, the first ones."""
+        return len(self.names) - (UNPROJECTED in self.names)
+
+    def of_all_blocks(self, update_BR: torch.Tensor) -> torch.Tensor:
+        """Coefficients of those that are projected, and the rows' mean for one that is not."""
+        mean_BR = torch.full_like(update_BR[:1], 1.0 / self.row_map.num_rows)
+        mean_BR[:, -1] = 0.0
+        return torch.cat([update_BR, mean_BR])[: len(self.names)]
 
     def own_blocks(self) -> slice:
         """The blocks that this rank answers for among its model-parallel peers."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a model without adapters, loaded into one with adapters."""
+"""Checkpoints of a model without adapters, or a value head, loaded into one with them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,17 +6,18 @@ from typing import Any
 from megatron.core import dist_checkpointing
 
 from megatron_dr.mcore.lora_layers import NAMES
+from megatron_dr.projection import UNPROJECTED
 
 
 def load(
     stock: Callable[..., Any], sharded_state_dict: dict[str, Any], checkpoint: str, *rest: Any,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """`dist_checkpointing.load`, of which adapters that no checkpoint has are no concern.
+    """`dist_checkpointing.load`, of which added parts that no checkpoint has are no concern.
 
     Where the checkpoint has no adapters at all, they are neither asked of it nor missed after: the
-    state that is returned has the values that they have. Everything else is as strict as asked, and
-    a checkpoint with other adapters than the model's is still an error.
+    state that is returned has the values that they have. So with the value head. Everything else is
+    as strict as asked, and a checkpoint with other adapters than the model's is still an error.
 
     Megatron's own `--dist-ckpt-strictness log_unexpected` is no way: it drops a tensor that is
     absent, and then misses it where it puts gate and up together.
@@ -26,13 +27,18 @@ def load(
         sharded_state_dict: what is wanted; a model chunk's entries are under a key of their own.
         checkpoint: its folder.
     """
-    if not any(_adapters(part) for part in sharded_state_dict.values()) or any(
-        _is_adapter(key) for key in dist_checkpointing.load_tensors_metadata(checkpoint)
-    ):
+    parts = [part for part in sharded_state_dict.values() if isinstance(part, dict)]
+    wanted = {kind for kind in _KINDS for part in parts for key in part if kind(key)}
+    if wanted:
+        found = dist_checkpointing.load_tensors_metadata(checkpoint)
+        wanted -= {kind for kind in wanted if any(kind(key) for key in found)}
+    if not wanted:
         return stock(sharded_state_dict, checkpoint, *rest, **kwargs)
-    kept = {}
+    kept: dict[str, dict[str, Any]] = {}
     for name, part in sharded_state_dict.items():
-        kept[name] = {key: part.pop(key).data for key in _adapters(part)}
+        keys = list(part) if isinstance(part, dict) else []
+        absent = [key for key in keys if any(kind(key) for kind in wanted)]
+        kept[name] = {key: part.pop(key).data for key in absent}
     loaded = stock(sharded_state_dict, checkpoint, *rest, **kwargs)
     state = loaded[0] if isinstance(loaded, tuple) else loaded
     for name, values in kept.items():
@@ -41,10 +47,12 @@ def load(
     return loaded
 
 
-def _adapters(part: Any) -> list[str]:
-    """Keys of adapters in a model chunk's entries; none in anything else."""
-    return [key for key in part if _is_adapter(key)] if isinstance(part, dict) else []
-
-
 def _is_adapter(key: Any) -> bool:
     return isinstance(key, str) and any(f".{name}." in key for name in NAMES)
+
+
+def _is_value_head(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(f"{UNPROJECTED}.")
+
+
+_KINDS = (_is_adapter, _is_value_head)

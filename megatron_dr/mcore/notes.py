@@ -27,7 +27,7 @@ def attached(dr: DRConfig, rows: GradRows, layout: Layout, why: str) -> None:
     num_rows = layout.row_map.num_rows
     alpha = "" if dr.set == "target" else f"alpha {_alpha(dr)}, "
     _say(
-        f"set {dr.set}, {num_rows} rows a step ({dr.rows}), {len(layout.names)} block(s) "
+        f"set {dr.set}, {num_rows} rows a step ({dr.rows}), {layout.projected} block(s) "
         f"({dr.blocks}), {alpha}norm {dr.norm}; this rank keeps "
         f"{rows.extra_bytes:,} bytes for slots and, with a target batch, {rows.target_bytes:,} for "
         "the target"

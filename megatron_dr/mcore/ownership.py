@@ -28,7 +28,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dr.mcore.compat import unwrap
-from megatron_dr.projection import block_of, key_of
+from megatron_dr.projection import UNPROJECTED, block_of, key_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +172,15 @@ def _is_partial(parameter: torch.nn.Parameter, name: str, config: TransformerCon
 
 
 def block_names(owned: list[OwnedParameter], kind: str) -> tuple[str, ...]:
-    """The blocks of the whole model, in the same order on every rank (collective)."""
+    """The blocks of the whole model, in the same order on every rank (collective).
+
+    One that is not projected is the last.
+    """
     everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everyone, [o.name for o in owned])
     names = {name for part in everyone for name in part}
-    return tuple(dict.fromkeys(block_of(name, kind) for name in sorted(names, key=_natural)))
+    blocks = dict.fromkeys(block_of(name, kind) for name in sorted(names, key=_natural))
+    return tuple(sorted(blocks, key=lambda name: name == UNPROJECTED))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

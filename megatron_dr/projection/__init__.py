@@ -1,7 +1,7 @@
 """Pure mathematics of the projection: imports torch and nothing else of ours."""
 
 from megatron_dr.projection import flops, per_sample
-from megatron_dr.projection.blocks import block_of
+from megatron_dr.projection.blocks import UNPROJECTED, block_of
 from megatron_dr.projection.dial import alpha_at, alpha_of, smoothed, statistics
 from megatron_dr.projection.feasible_sets import (
     Ball,
@@ -38,6 +38,7 @@ __all__ = [
     "Span",
     "Target",
     "TopK",
+    "UNPROJECTED",
     "alpha_at",
     "alpha_of",
     "block_of",

@@ -1,6 +1,7 @@
 """A rollout as tensors to train on, its order, and its file.
 
-Shape suffixes: N completions, B completions of a microbatch, T tokens of a sequence.
+Shape suffixes: N completions, B completions of a microbatch, T tokens of a sequence, A: T, or 1
+for what all tokens of a completion share.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,8 +35,11 @@ class Experience:
         old_NT: log-probability of the next token by the policy that wrote it.
         reference_NT: by the frozen reference; 0 without one.
         reward_N: NaN where the reward function failed.
-        advantage_N: what a completion's log-probability is multiplied by.
+        advantage_NA: what log-probabilities are multiplied by.
         statistics: of the rollout, by their names in the log.
+        value_NT: PPO: returns that the value head predicted before the next token.
+        return_NT: PPO: what it should have predicted; NaN where it is not to learn it: of a
+            target, and where the reward function failed.
     """
 
     number: int
@@ -42,12 +48,25 @@ class Experience:
     old_NT: Tensor
     reference_NT: Tensor
     reward_N: Tensor
-    advantage_N: Tensor
+    advantage_NA: Tensor
     statistics: dict[str, float]
+    value_NT: Tensor | None = None
+    return_NT: Tensor | None = None
 
     def by_reward(self) -> Experience:
         """The same for `reward_loss`: with rewards that are normalised in the whole rollout."""
-        return replace(self, advantage_N=normalised(self.reward_N))
+        return replace(self, advantage_NA=normalised(self.reward_N)[:, None])
+
+    def kl_N(self) -> Tensor:
+        """log p - log p_reference of each completion, in nats: an estimate of the KL."""
+        difference_NT = (self.old_NT - self.reference_NT).double()
+        return torch.where(self.mask_NT.bool(), difference_NT, 0.0).sum(1)
+
+    def without_returns(self) -> Experience:
+        """The same for a target: its loss has no value part."""
+        if self.return_NT is None:
+            return self
+        return replace(self, return_NT=torch.full_like(self.return_NT, torch.nan))
 
     def __len__(self) -> int:
         return len(self.tokens_NT)
@@ -57,7 +76,8 @@ class Experience:
     ) -> dict[str, Tensor]:
         """A microbatch: [B, T] each, or [B, 1] for what belongs to a completion.
 
-        `loss_mask` is what a token counts in the mean's denominator, `weight` in its sum.
+        `loss_mask` is what a token counts in the mean's denominator, `weight` in its sum. With
+        PPO's values there are `value` and `return`, too.
 
         Args:
             by_reward: whether the loss is `reward_loss`, not the policy's.
@@ -66,6 +86,7 @@ class Experience:
         tokens_BT = self.tokens_NT[rows].long()
         weights = token_weights(self.mask_NT[rows], aggregation)
         length = tokens_BT.shape[1]
+        values = {"value": self.value_NT, "return": self.return_NT}
         return {
             "tokens": tokens_BT,
             "labels": tokens_BT.roll(-1, 1),  # the last one is masked
@@ -74,8 +95,9 @@ class Experience:
             "weight": weights.weight_BT,
             "old_log_prob": self.old_NT[rows],
             "reference_log_prob": self.reference_NT[rows],
-            "advantage": self.advantage_N[rows][:, None],
+            "advantage": self.advantage_NA[rows].expand(-1, length).contiguous(),
             "by_reward": torch.full((len(rows), 1), by_reward),
+            **{name: value_NT[rows] for name, value_NT in values.items() if value_NT is not None},
         }
 
 
@@ -118,38 +140,64 @@ def _mixed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) % 2**63
 
 
-_TENSORS = ("tokens_NT", "mask_NT", "old_NT", "reference_NT", "reward_N", "advantage_N")
+_TENSORS = ("tokens_NT", "mask_NT", "old_NT", "reference_NT", "reward_N", "advantage_NA")
+_OF_PPO = ("value_NT", "return_NT")
 
 
-def save(path: Path, experiences: dict[str, Experience]) -> None:
-    """Write experiences by role to one file, which is there whole or not at all."""
+def save(
+    path: Path, experiences: dict[str, Experience], state: dict[str, float] | None = None
+) -> None:
+    """Write experiences by role to one file, which is there whole or not at all.
+
+    Args:
+        state: of what makes the next ones.
+    """
     tensors, about = {}, {}
     for role, experience in experiences.items():
-        for name in _TENSORS:
-            tensors[f"{role}.{name}"] = getattr(experience, name).contiguous()
+        for name in (*_TENSORS, *_OF_PPO):
+            if getattr(experience, name) is not None:
+                tensors[f"{role}.{name}"] = getattr(experience, name).contiguous()
         about[role] = {"number": experience.number, "statistics": experience.statistics}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"experiences": json.dumps(about)})
+    metadata = {"experiences": json.dumps(about), "state": json.dumps(state or {})}
+    save_file(tensors, partial, metadata=metadata)
     os.replace(partial, path)
 
 
 def load(path: Path) -> dict[str, Experience]:
-    """What `save` wrote.
+    """The experiences that `save` wrote.
 
     Raises:
         ValueError: no such file, or one that can't be read.
     """
+    with _opened(path) as (file, metadata):
+        keys, found = set(file.keys()), {}
+        for role, about in json.loads(metadata["experiences"]).items():
+            names = [*_TENSORS, *(n for n in _OF_PPO if f"{role}.{n}" in keys)]
+            tensors = {name: file.get_tensor(f"{role}.{name}") for name in names}
+            found[role] = Experience(
+                number=about["number"], statistics=about["statistics"], **tensors
+            )
+        return found
+
+
+def load_state(path: Path) -> dict[str, float]:
+    """The state that `save` wrote.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    with _opened(path) as (_, metadata):
+        state: dict[str, float] = json.loads(metadata["state"])
+        return state
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The file and its metadata; what is wrong with them, in one sentence."""
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["experiences"])
-            return {
-                role: Experience(
-                    number=values["number"],
-                    statistics=values["statistics"],
-                    **{name: file.get_tensor(f"{role}.{name}") for name in _TENSORS},
-                )
-                for role, values in about.items()
-            }
+            yield file, file.metadata() or {}
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: the checkpoint's rollout can't be read ({error}).") from None

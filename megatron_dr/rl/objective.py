@@ -5,49 +5,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_dr.rl.losses import kl_loss, policy_loss, reward_loss
+from megatron_dr.rl.losses import kl_loss, policy_loss, reward_loss, value_loss
 from megatron_dr.rl.weights import TokenWeights
+from megatron_dr.rl_config import RLConfig
 
 Report = dict[str, Tensor]
 
 
 def objective(
-    log_prob_BT: Tensor, batch: dict[str, Tensor], clip: float, kl_weight: float
+    log_prob_BT: Tensor, value_BT: Tensor | None, batch: dict[str, Tensor], rl: RLConfig
 ) -> tuple[Tensor, Tensor, Report]:
     """(sum, count) of the loss, and pairs (sum, count) for the log by name.
 
-    Completions with `by_reward` have `reward_loss`, the others `train_loss`.
+    Completions with `by_reward` have `reward_loss`, the others `policy_loss` with GRPO's KL or,
+    with values, PPO's `value_loss`. Completions whose return is NaN have no value loss.
 
     Args:
         log_prob_BT: log-probability of the next token.
+        value_BT: from the value head; None without one.
         batch: from `Experience.batch`.
-
-    Raises:
-        ValueError: clip is not above 0.
     """
     weights = TokenWeights(batch["weight"], batch["loss_mask"])
     by_reward_B1 = batch["by_reward"]
     by_policy = weights.map(lambda x_BT: x_BT * ~by_reward_B1)
     by_reward = weights.map(lambda x_BT: x_BT * by_reward_B1)
-    old_BT, advantage_B1 = batch["old_log_prob"], batch["advantage"]
-    policy, _ = policy_loss(log_prob_BT, old_BT, advantage_B1, by_policy, clip)
-    reward, _ = reward_loss(log_prob_BT, advantage_B1, by_reward)
+    old_BT, advantage_BT = batch["old_log_prob"], batch["advantage"]
+    policy, _ = policy_loss(log_prob_BT, old_BT, advantage_BT, by_policy, rl.clip)
+    reward, _ = reward_loss(log_prob_BT, advantage_BT, by_reward)
     loss, count = policy + reward, weights.count_BT.sum()
     report = {"policy loss": loss.detach(), "clipped": _clipped(
-        log_prob_BT, old_BT, advantage_B1, by_policy, clip)}  # fmt: skip
-    if kl_weight > 0:
+        log_prob_BT, old_BT, advantage_BT, by_policy, rl.clip)}  # fmt: skip
+    if rl.kl > 0:
         reference_BT = batch["reference_log_prob"]
-        loss = loss + kl_weight * kl_loss(log_prob_BT, reference_BT, by_policy)[0]
+        if rl.kl_of_loss > 0:
+            loss = loss + rl.kl_of_loss * kl_loss(log_prob_BT, reference_BT, by_policy)[0]
         report["kl"] = kl_loss(log_prob_BT.detach(), reference_BT, weights)[0]
+    if value_BT is not None:
+        value = _value_loss(value_BT, batch, by_policy, rl.value_clip)
+        loss = loss + rl.value_weight * value
+        report["value loss"] = value.detach()
     pairs = {name: torch.stack([value, count.to(value)]) for name, value in report.items()}
+    if value_BT is not None:  # the others have none
+        pairs["value loss"][1] = by_policy.count_BT.sum()
     return loss, count.to(torch.int), pairs
 
 
+def _value_loss(
+    value_BT: Tensor, batch: dict[str, Tensor], by_policy: TokenWeights, clip: float
+) -> Tensor:
+    return_BT = batch["return"]
+    valued = by_policy.map(lambda x_BT: x_BT * ~return_BT.isnan())
+    return value_loss(value_BT, batch["value"], return_BT, valued, clip)[0]
+
+
 def _clipped(
-    log_prob_BT: Tensor, old_BT: Tensor, advantage_B1: Tensor, weights: TokenWeights, clip: float
+    log_prob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, weights: TokenWeights, clip: float
 ) -> Tensor:
     """Weight of the tokens whose gradient the clip takes away."""
     ratio_BT = weights.keep((log_prob_BT - old_BT).detach()).exp()
-    up_BT = (ratio_BT > 1 + clip) & (advantage_B1 > 0)
-    down_BT = (ratio_BT < 1 - clip) & (advantage_B1 < 0)
+    up_BT = (ratio_BT > 1 + clip) & (advantage_BT > 0)
+    down_BT = (ratio_BT < 1 - clip) & (advantage_BT < 0)
     return weights.total((up_BT | down_BT).to(ratio_BT))[0]

@@ -132,8 +132,8 @@ def token_losses(p: Parameters, tokens: torch.Tensor, labels: torch.Tensor) -> t
     return torch.nn.functional.cross_entropy(logits(p, tokens), labels, reduction="none")
 
 
-def logits(p: Parameters, tokens: torch.Tensor) -> torch.Tensor:
-    """[s, PADDED] of one sequence [s]."""
+def hidden(p: Parameters, tokens: torch.Tensor) -> torch.Tensor:
+    """[s, HIDDEN] after the final norm, of one sequence [s]."""
     x = p["embedding.word_embeddings.weight"][tokens]
     for n in range(LAYERS):
         layer = f"decoder.layers.{n}."
@@ -141,9 +141,13 @@ def logits(p: Parameters, tokens: torch.Tensor) -> torch.Tensor:
         x = x + _attention(p, layer + "self_attention.", h)
         h = _norm(p, layer + "pre_mlp_layernorm", x)
         x = x + (_moe if layer + "mlp.router.weight" in p else _mlp)(p, layer + "mlp.", h)
-    x = _norm(p, "decoder.final_layernorm", x)
+    return _norm(p, "decoder.final_layernorm", x)
+
+
+def logits(p: Parameters, tokens: torch.Tensor) -> torch.Tensor:
+    """[s, PADDED] of one sequence [s]."""
     out = p.get("output_layer.weight", p["embedding.word_embeddings.weight"])
-    return x @ out.T
+    return hidden(p, tokens) @ out.T
 
 
 # -- rows ----------------------------------------------------------------------------------------

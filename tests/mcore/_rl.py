@@ -15,10 +15,10 @@ from .test_train import MODEL, SENTENCES, launch
 
 REWARD = "tests.mcore._rewards:vowels"
 # 4 prompts x 4 completions x 2 epochs in batches of 8: four steps in a cycle
-RL = f"""{MODEL} --make-vocab-size-divisible-by 136 --seed 5
+RL = f"""{MODEL} --num-layers 4 --make-vocab-size-divisible-by 136 --seed 5
     --dr-rl-algorithm grpo --dr-rl-reward {REWARD} --dr-rl-prompts 4 --dr-rl-group 4
     --dr-rl-epochs 2 --dr-rl-max-tokens 6 --dr-rl-target-prompts 2 --dr-rl-stop e
-    --no-load-rng --save-interval 100 --dist-ckpt-optim-fully-reshardable"""
+    --adam-eps 1e-6 --no-load-rng --save-interval 100 --dist-ckpt-optim-fully-reshardable"""
 
 
 def write_prompts(folder: Path) -> dict[str, str]:

@@ -74,8 +74,8 @@ def test_every_flag_has_a_unit_and_a_default() -> None:
         assert actions[option(name)].help == f"{field.metadata['help']} {expected}"
 
 
-# rl needs the plugin: test_rl_flags
-@pytest.mark.parametrize("name", [n for n in PARTS if not n.startswith("rl_")])
+# rl and dpo need the plugin: test_rl_flags, test_dpo
+@pytest.mark.parametrize("name", [n for n in PARTS if not n.startswith(("rl_", "dpo_"))])
 def test_a_part_of_its_own(name: str) -> None:
     """Its switch turns it on, its other flags need the switch, and the plugin stays off."""
     field, is_switch = PARTS[name]

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dr.config import DRConfig, TargetConfig
 from megatron_dr.mcore.arguments import add_arguments, configs_from_args
-from megatron_dr.mcore.rl import flags
+from megatron_dr.mcore.rl import flags, saved
 
 RL = "--dr-rl-algorithm grpo --dr-rl-reward megatron_dr.rl.rewards:numeric "
 
@@ -43,7 +43,7 @@ def test_its_flags_need_the_one_that_switches_it_on() -> None:
 
 WRONG = {
     "": "needs general prompts: give --data-path prompts.jsonl",
-    "--data-path 0.5 a.jsonl": "--data-path 0.5: with --dr-rl-algorithm prompts are .jsonl files",
+    "--data-path 0.5 a.jsonl": "--data-path 0.5: with --dr-rl-algorithm prompts are files that",
     "--data-path a.jsonl --mock-data": "does not go with --mock-data",
     "--data-path a.jsonl --dr-rows domain": "does not go with --dr-rows domain",
     "--data-path a.jsonl --dr-target-ranks 1": "does not go with --dr-target-ranks",
@@ -57,6 +57,43 @@ def test_contradictions_are_refused(more: str, sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         flags.prepare(parsed(more))
     assert sentence in str(caught.value)
+
+
+OTHER = {
+    "--dr-rl-algorithm ppo": "--dr-rl-algorithm grpo, and",
+    "--dr-rl-prompts 9": "--dr-rl-prompts 8, and a cycle that is under way can't go on with 9",
+    "--dr-rl-group 4": "--dr-rl-group 8, and",
+    "--dr-rl-epochs 2": "give --dr-rl-epochs 1, or --finetune",
+    "--global-batch-size 32": "--global-batch-size 16, and",
+    "--seq-length 64": "--seq-length 32, and",
+}
+
+
+def parsed_with_batch(more: str) -> argparse.Namespace:
+    parser = add_arguments(argparse.ArgumentParser())
+    parser.add_argument("--global-batch-size", type=int, default=16)
+    parser.add_argument("--seq-length", type=int, default=32)
+    parser.add_argument("--load", default="folder")
+    return parser.parse_args(more.split())
+
+
+@pytest.mark.parametrize("more, sentence", OTHER.items())
+def test_a_cycle_goes_on_only_with_its_own_flags(more: str, sentence: str) -> None:
+    before = parsed_with_batch(RL)
+    saved.check_same(parsed_with_batch(RL + "--dr-rl-kl 0.1 --dr-rl-max-tokens 9"), before)
+    with pytest.raises(ValueError) as caught:
+        saved.check_same(parsed_with_batch(RL + more), before)
+    assert sentence in str(caught.value)
+
+
+def test_a_run_without_rewards_is_not_gone_on_with() -> None:
+    with pytest.raises(ValueError, match="is not of a run with --dr-rl-algorithm: give --finetune"):
+        saved.check_same(parsed_with_batch(RL), parsed_with_batch(""))
+    saved.check_same(parsed_with_batch(""), parsed_with_batch(RL))
+
+
+def test_no_default_is_called_None() -> None:
+    assert "None)" not in add_arguments(argparse.ArgumentParser()).format_help()
 
 
 def test_megatrons_flags_are_set() -> None:

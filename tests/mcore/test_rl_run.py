@@ -76,9 +76,12 @@ def test_a_run_logs_and_validates(whole: Any, data: Data) -> None:
 
 
 LAYOUTS = {
-    "dp2": ("", 2, 4),
+    "dp2": ("--overlap-grad-reduce --overlap-param-gather", 2, 4),
     "tp2_sp": ("--tensor-model-parallel-size 2 --sequence-parallel", 2, 8),
     "pp2": ("--pipeline-model-parallel-size 2", 2, 8),
+    "pp2_vpp2": (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", 2, 8,
+    ),
 }
 
 
@@ -125,7 +128,8 @@ def test_failed_rewards_cost_their_samples_alone(data: Data, tmp_path: Path) -> 
     """On two ranks that share the work, with sample rows and the rollout as its own target."""
     path = tmp_path / "metrics.jsonl"
     more = f"""{from_base(data)} --dr-rl-reward tests.mcore._rewards:raises_sometimes
-        --dr-rl-target self --dr-rows sample --micro-batch-size 2 --dr-metrics {path}"""
+        --dr-rl-target self --dr-rows sample --micro-batch-size 2 --dr-metrics {path}
+        --save {tmp_path}"""
     _rl.parameters(_rl.run(data, more, 2, 2))
     first, second = metrics.read(path, "train")
     assert 0 < first["failed rewards"] < 16 and first["reward"] > 0
@@ -136,7 +140,7 @@ def test_failed_rewards_cost_their_samples_alone(data: Data, tmp_path: Path) -> 
 LONG = '{"prompt": "good"}\n{"prompt": "The fear of the Lord is the start of it all."}\n'
 BAD = {
     "long prompt": ("--data-path {tmp}/long.jsonl", "long.jsonl:2: the prompt has 44 tokens"),
-    "no prompt": ("--data-path {tmp}/none.jsonl", "none.jsonl: no such file."),
+    "no prompt": ("--data-path {tmp}/none.jsonl", "none.jsonl: no such file or folder."),
     "steps": ("--dr-rl-group 3", "= 24 is not a multiple of --global-batch-size 16"),
     "reward": ("--dr-rl-reward nowhere:at_all", "reward 'nowhere:at_all' can't be loaded"),
     "target batch": (
@@ -160,7 +164,7 @@ def test_bad_input_is_one_sentence_at_start(
 
 
 WITHOUT = {
-    "other flags": ("", "--dr-rl-prompts 2", "has 16 completions of up to 32 tokens"),
+    "other flags": ("", "--dr-rl-epochs 4", "run with --dr-rl-epochs 2, and a cycle that is under"),
     "no rollouts": ("dr_rollouts", "", "is not of a run with --dr-rl-algorithm"),
     "no reference": ("dr_reference", "", "has no dr_reference"),
 }
@@ -174,3 +178,14 @@ def test_a_resume_without_what_it_needs_is_refused(
     shutil.copytree(data["base"], folder, ignore=lambda _, names: {removed} & set(names))
     code, _, error, _ = _rl.run(data, f"--load {folder} {more}", 1)[0]
     assert code == 2 and sentence in error
+
+
+def test_the_target_may_have_a_reward_of_its_own(data: Data, tmp_path: Path) -> None:
+    """In its rollouts and on its held-out prompts."""
+    path = tmp_path / "metrics.jsonl"
+    own = "--dr-rl-target-reward tests.mcore._rewards:equal"
+    more = f"{regularised(data)} {from_base(data)} {own} --dr-metrics {path} --eval-interval 1"
+    _rl.parameters(_rl.run(data, more, 1))
+    for kind in ("train", "validation"):
+        (line, *_) = metrics.read(path, kind)
+        assert line["target reward"] == 0.5 != line["reward"]

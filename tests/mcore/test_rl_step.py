@@ -12,12 +12,14 @@ from megatron_dr.mcore.rl.collect import draw
 from megatron_dr.mcore.rl.forward import PolicyStep
 from megatron_dr.rl.advantages import group_advantages
 from megatron_dr.rl.experience import Experience, ExperienceStream
+from megatron_dr.rl_config import RLConfig
 
 from . import _data, _megatron, _oracle
 from ._data import Layout
 from ._ranks import run_ranks
 
 LENGTH, CLIP, KL = 12, 0.2, 0.3
+RL = RLConfig(reward="a:b", clip=CLIP, kl=KL)
 # prompt, completion, reward: groups of two; one not scored, one equal pair, one without tokens
 ROWS = [
     ([5, 1, 2], [7, 8, 9, 3], 1.0), ([5, 1, 2], [4], 0.0),
@@ -40,6 +42,7 @@ def experience(p: dict[str, torch.Tensor]) -> Experience:
     reference = old + 0.5 * torch.randn(shape, generator=noise)
     reward = torch.tensor([r for *_, r in ROWS])
     advantage = group_advantages(reward, torch.arange(len(ROWS)) // 2)
+    advantage = advantage[:, None]
     return Experience(0, tokens, mask, old.float(), reference.float(), reward, advantage, {})
 
 
@@ -60,7 +63,7 @@ def expected(aggregation: str, by_reward: bool) -> tuple[float, dict[str, torch.
     for n, (prompt, completion, _) in enumerate(ROWS):
         losses = []
         for t in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
-            a = float(known.advantage_N[n])
+            a = float(known.advantage_NA[n])
             if by_reward:
                 losses.append(-a * found[n, t])
                 continue
@@ -89,7 +92,7 @@ def step(layout: Layout, aggregation: Any, by_reward: bool) -> Any:
     )  # fmt: skip
     stream.show(experience({k: v.double() for k, v in initial.items()}), 3)
     reports = get_forward_backward_func()(
-        forward_step_func=PolicyStep(CLIP, KL), data_iterator=stream, model=model[0],
+        forward_step_func=PolicyStep(RL), data_iterator=stream, model=model[0],
         num_microbatches=len(ROWS) // 2 // size, seq_length=LENGTH, micro_batch_size=2,
         forward_only=False,
     )  # fmt: skip

@@ -172,7 +172,7 @@ WRONG_LINE = '{"text": "good"}\n{"prompt": "no response"}\n'
 BAD = {
     "no target file": ("--dr-target-data {tmp}/none.jsonl", "none.jsonl: no such file or folder."),
     "empty target": ("--dr-target-data {tmp}/empty.jsonl", "empty.jsonl: the file has no samples."),
-    "wrong line": ("--dr-target-data {tmp}/wrong.jsonl", "wrong.jsonl:2: a record must have one of"),
+    "wrong line": ("--dr-target-data {tmp}/wrong.jsonl", "wrong.jsonl:2: a record must have"),
     "no indexed target": ("--dr-target-data {tmp}/none", "none: no such data"),
     "target batch": (
         "--dr-target-data {target} --dr-target-batch-size 3",

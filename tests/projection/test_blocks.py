@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dr.projection import block_of
+from megatron_dr.projection import UNPROJECTED, block_of
 
 LAYERS = {
     "decoder.layers.3.self_attention.linear_qkv.weight": "decoder.layers.3",
@@ -21,6 +21,13 @@ def test_block_of(name: str, layer: str) -> None:
     assert block_of(name, "layer") == layer
     assert block_of(name, "matrix") == name
     assert block_of(name, "model") == "model"
+
+
+@pytest.mark.parametrize("kind", ["model", "layer", "matrix"])
+def test_a_value_head_is_a_block_that_is_not_projected(kind: str) -> None:
+    for name in ("value_head.weight", "value_head.bias"):
+        assert block_of(name, kind) == UNPROJECTED
+    assert block_of("decoder.value_head.weight", kind) != UNPROJECTED
 
 
 def test_unknown_kind() -> None:

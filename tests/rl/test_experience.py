@@ -10,13 +10,19 @@ from megatron_dr.rl import experience
 from megatron_dr.rl.experience import Experience, ExperienceStream
 
 
-def made(rows: int = 6, length: int = 5, number: int = 4) -> Experience:
+def made(rows: int = 6, length: int = 5, number: int = 4, ppo: bool = False) -> Experience:
     """Row n's completion has n tokens; its tokens tell which row it is."""
     mask = (torch.arange(length) < torch.arange(rows)[:, None]).to(torch.uint8)
-    values = torch.randn(2, rows, length, generator=torch.Generator().manual_seed(number))
+    values = torch.randn(5, rows, length, generator=torch.Generator().manual_seed(number))
     tokens = (torch.arange(rows)[:, None] * 10 + torch.arange(length)).to(torch.int32)
     rewards = torch.arange(rows).float()
-    return Experience(number, tokens, mask, *values, rewards, rewards - 2, {"reward": 2.5})
+    advantages = rewards[:, None] - 2
+    made = Experience(number, tokens, mask, *values[:2], rewards, advantages, {"reward": 2.5})
+    if not ppo:
+        return made
+    return dataclasses.replace(
+        made, advantage_NA=values[2], value_NT=values[3], return_NT=values[4]
+    )
 
 
 def test_a_batch_has_labels_weights_and_counts() -> None:
@@ -24,7 +30,8 @@ def test_a_batch_has_labels_weights_and_counts() -> None:
     assert batch["labels"][0, :4].tolist() == [31, 32, 33, 34]
     assert batch["weight"][0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
     assert batch["loss_mask"].sum() == 1 and not batch["weight"][1].any()
-    assert batch["advantage"].tolist() == [[1.0], [-2.0]] and batch["by_reward"].all()
+    assert batch["advantage"].tolist() == [[1.0] * 5, [-2.0] * 5] and batch["by_reward"].all()
+    assert "value" not in batch
     assert made().batch([3], "token", False)["loss_mask"].sum() == 3
 
 
@@ -55,22 +62,34 @@ def test_a_step_is_the_same_for_any_number_of_ranks(size: int) -> None:
 
 
 def test_rewards_of_the_whole_rollout_are_normalised() -> None:
-    found = made().by_reward().advantage_N
+    found = made().by_reward().advantage_NA
     assert found.mean() == pytest.approx(0, abs=1e-6)
     assert found.std() == pytest.approx(1, rel=1e-3)
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "iter_1.safetensors"
-    saved = {"general": made(), "target": made(3, number=1)}
-    experience.save(path, saved)
+    saved = {"general": made(ppo=True), "target": made(3, number=1)}
+    experience.save(path, saved, {"kl_weight": 0.3})
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     found = experience.load(path)
+    assert experience.load_state(path) == {"kl_weight": 0.3}
     assert found.keys() == saved.keys()
     for role in saved:
         for field in dataclasses.fields(Experience):
             got, want = getattr(found[role], field.name), getattr(saved[role], field.name)
             assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
+
+
+def test_values_travel_with_their_tokens_and_a_target_learns_none() -> None:
+    known = made(ppo=True)
+    batch = known.batch([4, 1], "token", by_reward=False)
+    assert known.value_NT is not None and known.return_NT is not None
+    for name, of_all in (("advantage", known.advantage_NA), ("value", known.value_NT),
+                         ("return", known.return_NT)):  # fmt: skip
+        assert torch.equal(batch[name], of_all[[4, 1]])
+    target = known.by_reward().without_returns().batch([4, 1], "token", by_reward=True)
+    assert target["return"].isnan().all() and torch.equal(target["value"], batch["value"])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])

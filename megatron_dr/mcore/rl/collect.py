@@ -2,7 +2,7 @@
 
 import atexit
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -11,13 +11,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore.rl.reference import Reference
-from megatron_dr.mcore.rl.scoring import score
+from megatron_dr.mcore.rl.scoring import open_scorers, score
+from megatron_dr.mcore.rl.value_head import log_probs_and_values
 from megatron_dr.mcore.rollouts.log_probs import log_probs
 from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
 from megatron_dr.rl.advantages import group_advantages, normalised
 from megatron_dr.rl.experience import Experience
+from megatron_dr.rl.ppo import Estimator
 from megatron_dr.rl.prompts import Prompt
-from megatron_dr.rl.reward_pool import RewardPool, Sample
+from megatron_dr.rl.reward_pool import Sample
 from megatron_dr.rl.rollouts import Completion, SamplingParams
 from megatron_dr.rl_config import RLConfig
 
@@ -32,6 +34,9 @@ class Collector:
         tokenizer: Megatron's.
         reference: the frozen reference; None without a KL.
 
+    Attributes:
+        estimator: of PPO's advantages; None with GRPO.
+
     Raises:
         ValueError: a layout in which rollouts don't run, or a reward function that can't be loaded.
     """
@@ -40,15 +45,16 @@ class Collector:
         self, model: list[Any], tokenizer: Any, rl: RLConfig, args: Namespace,
         reference: Reference | None,
     ) -> None:  # fmt: skip
-        assert rl.reward is not None
         self.model, self.tokenizer, self.rl, self.args = model, tokenizer, rl, args
         self.reference = reference
+        self.estimator = Estimator(rl) if rl.algorithm == "ppo" else None
         self.rollouts = MegatronRollouts(
             model, tokenizer.vocab_size, [tokenizer.eod], tokenizer.detokenize
         )
         self.rollouts.context = min(self.rollouts.context, args.seq_length)
-        self.pool = RewardPool(rl.reward, rl.reward_workers, rl.reward_timeout)
-        atexit.register(self.pool.close)
+        self.scorers = open_scorers(rl)
+        for scorer in self.scorers.values():
+            atexit.register(scorer.close)
 
     def collect(
         self, prompts: Sequence[Prompt], number: int, role: str, by_reward: bool
@@ -58,7 +64,7 @@ class Collector:
         Args:
             number: of the rollout, and with the role the seed of its draws.
             by_reward: whether the loss is `reward_loss`, of rewards normalised in the whole batch;
-                else advantages are normalised in each prompt's group.
+                else advantages are normalised in each prompt's group, or PPO's.
         """
         group = self.rl.group
         repeated = [prompt for prompt in prompts for _ in range(group)]
@@ -66,28 +72,33 @@ class Collector:
             self.rl.max_tokens, self.rl.temperature, self.rl.top_p, self._stop()
         )
         completions = self._complete(repeated, sampling, draw(self.args.seed, role, number))
-        reward_N, statistics = self._rewards(repeated, completions)
+        reward_N, statistics = self._rewards(repeated, completions, role)
         if by_reward:
             advantage_N = normalised(reward_N)
         else:
             of_prompt_N = torch.arange(len(repeated)) // group
             advantage_N = group_advantages(reward_N, of_prompt_N)
         tokens_NT, mask_NT = self._sequences(repeated, completions)
-        old_NT = self._log_probs(tokens_NT, mask_NT)
+        forward = log_probs if self.estimator is None else log_probs_and_values
+        found_NT = self._passed(forward, tokens_NT, mask_NT)
+        old_NT, *values = (found_NT,) if self.estimator is None else found_NT.unbind(-1)
         reference_NT = torch.zeros_like(old_NT)
         if self.reference is not None:
             with self.reference.in_place():
-                reference_NT = self._log_probs(tokens_NT, mask_NT)
-        return Experience(
+                reference_NT = self._passed(log_probs, tokens_NT, mask_NT)
+        experience = Experience(
             number, tokens_NT, _next(mask_NT), _next(old_NT), _next(reference_NT),
-            reward_N.float(), advantage_N.float(), statistics,
+            reward_N.float(), advantage_N.float()[:, None], statistics,
         )  # fmt: skip
+        if self.estimator is None:
+            return experience
+        return self.estimator.complete(experience, _next(values[0]), by_reward)
 
-    def greedy_reward(self, prompts: Sequence[Prompt]) -> float:
-        """Mean reward of the likeliest completions; failed ones are left out."""
+    def greedy_reward(self, prompts: Sequence[Prompt], role: str) -> float:
+        """Mean reward, by the role's, of the likeliest completions; failed ones are left out."""
         sampling = SamplingParams(self.rl.max_tokens, temperature=0.0, stop=self._stop())
         completions = self._complete(prompts, sampling, 0)
-        return self._rewards(prompts, completions)[1]["reward"]
+        return self._rewards(prompts, completions, role)[1]["reward"]
 
     def _stop(self) -> tuple[str, ...]:
         return () if self.rl.stop is None else (self.rl.stop,)
@@ -107,10 +118,10 @@ class Collector:
         return text
 
     def _rewards(
-        self, prompts: Sequence[Prompt], completions: Sequence[Completion]
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], role: str
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        samples = [Sample(p.text, self._text(c), p.answer) for p, c in zip(prompts, completions)]
-        reward_N, failures = score(self.pool, samples)
+        samples = [Sample(p.content, self._text(c), p.answer) for p, c in zip(prompts, completions)]
+        reward_N, failures = score(self.scorers[role], samples)
         scored_N = reward_N[~reward_N.isnan()]
         total = len(completions)
         return reward_N, {
@@ -132,17 +143,19 @@ class Collector:
             mask_NT[row, len(prompt.tokens) : len(ids)] = 1
         return tokens_NT, mask_NT
 
-    def _log_probs(self, tokens_NT: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
-        """Of all rows, on the host: data ranks share them."""
+    def _passed(
+        self, forward: Callable[..., torch.Tensor], tokens_NT: torch.Tensor, mask_NT: torch.Tensor
+    ) -> torch.Tensor:
+        """What a pass gives for all rows, on the host: data ranks share them."""
         group = parallel_state.get_data_parallel_group()
         rank, size = group.rank(), group.size()
         rows = list(range(len(tokens_NT)))[rank::size] or [0]  # a rank without rows helps too
-        own = log_probs(
+        own = forward(
             self.model, tokens_NT[rows].long(), mask_NT[rows], self.args.micro_batch_size
         )
         shares: list[Any] = [None] * size
         dist.all_gather_object(shares, (rows, own.cpu()), group=group)
-        out = torch.zeros(tokens_NT.shape)
+        out = torch.zeros(*tokens_NT.shape, *own.shape[2:])
         for numbers, values in shares:
             out[numbers] = values
         return out

@@ -4,7 +4,9 @@ import dataclasses
 from argparse import Namespace
 
 from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.data.records import SUFFIXES
 from megatron_dr.mcore.arguments import part_from_args
+from megatron_dr.mcore.sample_datasets import is_file
 from megatron_dr.mcore.training_run import num_target_microbatches
 from megatron_dr.rl_config import RLConfig
 
@@ -41,6 +43,11 @@ def prepare(args: Namespace) -> None:
             "--dr-rl-algorithm makes its own batches: drop --dataloader-type "
             f"{args.dataloader_type}."
         )
+    if rl.filter == "once" and args.num_experts:
+        raise ValueError(
+            "--dr-rl-filter once does not go with --num-experts (routers would count the tokens "
+            "that it scores): drop one of them."
+        )
     prompt_files(args)
     args.dataloader_type = "external"
     args.calculate_per_token_loss = True  # a mean over all ranks' tokens, however they are split
@@ -64,6 +71,11 @@ def check(args: Namespace, dr: DRConfig, target: TargetConfig) -> None:
     rl.steps_per_cycle(args.global_batch_size)
     if rl.target == "self" and dr.needs_target:
         num_target_microbatches(args, dr, with_target(rl, target))
+    if rl.offload and getattr(args, "use_layer_wise_distributed_optimizer", False):
+        raise ValueError(
+            f"--dr-rl-offload does not go with --optimizer {args.optimizer}, which gathers "
+            "parameters in the gradient buffers: drop the flag."
+        )
     if rl.max_tokens >= args.seq_length:
         raise ValueError(
             f"--dr-rl-max-tokens {rl.max_tokens} leaves no room for a prompt in --seq-length "
@@ -90,9 +102,9 @@ def prompt_files(args: Namespace) -> list[str]:
             "--dr-rl-algorithm needs general prompts: give --data-path prompts.jsonl."
         )
     for path in paths:
-        if not path.endswith(".jsonl"):
+        if not is_file(path):
             raise ValueError(
-                f"--data-path {path}: with --dr-rl-algorithm prompts are .jsonl files, without "
-                "weights between them."
+                f"--data-path {path}: with --dr-rl-algorithm prompts are files that end in "
+                f"{', '.join(SUFFIXES)}, or folders of them, without weights between them."
             )
     return paths

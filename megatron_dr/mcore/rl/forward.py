@@ -5,30 +5,32 @@ from typing import Any
 
 import torch
 
+from megatron_dr.mcore.rl import value_head
 from megatron_dr.rl.objective import objective
+from megatron_dr.rl_config import RLConfig
 
 Batch = dict[str, torch.Tensor]
 
 
 class PolicyStep:
-    """The `forward_step_func`; every rank reads the whole microbatch from its own iterator.
+    """The `forward_step_func`; every rank reads the whole microbatch from its own iterator."""
 
-    Args:
-        clip: how far the ratio may move from 1.
-        kl_weight: of the KL to the reference; 0 without one.
-    """
-
-    def __init__(self, clip: float, kl_weight: float) -> None:
-        self.clip, self.kl_weight = clip, kl_weight
+    def __init__(self, rl: RLConfig) -> None:
+        self.rl = rl
 
     def __call__(
         self, data_iterator: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         device = torch.cuda.current_device()
         batch = {name: value.to(device) for name, value in next(data_iterator).items()}
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        output = value_head.outputs(
+            model, batch["tokens"], batch["position_ids"], batch["labels"]
+        )
 
-        def loss_func(losses_BT: torch.Tensor) -> Any:
-            return objective(-losses_BT.float(), batch, self.clip, self.kl_weight)
+        def loss_func(output: torch.Tensor) -> Any:
+            losses_BT, value_BT = output.float(), None
+            if "value" in batch:
+                losses_BT, value_BT = losses_BT.unbind(-1)
+            return objective(-losses_BT, value_BT, batch, self.rl)
 
         return output, loss_func

@@ -12,11 +12,13 @@ from megatron_dr.config import DRConfig, TargetConfig
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.datasets import dataset_config
-from megatron_dr.mcore.rl import saved
+from megatron_dr.mcore.rl import filter_once, saved
 from megatron_dr.mcore.rl.collect import Collector, draw
 from megatron_dr.mcore.rl.flags import prompt_files, with_target
 from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.offload import Offload
 from megatron_dr.mcore.rl.reference import Reference
+from megatron_dr.mcore.sample_datasets import chat_of
 from megatron_dr.mcore.training_run import TrainingRun, num_target_microbatches
 from megatron_dr.rl.experience import Experience, ExperienceStream
 from megatron_dr.rl.prompts import Prompt, read_prompts
@@ -26,7 +28,7 @@ GENERAL, TARGET = "general", "target"
 
 
 class RLRun(TrainingRun):
-    """GRPO with data regularisation.
+    """GRPO or PPO with data regularisation.
 
     A cycle begins with a rollout of general prompts, every `target_refresh` cycles also of target
     prompts, and goes on with `steps_per_cycle` steps of Megatron's loop on them. What a cycle does
@@ -44,9 +46,9 @@ class RLRun(TrainingRun):
         self.tokenizer = dataset_config(args).tokenizer
         self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(args, prompt_files(args))}
         self.held_out: dict[str, list[Prompt]] = {}
-        for name, path in (("reward", rl.valid_data), ("target reward", target.target_valid_data)):
+        for role, path in ((GENERAL, rl.valid_data), (TARGET, target.target_valid_data)):
             if path is not None:
-                self.held_out[name] = self._read(args, [path])
+                self.held_out[role] = self._read(args, [path])
         target = with_target(rl, target)
         super().__init__(model, optimizer, config, args, dr, target)
         self.steps_per_cycle = rl.steps_per_cycle(args.global_batch_size)
@@ -54,7 +56,8 @@ class RLRun(TrainingRun):
         self._general = [self._stream(args.micro_batch_size, False) for _ in model]
         self._reference = Reference(model) if rl.kl > 0 else None
         self._collector = Collector(model, self.tokenizer, rl, args, self._reference)
-        self._forward_step = PolicyStep(rl.clip, rl.kl)
+        self._forward_step = PolicyStep(rl)
+        self._offload = Offload(self.handle, rl.offload)
         self._open()
 
     def _open(self) -> None:
@@ -64,14 +67,17 @@ class RLRun(TrainingRun):
         if resumed:
             if self._reference is not None:
                 self._reference.load(Path(args.load))
-            for role, experience in saved.load(args, self.rl).items():
+            experiences, state = saved.load(args)
+            for role, experience in experiences.items():
                 self._show(role, experience)
+            if self._collector.estimator is not None:
+                self._collector.estimator.kl_weight = state["kl_weight"]
         elsewhere = not resumed or Path(args.load).resolve() != Path(args.save or "").resolve()
         if self._reference is not None and args.save and elsewhere:
             self._reference.save(Path(args.save))
 
     def _read(self, args: Namespace, paths: list[str]) -> list[Prompt]:
-        return read_prompts(paths, self.tokenizer, args.seq_length)
+        return read_prompts(paths, self.tokenizer, args.seq_length, chat_of(self.tokenizer))
 
     # -- seams of TrainingRun --------------------------------------------------------------------
     def _training_samples(self, dr: DRConfig, target: TargetConfig) -> Sequence[Any] | None:
@@ -80,7 +86,8 @@ class RLRun(TrainingRun):
         if target.target_data is None:
             return None
         self.prompts[TARGET] = self._read(self.args, [target.target_data])
-        return self.prompts[TARGET]
+        # a filtered rollout's steps are plain: the target has no microbatches in them
+        return None if self.rl.filter == "once" else self.prompts[TARGET]
 
     def _open_training(
         self, samples: Any, dr: DRConfig, target: TargetConfig, num_chunks: int
@@ -93,9 +100,17 @@ class RLRun(TrainingRun):
     def _open_validation(self, path: str, num_chunks: int) -> None:
         """Held-out prompts are read at the start, and need no streams."""
 
+    def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
+        self._stock = stock
+        return super()._train(stock, schedule)
+
     def _prepare(self, schedule: dict[str, Any], steps: int) -> dict[str, Any]:
         cycle, step = divmod(steps, self.steps_per_cycle)
-        self._collect(cycle)
+        is_new = self._number(GENERAL) != cycle
+        with self._offload.during(is_new):
+            self._collect(cycle)
+        if is_new and self.rl.filter == "once":
+            self._filter(schedule)
         for stream in self._general:
             stream.consumed = step * self.args.global_batch_size
         iterators = self._general if len(self._general) > 1 else self._general[0]
@@ -105,18 +120,27 @@ class RLRun(TrainingRun):
         self, stock: Callable[..., Any], streams: list[Any], number: int, schedule: dict[str, Any]
     ) -> Any:
         reports = super()._step(stock, streams, number, schedule)
+        for report in reports:
+            report.pop("target value loss", None)  # it has none
         return _with_values(reports, self._values())
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
-        values = {
-            name: self._collector.greedy_reward(prompts) for name, prompts in self.held_out.items()
-        }
+        names = {GENERAL: "reward", TARGET: "target reward"}
+        with self._offload.during(bool(self.held_out)):
+            values = {
+                names[role]: self._collector.greedy_reward(prompts, role)
+                for role, prompts in self.held_out.items()
+            }
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         return _with_values([{}], values) if last else []
 
     def save(self, iteration: int) -> None:
         """Keep the rollouts for a checkpoint of this iteration; before Megatron writes it."""
-        saved.save(self.args, iteration, self.experiences)
+        estimator = self._collector.estimator
+        state = {} if estimator is None else {"kl_weight": estimator.kl_weight}
+        # a target that is the rollout itself is made of it again
+        own = {role: e for role, e in self.experiences.items() if role in self.prompts}
+        saved.save(self.args, iteration, own, state)
 
     # -- a cycle ---------------------------------------------------------------------------------
     def _collect(self, cycle: int) -> None:
@@ -141,11 +165,25 @@ class RLRun(TrainingRun):
         chosen = [prompts[order[number * count + n]] for n in range(count)]
         with errors.refused():
             self._show(role, self._collector.collect(chosen, number, role, by_reward))
+            if role == GENERAL and self._collector.estimator is not None:
+                self._collector.estimator.steer(self.experiences[role])
 
     def _show(self, role: str, experience: Experience) -> None:
+        if role == TARGET:
+            experience = experience.without_returns()
         self.experiences[role] = experience
         for stream in self._general if role == GENERAL else self.train_streams:
-            stream.show(experience, self.args.seed)
+            if stream is not None:
+                stream.show(experience, self.args.seed)
+
+    def _filter(self, schedule: dict[str, Any]) -> None:
+        """Drop completions of the new rollout for its whole cycle."""
+        general = self.experiences[GENERAL]
+        by_reward = self.rl.target_loss == "reward"
+        itself = general.by_reward() if by_reward else general
+        target, model = self.experiences.get(TARGET, itself), self.handle.model
+        kept = filter_once.filtered(general, target, self.rl, model, self._stock, schedule)
+        self._show(GENERAL, kept)
 
     def _stream(self, size: int, by_reward: bool) -> ExperienceStream:
         return ExperienceStream(

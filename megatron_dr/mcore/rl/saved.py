@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_dr.mcore.arguments import part_from_args
 from megatron_dr.rl import experience
 from megatron_dr.rl.experience import Experience
-from megatron_dr.rl_config import RLConfig
 
 FOLDER = "dr_rollouts"
+_FIXED = ("algorithm", "prompts", "group", "epochs")
 
 
 def resumes(args: Namespace) -> bool:
@@ -17,38 +18,63 @@ def resumes(args: Namespace) -> bool:
     return bool(args.load) and args.iteration > 0
 
 
-def save(args: Namespace, iteration: int, experiences: dict[str, Experience]) -> None:
+def check_same(args: Namespace, before: Namespace) -> None:
+    """A run goes on only with the flags on which a cycle's rollout and its steps depend.
+
+    Args:
+        before: of the run that saved the checkpoint.
+
+    Raises:
+        ValueError: one differs, or the checkpoint is not of such a run.
+    """
+    rl = part_from_args(args, "rl")
+    if rl is None:
+        return
+    saved = part_from_args(before, "rl")
+    if saved is None:
+        raise ValueError(_other_run(f"{args.load}: it was saved without that flag"))
+    pairs = {f"--dr-rl-{name}": (getattr(saved, name), getattr(rl, name)) for name in _FIXED}
+    for name in ("global_batch_size", "seq_length"):
+        pairs["--" + name.replace("_", "-")] = (getattr(before, name), getattr(args, name))
+    for flag, (then, now) in pairs.items():
+        if then != now:
+            raise ValueError(
+                f"{args.load}: the checkpoint is of a run with {flag} {then}, and a cycle that is "
+                f"under way can't go on with {now}: give {flag} {then}, or --finetune to begin a "
+                "new run from it."
+            )
+
+
+def save(
+    args: Namespace, iteration: int, experiences: dict[str, Experience], state: dict[str, float]
+) -> None:
     """On rank 0; rollouts of checkpoints that are no longer there are removed."""
     if dist.get_rank() != 0 or not experiences:
         return
     folder = Path(args.save) / FOLDER
-    experience.save(_path(folder, iteration), experiences)
+    experience.save(_path(folder, iteration), experiences, state)
     for path in folder.glob("iter_*.safetensors"):
         if path != _path(folder, iteration) and not (folder.parent / path.stem).is_dir():
             path.unlink()
 
 
-def load(args: Namespace, rl: RLConfig) -> dict[str, Experience]:
-    """Those of the checkpoint that was loaded.
+def load(args: Namespace) -> tuple[dict[str, Experience], dict[str, float]]:
+    """Those of the checkpoint that was loaded, and the state of what makes the next ones.
 
     Raises:
-        ValueError: there are none, or they are of other flags.
+        ValueError: there are none.
     """
     path = _path(Path(args.load) / FOLDER, args.iteration)
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file, so the checkpoint is not of a run with --dr-rl-algorithm: "
-            "give --finetune to begin a new run from it."
-        )
-    found = experience.load(path)
-    shape, wanted = list(found["general"].tokens_NT.shape), [rl.completions, args.seq_length]
-    if shape != wanted:
-        raise ValueError(
-            f"{path}: the rollout of the checkpoint has {shape[0]} completions of up to {shape[1]} "
-            f"tokens, but --dr-rl-prompts x --dr-rl-group is {wanted[0]} and --seq-length "
-            f"{wanted[1]}: give the flags of the run that saved it."
-        )
-    return found
+        raise ValueError(_other_run(f"{path}: no such file"))
+    return experience.load(path), experience.load_state(path)
+
+
+def _other_run(what: str) -> str:
+    return (
+        f"{what}, so the checkpoint is not of a run with --dr-rl-algorithm: give --finetune to "
+        "begin a new run from it."
+    )
 
 
 def _path(folder: Path, iteration: int) -> Path:

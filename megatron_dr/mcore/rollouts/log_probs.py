@@ -34,17 +34,30 @@ def log_probs(
     Raises:
         ValueError: if shapes differ, the mask asks for a first token, or s exceeds the context.
     """
+    return -by_token(model, tokens, mask, micro_batch_size, _forward_step)
+
+
+def by_token(
+    model: Sequence[torch.nn.Module], tokens: torch.Tensor, mask: torch.Tensor,
+    micro_batch_size: int, forward_step: Callable[..., Any], shape: tuple[int, ...] = (),
+) -> torch.Tensor:  # fmt: skip
+    """What a forward step gives at the token before, as `log_probs`: [n, s, *shape], float32.
+
+    Args:
+        forward_step: of Megatron's schedules, with outputs [b, s, *shape]; its loss function is
+            called with `non_loss_data`.
+    """
     check_layout()
     _check(tokens, mask, unwrap(model[0]).max_sequence_length)
     rows, length = tokens.shape
     if rows == 0:
-        return torch.zeros(0, length, device=torch.cuda.current_device())
+        return torch.zeros(0, length, *shape, device=torch.cuda.current_device())
     microbatches = _microbatches(model, tokens.to(torch.cuda.current_device()), micro_batch_size)
     iterators = [iter(microbatches) for _ in model]
     alone = len(model) == 1
     with evaluating(model):
         found = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=forward_step,
             data_iterator=iterators[0] if alone else iterators,
             model=model[0] if alone else list(model),
             num_microbatches=len(microbatches),
@@ -53,10 +66,11 @@ def log_probs(
             forward_only=True,
             collect_non_loss_data=True,
         )
-    out = torch.zeros(rows, length, device=torch.cuda.current_device())
+    out = torch.zeros(rows, length, *shape, device=torch.cuda.current_device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        out[:, 1:] = -torch.cat(found)[:rows, : length - 1]
-    return share_along_pipeline(out) * (mask.to(out.device) != 0)
+        out[:, 1:] = torch.cat(found)[:rows, : length - 1]
+    chosen = (mask.to(out.device) != 0).view(rows, length, *(1 for _ in shape))
+    return share_along_pipeline(out) * chosen
 
 
 def _check(tokens: torch.Tensor, mask: torch.Tensor, context: int) -> None:
@@ -92,8 +106,8 @@ def _forward_step(
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     # the label of the last token is none of the sequence's; its loss is dropped
     output = model(tokens, positions, None, labels=tokens.roll(-1, 1))
-    return output, _as_it_is
+    return output, as_it_is
 
 
-def _as_it_is(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+def as_it_is(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
     return output.float()

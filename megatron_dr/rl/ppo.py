@@ -1,0 +1,117 @@
+"""PPO's advantages and returns of a rollout, token by token, and the weight of the KL in them.
+
+Shape suffixes: N completions, T tokens of a sequence; values by token stand at the token before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_dr.rl.advantages import gae, normalised, token_rewards
+from megatron_dr.rl.experience import Experience
+from megatron_dr.rl.kl_control import AdaptiveKL
+from megatron_dr.rl_config import RLConfig
+
+
+class Estimator:
+    """Completes rollouts with returns and advantages; steers the KL's weight where it has a target.
+
+    Attributes:
+        kl_weight: of the next rollout.
+    """
+
+    def __init__(self, rl: RLConfig) -> None:
+        self.rl, self.kl_weight = rl, rl.kl
+
+    def complete(self, rollout: Experience, value_NT: Tensor, by_reward: bool) -> Experience:
+        """The rollout with values, returns and, but for `by_reward`, advantages by token.
+
+        Args:
+            rollout: with log-probabilities and rewards.
+            by_reward: whether it is trained on by its rewards alone: it keeps its advantages.
+        """
+        advantage_NT, return_NT = estimates(
+            rollout.reward_N, rollout.old_NT, rollout.reference_NT, value_NT, rollout.mask_NT,
+            kl_weight=self.kl_weight, discount=self.rl.discount, decay=self.rl.gae_decay,
+        )  # fmt: skip
+        is_token_NT = rollout.mask_NT.bool()
+        statistics = {
+            "value": _mean(value_NT[is_token_NT]), "return": _mean(return_NT[is_token_NT]),
+        }  # fmt: skip
+        if self.rl.kl > 0:
+            kl = float(rollout.kl_N().mean())
+            statistics |= {"kl weight": self.kl_weight, "kl of a completion": kl}
+        return replace(
+            rollout,
+            advantage_NA=rollout.advantage_NA if by_reward else advantage_NT,
+            statistics=rollout.statistics | statistics,
+            value_NT=value_NT,
+            return_NT=return_NT,
+        )
+
+    def steer(self, rollout: Experience) -> None:
+        """Move the KL's weight by what a rollout's KL was.
+
+        Raises:
+            ValueError: the KL is not finite.
+        """
+        if self.rl.kl_target is not None:
+            control = AdaptiveKL(self.kl_weight, self.rl.kl_target, self.rl.kl_horizon)
+            control.update(float(rollout.kl_N().mean()), len(rollout))
+            self.kl_weight = control.weight
+
+
+def _mean(values: Tensor) -> float:
+    """Of those that are not NaN; 0 of none."""
+    return float(values.nanmean().nan_to_num(0.0))
+
+
+def estimates(
+    reward_N: Tensor,
+    old_NT: Tensor,
+    reference_NT: Tensor,
+    value_NT: Tensor,
+    mask_NT: Tensor,
+    *,
+    kl_weight: float,
+    discount: float,
+    decay: float,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [N, T], 0 where the mask is 0; from `token_rewards` and `gae`.
+
+    Advantages are whitened over all tokens of the rollout (mean 0, deviation 1). Returns are not.
+    The reward of a completion that was cut by its length counts as that of one that ended: the
+    reward function scored what is there, so no value is put behind it. A completion whose reward
+    is NaN has advantage 0, is left out of the whitening, and its returns are NaN.
+
+    Args:
+        reference_NT: log-probability by the frozen reference; anything with kl_weight 0.
+        mask_NT: 1 where the next token belongs to the completion: one run of ones in a row.
+
+    Raises:
+        ValueError: discount or decay lies outside [0, 1]; the mask has a hole.
+    """
+    scored_N1 = ~reward_N.isnan()[:, None]
+    mask_NT = mask_NT.bool()
+    place_NT = _places(mask_NT)
+    moved = [x.gather(1, place_NT) for x in (old_NT, reference_NT, value_NT)]
+    old, reference, value = (x.double() for x in moved)
+    mask = mask_NT.gather(1, place_NT)
+    reward = token_rewards(reward_N.nan_to_num(0.0).double(), old, reference, mask, kl_weight)
+    advantage, returns = gae(reward, value, mask, discount, decay)
+    advantage = torch.where(mask & scored_N1, advantage, torch.nan)
+    advantage = normalised(advantage.flatten()).view_as(advantage)
+    returns = torch.where(scored_N1, returns, torch.nan)
+    back = (torch.zeros_like(value).scatter(1, place_NT, x) for x in (advantage, returns))
+    advantage_NT, return_NT = (x.to(value_NT.dtype) for x in back)
+    return advantage_NT, return_NT
+
+
+def _places(mask_NT: Tensor) -> Tensor:
+    """Columns [N, T] in the order that puts each completion's first token at 0."""
+    first_N1 = mask_NT.int().argmax(1, keepdim=True)
+    length = mask_NT.shape[1]
+    return (torch.arange(length, device=mask_NT.device) + first_N1) % length
