@@ -32,6 +32,10 @@ class RLConfig:
     )
     reward_workers: int = _dial(1, "processes that evaluate rewards, on each rank", "count")
     reward_timeout: float = _dial(10.0, "time for a completion's reward", "seconds, > 0")
+    engine: str | None = _dial(
+        None, "what answers in place of the model itself: module:function of (model, arguments)",
+        "name",
+    )
     prompts: int = _dial(8, "general prompts in a rollout", "count")
     group: int = _dial(8, "completions of each prompt, among which rewards compete", "count")
     epochs: int = _dial(1, "passes over a rollout", "count")

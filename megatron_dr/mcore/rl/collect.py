@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from megatron_dr.mcore.rl.reference import Reference
 from megatron_dr.mcore.rl.scoring import open_scorers, score
 from megatron_dr.mcore.rl.value_head import log_probs_and_values
+from megatron_dr.mcore.rollouts.engine import open_rollouts
 from megatron_dr.mcore.rollouts.log_probs import log_probs
-from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
 from megatron_dr.rl.advantages import group_advantages, normalised
 from megatron_dr.rl.experience import Experience
 from megatron_dr.rl.ppo import Estimator
@@ -48,10 +48,7 @@ class Collector:
         self.model, self.tokenizer, self.rl, self.args = model, tokenizer, rl, args
         self.reference = reference
         self.estimator = Estimator(rl) if rl.algorithm == "ppo" else None
-        self.rollouts = MegatronRollouts(
-            model, tokenizer.vocab_size, [tokenizer.eod], tokenizer.detokenize
-        )
-        self.rollouts.context = min(self.rollouts.context, args.seq_length)
+        self.rollouts = open_rollouts(model, tokenizer, args, rl.engine)
         self.scorers = open_scorers(rl)
         for scorer in self.scorers.values():
             atexit.register(scorer.close)

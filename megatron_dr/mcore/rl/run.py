@@ -126,7 +126,7 @@ class RLRun(TrainingRun):
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         names = {GENERAL: "reward", TARGET: "target reward"}
-        with self._offload.during(bool(self.held_out)):
+        with errors.refused(), self._offload.during(bool(self.held_out)):
             values = {
                 names[role]: self._collector.greedy_reward(prompts, role)
                 for role, prompts in self.held_out.items()

@@ -1,0 +1,96 @@
+"""Rollouts by another engine than the model itself, such as a vLLM server: `--dr-rl-engine`."""
+
+import pkgutil
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_dr.mcore import errors
+from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
+from megatron_dr.rl.rollouts import Completion, Rollouts, SamplingParams
+
+
+class Engine(Rollouts, Protocol):
+    """What the named function gives; `generate` is called on rank 0 alone."""
+
+    def load(self) -> None:
+        """Bring the policy's present weights to the engine; called on every rank before a rollout.
+
+        The policy is the `model` that the function was given.
+        """
+
+
+class EngineRollouts:
+    """An engine's completions on every rank.
+
+    Args:
+        context: tokens that prompt and completion have together, at most; longer ones are cut.
+        vocab_size: the tokenizer's.
+    """
+
+    def __init__(self, engine: Engine, context: int, vocab_size: int) -> None:
+        self.engine, self.context, self.vocab_size = engine, context, vocab_size
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int,
+        origins: Sequence[str] = (),
+    ) -> list[Completion]:  # fmt: skip
+        """One completion per prompt, the same list on every rank (collective).
+
+        Raises:
+            ValueError: the engine failed, or what it gave are no completions of the prompts.
+        """
+        self.engine.load()
+        answer: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                answer[0] = self.engine.generate(prompts, params, seed)
+                self._check(answer[0], len(prompts))
+            except Exception as error:  # the others wait for an answer
+                answer[1] = f"{type(error).__name__}: {error}"
+        dist.broadcast_object_list(answer, 0)
+        completions, failure = answer
+        if failure is not None:
+            raise ValueError(f"--dr-rl-engine failed on rank 0: {failure}")
+        return [self._cut(c, self.context - len(p)) for c, p in zip(completions, prompts)]
+
+    def _check(self, completions: Sequence[Completion], wanted: int) -> None:
+        if len(completions) != wanted:
+            raise ValueError(f"{len(completions)} completions of {wanted} prompts.")
+        for number, completion in enumerate(completions):
+            if not all(0 <= i < self.vocab_size for i in completion.ids):
+                raise ValueError(
+                    f"completion {number} has ids outside of the vocabulary of {self.vocab_size}: "
+                    "the engine has another tokenizer."
+                )
+
+    @staticmethod
+    def _cut(completion: Completion, room: int) -> Completion:
+        if len(completion.ids) <= room:
+            return completion
+        return Completion(completion.ids[:room], completion.log_probs[:room], "length")
+
+
+def open_rollouts(
+    model: list[Any], tokenizer: Any, args: Namespace, engine: str | None
+) -> MegatronRollouts | EngineRollouts:
+    """By the model itself, or by the engine that `engine`, module:function, gives (collective).
+
+    Raises:
+        ValueError: a layout in which rollouts don't run, or a function that can't be loaded.
+    """
+    if engine is None:
+        own = MegatronRollouts(model, tokenizer.vocab_size, [tokenizer.eod], tokenizer.detokenize)
+        own.context = min(own.context, args.seq_length)
+        return own
+    with errors.agreed():
+        try:
+            function = pkgutil.resolve_name(engine)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"--dr-rl-engine {engine} can't be loaded: {error}. It is module:function, and the "
+                "module must be importable (see PYTHONPATH)."
+            ) from None
+    return EngineRollouts(function(model, args), args.seq_length, tokenizer.vocab_size)
