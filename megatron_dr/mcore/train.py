@@ -114,7 +114,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), model.training)
     timers("batch-generator").stop()
     output = model(
         batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"],
@@ -123,7 +123,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable
     return output, partial(loss_func, batch["loss_mask"])
 
 
-def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
+def _batch(data_iterator: Any, vp_stage: int | None, training: bool) -> dict[str, Any]:
     """The microbatch on this rank: read on tensor-parallel rank 0, split over context ranks."""
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -151,7 +151,7 @@ def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -272,7 +272,7 @@ def received(tp: int, path: str, flags: list[str]) -> list[list[int]]:
     args = arguments(*flags, tp=tp)
     samples = datasets.target_samples(args, path)
     (stream,) = datasets.target_streams(args, samples, 1, 1, args.data_parallel_size)
-    return [train._batch(stream, None)["tokens"].tolist()[0] for _ in range(2)]
+    return [train._batch(stream, None, True)["tokens"].tolist()[0] for _ in range(2)]
 
 
 @pytest.mark.parametrize("flags", [["--no-create-attention-mask-in-dataloader"], []])

@@ -85,6 +85,19 @@ def test_both_roles_are_trained_logged_and_validated(data: dict[str, str], tmp_p
     assert list(losses(path, "validation")) == [3, 6]
 
 
+def test_validation_has_microbatches_of_its_own(data: dict[str, str], tmp_path: Path) -> None:
+    """Tensor-parallel peers make room for them, and not for those of training."""
+    found = []
+    for world, layout in ((1, ""), (2, "--tensor-model-parallel-size 2 --sequence-parallel")):
+        path = tmp_path / f"{world}.jsonl"
+        more = f"""{cone(data)} {layout} --dr-metrics {path} --eval-interval 1 --lr 0 --seed 3
+            --eval-micro-batch-size 4 --eval-global-batch-size 8"""
+        code, _, error = run(flags(data, more, 1), world)[-1]
+        assert code == 0, error
+        found.append(losses(path, "validation")[1])
+    assert found[1] == pytest.approx(found[0], rel=0.02)  # tensor parallel ranks draw by themselves
+
+
 def test_no_validation_needs_no_flags_for_it(data: dict[str, str]) -> None:
     """Of so small a file the default split leaves a validation set without samples."""
     model = re.sub(r"--eval-iters 1 --eval-interval 3", "", MODEL)
