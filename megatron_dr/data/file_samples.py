@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,32 @@ from megatron_dr.data.packing import padded
 from megatron_dr.data.sample import Part
 
 
-class FileSamples:
+class Padded(ABC):
+    """Samples as padded sequences.
+
+    Attributes:
+        sequence_length: L.
+        pad: token that fills a sequence.
+        attention_mask: give a causal mask [1, L, L] too, True where attention is forbidden.
+    """
+
+    sequence_length: int
+    pad: int
+    attention_mask: bool
+
+    @abstractmethod
+    def part(self, number: int) -> Part:
+        """The sample itself, cut to one token more than the sequence."""
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """tokens, labels, loss_mask, position_ids, each [L], padded on the right."""
+        sample = padded(self.part(number), self.sequence_length, self.pad)
+        if self.attention_mask:
+            sample["attention_mask"] = causal_mask(self.sequence_length)
+        return sample
+
+
+class FileSamples(Padded):
     """The samples of a file or folder, tokenised once and kept in memory.
 
     A record has `text`, trained on whole; `prompt` and `response`, trained on the response and the
@@ -67,15 +93,7 @@ class FileSamples:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """tokens, labels, loss_mask, position_ids, each [L], padded on the right."""
-        sample = padded(self.part(number), self.sequence_length, self.pad)
-        if self.attention_mask:
-            sample["attention_mask"] = causal_mask(self.sequence_length)
-        return sample
-
     def part(self, number: int) -> Part:
-        """The sample itself."""
         return self._parts[number]
 
     @property

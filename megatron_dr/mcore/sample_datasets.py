@@ -16,9 +16,9 @@ from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
 
 from megatron_dr.data.chat import Chat
-from megatron_dr.data.file_samples import FileSamples, causal_mask
+from megatron_dr.data.file_samples import FileSamples, Padded
 from megatron_dr.data.order import EpochOrder
-from megatron_dr.data.packing import PackedSamples, padded
+from megatron_dr.data.packing import PackedSamples
 from megatron_dr.data.records import SUFFIXES
 from megatron_dr.data.sample import Part
 
@@ -26,7 +26,7 @@ MASK = "_loss_mask"
 SampleSet = Any  # FileSamples or PreparedSamples
 
 
-class PreparedSamples:
+class PreparedSamples(Padded):
     """The samples of an indexed dataset with loss masks, read from the files as they are asked for.
 
     Args:
@@ -72,15 +72,7 @@ class PreparedSamples:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """As `FileSamples`."""
-        sample = padded(self.part(number), self.sequence_length, self.pad)
-        if self.attention_mask:
-            sample["attention_mask"] = causal_mask(self.sequence_length)
-        return sample
-
     def part(self, number: int) -> Part:
-        """The sample itself, cut to one token more than the sequence."""
         length = int(self.lengths[number])
         ids = self._tokens.get(number, length=length)
         return Part.of(ids, self._mask.get(number, length=length))

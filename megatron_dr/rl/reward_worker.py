@@ -14,7 +14,8 @@ import threading
 import time
 from typing import Any
 
-from megatron_dr.rl.rewards import Reward, load_reward
+from megatron_dr.rl.named import load_function
+from megatron_dr.rl.rewards import Reward
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
         replies.flush()
 
     try:
-        reward = load_reward(sys.argv[1])
+        reward = load_function("reward", sys.argv[1])
     except Exception as error:
         reply({"error": "load", "message": str(error)})
         return

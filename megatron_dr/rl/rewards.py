@@ -8,7 +8,6 @@ completion could be right.
 from __future__ import annotations
 
 import logging
-import pkgutil
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,27 +19,6 @@ Reward = Callable[[Any, str, Any], float]
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 _TOLERANCE = 1e-6
-
-
-def load_reward(name: str) -> Reward:
-    """The function named `module:function`.
-
-    Raises:
-        ValueError: the name has another form, or names nothing that can be called.
-    """
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f"a reward is named module:function, not {name!r}.")
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"reward {name!r} can't be loaded: {error}. The module must be importable (see "
-            "PYTHONPATH) and define the function."
-        ) from error
-    if not callable(found):
-        raise ValueError(f"reward {name!r} is a {type(found).__name__}, not a function.")
-    return found  # type: ignore[no-any-return]
 
 
 def exact_match(prompt: Any, completion: str, answer: Any) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dr.rl import rewards, sandbox
+from megatron_dr.rl.named import load_function
 from megatron_dr.rl.sandbox import Limits, passes
 
 QUICK = Limits(wall_seconds=1.5, cpu_seconds=1)
@@ -39,7 +40,8 @@ QUICK = Limits(wall_seconds=1.5, cpu_seconds=1)
 def test_shipped_rewards(name: str, completion: str, answer: Any, reward: float) -> None:
     if name == "boxed":
         pytest.importorskip("math_verify")
-    assert rewards.load_reward(f"megatron_dr.rl.rewards:{name}")("", completion, answer) == reward
+    function = load_function("reward", f"megatron_dr.rl.rewards:{name}")
+    assert function("", completion, answer) == reward
 
 
 def test_useless_answers_raise() -> None:

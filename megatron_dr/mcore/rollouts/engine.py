@@ -1,6 +1,5 @@
 """Rollouts by another engine than the model itself, such as a vLLM server: `--dr-rl-engine`."""
 
-import pkgutil
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
+from megatron_dr.rl.named import load_function
 from megatron_dr.rl.rollouts import Completion, Rollouts, SamplingParams
 
 
@@ -86,11 +86,5 @@ def open_rollouts(
         own.context = min(own.context, args.seq_length)
         return own
     with errors.agreed():
-        try:
-            function = pkgutil.resolve_name(engine)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"--dr-rl-engine {engine} can't be loaded: {error}. It is module:function, and the "
-                "module must be importable (see PYTHONPATH)."
-            ) from None
+        function = load_function("--dr-rl-engine", engine)
     return EngineRollouts(function(model, args), args.seq_length, tokenizer.vocab_size)

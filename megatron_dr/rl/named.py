@@ -1,0 +1,31 @@
+"""Functions that a flag names, as module:function."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+
+def load_function(what: str, name: str) -> Callable[..., Any]:
+    """The function named `module:function`.
+
+    Args:
+        what: what it is, for error messages.
+
+    Raises:
+        ValueError: the name has another form, or names nothing that can be called.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"{what} must be named module:function, not {name!r}.")
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{what} {name!r} can't be loaded: {error}. The module must be importable (see "
+            "PYTHONPATH) and define the function."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{what} {name!r} is a {type(found).__name__}, not a function.")
+    return found  # type: ignore[no-any-return]
