@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_dr.data.sample import Part
 Pair = tuple[Part, Part]  # chosen, rejected
 
 
-class Pairs:
+class Pairs(ABC):
     """Pairs by number; a subclass says where they are.
 
     Args:
@@ -44,16 +45,16 @@ class Pairs:
             raise ValueError(f"{path}: no preference pairs in it.")
         self.keys = [self._key(number) for number in range(len(self))]
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def pair(self, number: int) -> Pair:
         """Both answers after their prompt, whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def origin(self, number: int) -> str:
         """Where a pair is from, as sentences name it."""
-        raise NotImplementedError
 
     def _key(self, number: int) -> bytes:
         chosen, rejected = pair = self.pair(number)
