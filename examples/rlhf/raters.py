@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.nn.functional import logsigmoid
 
-STEPS, PAIRS = 400, 32
+STEPS, PAIRS, FRESH = 400, 32, 1024
 
 
 def train(nouns: list[reviews.Noun], tokenizer_folder: Path, out: Path) -> float:
@@ -29,7 +29,7 @@ def train(nouns: list[reviews.Noun], tokenizer_folder: Path, out: Path) -> float
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     chance = random.Random(0)
     for step in range(STEPS + 1):
-        pairs = [_pair(nouns, chance) for _ in range(PAIRS)]
+        pairs = [_pair(nouns, chance) for _ in range(PAIRS if step < STEPS else FRESH)]
         batch = tokenizer([text for pair in pairs for text in pair], padding=True,
                           padding_side="right", return_tensors="pt")  # fmt: skip
         better, worse = model(**batch).logits.view(-1, 2).T
