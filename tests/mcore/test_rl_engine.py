@@ -9,7 +9,7 @@ from megatron_dr.mcore.rollouts.engine import EngineRollouts
 from megatron_dr.report import metrics
 from megatron_dr.rl.rollouts import Completion, SamplingParams
 
-from . import _engines, _rl
+from . import _rl
 from ._ranks import run_ranks
 from .test_rl_run import SAME, data, from_base, regularised
 
@@ -36,30 +36,32 @@ def test_a_server_answers_for_any_layout(data: dict[str, str], tmp_path: Path) -
 
 def test_a_server_that_is_not_there_ends_the_run_on_every_rank(data: dict[str, str]) -> None:
     for engine, sentence in (("nobody", "--dr-rl-engine failed on rank 0: RuntimeError"),
-                             ("nothing", "--dr-rl-engine 'tests.mcore._engines:nothing' can't be")):
+                             ("nothing", "--dr-rl-engine 'tests.mcore._engines:nothing' can't be"),
+                             ("serve --context-parallel-size 2", "rollouts")):
         more = f"{from_base(data)} --dr-rl-engine tests.mcore._engines:{engine}"
         ended = _rl.run(data, more, 1, 2)
         assert [code for code, *_ in ended] == [2, 2]
         assert f"megatron_dr: error: {sentence}" in ended[0][2] and "Traceback" not in ended[0][2]
 
 
-def _answers(ids: tuple[int, ...]) -> tuple[Completion, list[float]]:
-    class Fixed(_engines.Engine):
-        def __init__(self) -> None:
-            pass
+def _answers(ids: tuple[int, ...], max_tokens: int = 9) -> tuple[Completion, int]:
+    class Fixed:
+        loads = 0
 
         def load(self) -> None:
-            _engines.loaded.append(0.0)
+            self.loads += 1
 
         def generate(self, prompts: object, params: object, seed: object) -> list[Completion]:
             return [Completion(ids, (0.0,) * len(ids), "stop")]
 
-    (found,) = EngineRollouts(Fixed(), 5, 10).generate([[1, 2]], SamplingParams(9), 0)
-    return found, _engines.loaded
+    engine = Fixed()
+    (found,) = EngineRollouts(engine, 5, 10).generate([[1, 2]], SamplingParams(max_tokens), 0)
+    return found, engine.loads
 
 
 def test_what_an_engine_gives_is_checked_and_cut() -> None:
-    for found, loaded in run_ranks(2, _answers, (3, 4, 5, 6)):
-        assert found == Completion((3, 4, 5), (0.0,) * 3, "length") and len(loaded) == 1
+    for max_tokens, room in ((9, 3), (2, 2)):
+        for found, loads in run_ranks(2, _answers, (3, 4, 5, 6), max_tokens):
+            assert found == Completion((3, 4, 5)[:room], (0.0,) * room, "length") and loads == 1
     with pytest.raises(Exception, match="completion 0 has ids outside of the vocabulary of 10"):
         run_ranks(2, _answers, (3, 10))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_dr.mcore import errors
-from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
+from megatron_dr.mcore.rollouts.megatron import MegatronRollouts, check_layout
 from megatron_dr.rl.named import load_function
 from megatron_dr.rl.rollouts import Completion, Rollouts, SamplingParams
 
@@ -26,7 +26,7 @@ class EngineRollouts:
     """An engine's completions on every rank.
 
     Args:
-        context: tokens that prompt and completion have together, at most; longer ones are cut.
+        context: tokens that prompt and completion have together, at most.
         vocab_size: the tokenizer's.
     """
 
@@ -38,6 +38,8 @@ class EngineRollouts:
         origins: Sequence[str] = (),
     ) -> list[Completion]:  # fmt: skip
         """One completion per prompt, the same list on every rank (collective).
+
+        One that is longer than asked for, or than its prompt leaves room for, is cut.
 
         Raises:
             ValueError: the engine failed, or what it gave are no completions of the prompts.
@@ -54,7 +56,8 @@ class EngineRollouts:
         completions, failure = answer
         if failure is not None:
             raise ValueError(f"--dr-rl-engine failed on rank 0: {failure}")
-        return [self._cut(c, self.context - len(p)) for c, p in zip(completions, prompts)]
+        rooms = [min(params.max_tokens, self.context - len(prompt)) for prompt in prompts]
+        return [self._cut(c, room) for c, room in zip(completions, rooms)]
 
     def _check(self, completions: Sequence[Completion], wanted: int) -> None:
         if len(completions) != wanted:
@@ -85,6 +88,7 @@ def open_rollouts(
         own = MegatronRollouts(model, tokenizer.vocab_size, [tokenizer.eod], tokenizer.detokenize)
         own.context = min(own.context, args.seq_length)
         return own
+    check_layout()  # training's own log-probabilities are found as rollouts are
     with errors.agreed():
         function = load_function("--dr-rl-engine", engine)
     return EngineRollouts(function(model, args), args.seq_length, tokenizer.vocab_size)

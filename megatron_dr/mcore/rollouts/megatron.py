@@ -201,12 +201,12 @@ def check_layout() -> None:
     if parallel_state.get_context_parallel_world_size() > 1:
         raise ValueError(
             "rollouts and their log-probabilities do not run under context parallelism: set "
-            "--context-parallel-size 1, or take completions from an external server."
+            "--context-parallel-size 1."
         )
     if parallel_state.get_expert_model_parallel_world_size() > 1:
         raise ValueError(
-            "rollouts do not run under expert parallelism: set --expert-model-parallel-size 1, or "
-            "take completions from an external server."
+            "rollouts and their log-probabilities do not run under expert parallelism: set "
+            "--expert-model-parallel-size 1."
         )
 
 
