@@ -64,7 +64,7 @@ def general_datasets(
     if domain_rows:
         domain_flags.check(args)
     config = dataset_config(args)
-    paths = _blended_paths(config)
+    paths = blended_paths(config)
     for path in paths:
         _check_path(path)
     _check_kinds(["--mock-data"] if args.mock_data else paths, config.packed)
@@ -77,7 +77,7 @@ def general_datasets(
         config.samples = {}
         if samples and _has_data(vp_stage, config.packed):
             config.samples = {path: open_samples(path, config) for path in paths}
-            _check_splits(config, num_samples)
+            check_splits(config, num_samples)
     kind = MockGPTDataset if args.mock_data else SampleDataset if samples else GPTDataset
     builder = BlendedMegatronDatasetBuilder(
         kind, num_samples, lambda: _has_data(vp_stage, config.packed), config
@@ -172,7 +172,7 @@ def _check_kinds(paths: list[str], packed: bool) -> None:
         )
 
 
-def _check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:
+def check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:
     """Refuse a --split that leaves a file without samples where some are asked for."""
     if config.blend is None:
         return
@@ -186,7 +186,7 @@ def _check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:
                 )
 
 
-def _blended_paths(config: GPTDatasetConfig) -> list[str]:
+def blended_paths(config: GPTDatasetConfig) -> list[str]:
     blends = [config.blend, *(config.blend_per_split or [])]
     return [path for blend in blends if blend is not None for path in blend[0]]
 

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_dr.config import DRConfig, TargetConfig
@@ -45,6 +46,19 @@ def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig)
             f"--micro-batch-size x {what} = {together}: change one of them."
         )
     return target.target_batch_size // together
+
+
+def resumes(args: Namespace) -> bool:
+    """Whether the run goes on from a checkpoint's iteration, rather than begins."""
+    return bool(args.load) and args.iteration > 0
+
+
+def new_folder(args: Namespace) -> Path | None:
+    """--save, where what a run keeps beside its checkpoints is not there yet; else None."""
+    if not args.save:
+        return None
+    folder = Path(args.save)
+    return None if resumes(args) and Path(args.load).resolve() == folder.resolve() else folder
 
 
 class TrainingRun:

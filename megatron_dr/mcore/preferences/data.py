@@ -80,7 +80,7 @@ def general_paths(config: GPTDatasetConfig) -> list[str]:
     Raises:
         ValueError: none.
     """
-    paths = list(dict.fromkeys(datasets._blended_paths(config)))
+    paths = list(dict.fromkeys(datasets.blended_paths(config)))
     if not paths:
         raise ValueError("no general data: give --data-path or --train-data-path.")
     return paths
@@ -101,7 +101,7 @@ def general_datasets(
     """
     config = datasets.dataset_config(args)
     config.samples = pairs
-    datasets._check_splits(config, num_samples)
+    datasets.check_splits(config, num_samples)
     builder = BlendedMegatronDatasetBuilder(SampleDataset, num_samples, lambda: True, config)
     train, valid, test = (part if part is None or len(part) else None for part in builder.build())
     return train, valid, test

@@ -12,7 +12,12 @@ from megatron_dr.mcore import errors
 from megatron_dr.mcore.datasets import dataset_config
 from megatron_dr.mcore.preferences import data, reference
 from megatron_dr.mcore.preferences.step import SEQUENCES, PreferenceStep
-from megatron_dr.mcore.training_run import TrainingRun, num_target_microbatches
+from megatron_dr.mcore.training_run import (
+    TrainingRun,
+    new_folder,
+    num_target_microbatches,
+    resumes,
+)
 from megatron_dr.preference_config import PreferenceConfig
 
 
@@ -40,15 +45,14 @@ class PreferenceRun(TrainingRun):
 
     def _find_reference(self, model: list[Any]) -> None:
         args, every = self.args, list(self.pairs.values())
-        resumed = bool(args.load) and args.iteration > 0
-        if resumed:
+        if resumes(args):
             reference.load(Path(args.load), every)
         else:
             for pairs in every:
                 pairs.reference_N2 = reference.measure(model, pairs, args)
-        elsewhere = not resumed or Path(args.load).resolve() != Path(args.save or "").resolve()
-        if args.save and elsewhere:
-            reference.save(Path(args.save), every)
+        folder = new_folder(args)
+        if folder is not None:
+            reference.save(folder, every)
 
     def datasets(self, num_samples: list[int]) -> tuple[Any, Any, Any]:
         """General train, validation and test sets."""

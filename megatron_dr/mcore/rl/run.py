@@ -19,7 +19,12 @@ from megatron_dr.mcore.rl.forward import PolicyStep
 from megatron_dr.mcore.rl.offload import Offload
 from megatron_dr.mcore.rl.reference import Reference
 from megatron_dr.mcore.sample_datasets import chat_of
-from megatron_dr.mcore.training_run import TrainingRun, num_target_microbatches
+from megatron_dr.mcore.training_run import (
+    TrainingRun,
+    new_folder,
+    num_target_microbatches,
+    resumes,
+)
 from megatron_dr.rl.experience import Experience, ExperienceStream
 from megatron_dr.rl.prompts import Prompt, read_prompts
 from megatron_dr.rl_config import RLConfig
@@ -63,8 +68,7 @@ class RLRun(TrainingRun):
     def _open(self) -> None:
         """Go on from a checkpoint's rollouts and reference, or keep a new run's reference."""
         args = self.args
-        resumed = saved.resumes(args)
-        if resumed:
+        if resumes(args):
             if self._reference is not None:
                 self._reference.load(Path(args.load))
             experiences, state = saved.load(args)
@@ -72,9 +76,9 @@ class RLRun(TrainingRun):
                 self._show(role, experience)
             if self._collector.estimator is not None:
                 self._collector.estimator.kl_weight = state["kl_weight"]
-        elsewhere = not resumed or Path(args.load).resolve() != Path(args.save or "").resolve()
-        if self._reference is not None and args.save and elsewhere:
-            self._reference.save(Path(args.save))
+        folder = new_folder(args)
+        if self._reference is not None and folder is not None:
+            self._reference.save(folder)
 
     def _read(self, args: Namespace, paths: list[str]) -> list[Prompt]:
         return read_prompts(paths, self.tokenizer, args.seq_length, chat_of(self.tokenizer))

@@ -13,11 +13,6 @@ FOLDER = "dr_rollouts"
 _FIXED = ("algorithm", "prompts", "group", "epochs")
 
 
-def resumes(args: Namespace) -> bool:
-    """Whether the run goes on from a checkpoint's iteration, rather than begins."""
-    return bool(args.load) and args.iteration > 0
-
-
 def check_same(args: Namespace, before: Namespace) -> None:
     """A run goes on only with the flags on which a cycle's rollout and its steps depend.
 
