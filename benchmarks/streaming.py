@@ -87,8 +87,8 @@ class Model:
             )  # fmt: skip
         finally:
             Immediate.coefficients = stock  # type: ignore[method-assign]
-        if handle.coefficients is not None:
-            for microbatch, blocks in enumerate(handle.coefficients):
+        if handle.rows.coefficients is not None:
+            for microbatch, blocks in enumerate(handle.rows.coefficients):
                 found |= {(b, microbatch): row > 0 for b, row in enumerate(blocks)}
         return found
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_dr.config import DRConfig
-    from megatron_dr.mcore.handle import Handle
+    from megatron_dr.mcore.attach import Handle
 
 __all__ = ["DRConfig", "attach", "enable"]
 __version__ = "0.1.0"
@@ -26,8 +26,8 @@ def __getattr__(name: str) -> Any:
 
 
 def attach(model: Any, optimizer: Any, config: Any, dr: "DRConfig | None" = None) -> "Handle":
-    """Attach data-regularised training to a Megatron model: see `megatron_dr.mcore.handle`."""
-    from megatron_dr.mcore.handle import attach as attach_
+    """Attach data-regularised training to a Megatron model: see `megatron_dr.mcore.attach`."""
+    from megatron_dr.mcore.attach import attach as attach_
 
     return attach_(model, optimizer, config, dr)
 

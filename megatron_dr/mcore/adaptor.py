@@ -213,15 +213,11 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
         values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
         _run.file.write("train", iteration, values)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
-    if _run is not None and _run.handle.dr.log_blocks and _run.num_target:
+    log = None if _run is None else _run.handle.log
+    if log is not None and _run.handle.dr.log_blocks:
         from megatron.training.global_vars import get_tensorboard_writer
 
-        handle = _run.handle
-        assert handle.projection is not None
-        names = handle.layout.names[: handle.layout.projected]
-        step_log.write_blocks(
-            handle.projection, names, iteration, _run.args, get_tensorboard_writer()
-        )
+        step_log.write_blocks(log, iteration, _run.args, get_tensorboard_writer())
     return result
 
 

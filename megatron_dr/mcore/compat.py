@@ -149,32 +149,3 @@ def ranks_per_row() -> int:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     cp = parallel_state.get_context_parallel_world_size()
     return max(cp, _expert_ranks() // tp, 1)
-
-
-def schedule_hooks(config: Any) -> dict[str, Any]:
-    """What the schedules call around gradients, by name: a step replaces it and puts it back.
-
-    Raises:
-        RuntimeError: gradients would not be reduced.
-    """
-    names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
-    found = {name: getattr(config, name) for name in names}
-    if found["finalize_model_grads_func"] is None:
-        raise RuntimeError(
-            "config.finalize_model_grads_func is not set, so Megatron would not reduce gradients: "
-            "set it to finalize_model_grads before the step."
-        )
-    return found
-
-
-def hold_gradient_sync(model: Any) -> None:
-    """Keep `overlap_grad_reduce` from reducing a bucket before its rows are combined.
-
-    From its second step on, DDP launches a bucket's reduction when the last microbatch's gradients
-    are ready. With is_last_microbatch False it counts none as ready, and with is_first_batch True
-    finalize_model_grads launches what was not.
-    """
-    for module in model:
-        for group in module.bucket_groups + module.expert_parallel_bucket_groups:
-            group.is_last_microbatch = False
-            group.is_first_batch = True

@@ -1,7 +1,5 @@
 """The mixing dial over a run: constant, scheduled, or chosen at every step (`projection/dial`)."""
 
-from collections.abc import Callable
-
 import torch
 
 from megatron_dr.config import DRConfig
@@ -13,33 +11,42 @@ class AlphaDial:
 
     Attributes:
         state: what the rule `auto` has gathered so far; part of a checkpoint.
+
+    Raises:
+        ValueError: its rule lacks what only the run can say.
     """
 
     def __init__(self, config: DRConfig) -> None:
+        style = config.alpha_style
+        if style != "constant" and config.alpha_steps is None:
+            raise ValueError(f"alpha_style {style!r} needs alpha_steps, the run's length.")
+        if style == "auto" and config.target_size is None:
+            raise ValueError(
+                "alpha_style 'auto' needs target_size, the samples of the target set."
+            )
         self.config = config
         self.state: torch.Tensor | None = None
 
-    def of_step(
-        self, step: int, samples: int, with_target: bool
-    ) -> Callable[[torch.Tensor], torch.Tensor | float]:
-        """alpha as a function of the step's gram.
+    def alpha(
+        self, step: int, samples: int, gram_BRR: torch.Tensor | None
+    ) -> torch.Tensor | float:
+        """Of a step with a target.
 
         Args:
             samples: target samples of the step, over all ranks.
+            gram_BRR: of the rows, the target and its halves' difference; only `auto` reads it.
         """
-        config = self.config
-        if not with_target:
-            return lambda gram: 0.0
-        if config.set == "target":  # the target alone
-            return lambda gram: 1.0
+        config, fixed = self.config, self.config.feasible_set().alpha
+        if fixed is not None:
+            return fixed
         if config.alpha_style == "auto":
-            return lambda gram: self._auto(gram, samples)
-        alpha = alpha_at(
+            assert gram_BRR is not None
+            return self._auto(samples, gram_BRR)
+        return alpha_at(
             config.alpha_style, config.alpha, config.end_alpha, step, config.alpha_steps or 1
         )
-        return lambda gram: alpha
 
-    def _auto(self, gram_BRR: torch.Tensor, samples: int) -> torch.Tensor:
+    def _auto(self, samples: int, gram_BRR: torch.Tensor) -> torch.Tensor:
         config = self.config
         assert config.target_size is not None and config.alpha_steps is not None
         new = statistics(config.feasible_set(), config.norm, gram_BRR)

@@ -24,11 +24,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dr.mcore import compat, wire
+from megatron_dr.mcore import collectives, compat, meter, wire
 from megatron_dr.mcore.exact_units import Segment, Unit, bucket_groups, by_block, units_of
 from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.layout import Gram, Layout, not_finite
-from megatron_dr.mcore.stopwatch import Stopwatch
 
 _CHUNK = 1 << 25  # elements that are exchanged at a time
 _PRODUCT = 1 << 20  # elements in float64 that are multiplied at a time
@@ -45,14 +44,18 @@ class ExactGram:
         for units in self.units.values():
             yield from units
 
-    def gram(self, mix_RP: torch.Tensor, step: int, watch: Stopwatch) -> Gram:
+    def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Exchange slices, multiply them, sum the products over all ranks."""
+        with meter.part("exchange"):
+            return self._gram(mix_RP)
+
+    def _gram(self, mix_RP: torch.Tensor) -> Gram:
         num_rows, blocks = len(mix_RP), len(self.layout.names)
         gram_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 1)  # last: what is not finite
         partial: dict[str, list[tuple[int, torch.Tensor]]] = {"tensor": [], "embedding": []}
-        sent = 0
         for unit in self.all_units():
-            sent += sum(_exchange(unit, self.rows, row) for row in self.rows.present())
+            for row in self.rows.present():
+                _exchange(unit, row)
             if unit.remainder and dist.get_rank(unit.group) != 0:
                 continue
             for segment in unit.segments:
@@ -65,20 +68,17 @@ class ExactGram:
                 elif segment.count:
                     self._multiply(unit, segment, mix_RP, gram_BRX)
         for kind, pending in partial.items():
-            sent += _multiply_partial(kind, pending, gram_BRX)
+            _multiply_partial(kind, pending, gram_BRX)
         for ranks in (compat.data_group(), compat.model_group()):
-            size = dist.get_world_size(ranks)
-            if size > 1:
-                dist.all_reduce(gram_BRX, group=ranks)
-                sent += wire.all_reduce(gram_BRX.nbytes, size)
+            collectives.all_reduce(gram_BRX, ranks)
         finite_R = (gram_BRX[:, :, -1] == 0).all(0)
-        return Gram(gram_BRX[:, :, :-1], finite_R, None, sent)
+        return Gram(gram_BRX[:, :, :-1], finite_R, None)
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """The weighted sum of the slices: this rank's shard of the reduced gradient."""
         local = self.rows.num_local
         for unit in self.all_units():
-            out_N = unit.out(self.rows)
+            out_N = unit.out()
             for segment in by_block(unit.segments):
                 scale_P = coefficients_BP[segment.block] * unit.scale
                 for start in range(segment.start, segment.stop, _CHUNK // unit.ranks):
@@ -86,7 +86,7 @@ class ExactGram:
                     total_N = torch.zeros(columns.stop - start, device=out_N.device)
                     for row in self.rows.present():
                         scale_D = scale_P[unit.members * local + row].float()
-                        total_N += scale_D @ unit.slices(self.rows, row)[:, columns].float()
+                        total_N += scale_D @ unit.slices(row)[:, columns].float()
                     out_N[columns] = total_N.to(out_N.dtype)
             unit.gathered.clear()
 
@@ -116,21 +116,19 @@ class ExactGram:
             if force_all_reduce or not ddp.use_distributed_optimizer:
                 for unit in self.units[id(group)]:
                     if not unit.remainder and unit.ranks > 1:
-                        whole = unit.slices(self.rows, 0).view(-1)
-                        shard = unit.out(self.rows).clone()
+                        whole = unit.slices(0).view(-1)
+                        shard = unit.out().clone()
                         dist.all_gather_into_tensor(whole, shard, group=unit.group)
             group.grad_reduce_finished = True
 
         return finish
 
-    def _buffers(
-        self, unit: Unit, columns: slice, mix_RP: torch.Tensor
-    ) -> torch.Tensor:
+    def _buffers(self, unit: Unit, columns: slice, mix_RP: torch.Tensor) -> torch.Tensor:
         """Every group's buffers over some columns of the shard, in float64."""
         local = self.rows.num_local
         buffers_PN = mix_RP.new_zeros(mix_RP.shape[1], columns.stop - columns.start)
         for row in self.rows.present():
-            values_DN = unit.slices(self.rows, row)[:, columns].double()
+            values_DN = unit.slices(row)[:, columns].double()
             buffers_PN.index_add_(0, unit.members * local + row, values_DN)
         return buffers_PN
 
@@ -152,46 +150,38 @@ class ExactGram:
         gram_BRX[segment.block, :, -1] += bad_R
 
 
-def _exchange(unit: Unit, rows: GradRows, row: int) -> int:
-    """Fill the unit's slices of a local buffer; bytes sent beyond Megatron's own reduction."""
-    flat = rows.flat(row, unit.buffer)
+def _exchange(unit: Unit, row: int) -> None:
+    """Fill the unit's slices of a local buffer. That of row 0 is Megatron's reduction, which is
+    left out."""
     if unit.remainder:
-        mine_N = flat[unit.start : unit.start + unit.columns].contiguous()
-        out_DN = mine_N.new_empty(unit.ranks, unit.columns)
-        dist.all_gather_into_tensor(out_DN.view(-1), mine_N, group=unit.group)
-        unit.gathered[row] = out_DN
-        return wire.scatter(out_DN.nbytes, unit.ranks)
+        unit.gathered[row] = collectives.gathered(unit.whole(row)[None], unit.group)
+        return
     if unit.ranks == 1:
-        return 0
-    slices_DN = unit.slices(rows, row)
+        return
+    slices_DN = unit.slices(row)
     for start in range(0, unit.columns, _CHUNK // unit.ranks):
-        send = slices_DN[:, start : start + _CHUNK // unit.ranks].contiguous()
-        received = torch.empty_like(send)
-        dist.all_to_all_single(received, send, group=unit.group)
-        slices_DN[:, start : start + _CHUNK // unit.ranks] = received
-    return 0 if row == 0 else wire.scatter(slices_DN.nbytes, unit.ranks)
+        columns = slice(start, start + _CHUNK // unit.ranks)
+        send = slices_DN[:, columns].contiguous()
+        slices_DN[:, columns] = collectives.exchanged(send, unit.group, counted=row > 0)
 
 
 def _multiply_partial(
     kind: str, pending: list[tuple[int, torch.Tensor]], gram_BRX: torch.Tensor
-) -> int:
+) -> None:
     """Sum partial rows over the ranks that have parts of them, then multiply on one of them."""
     if not pending:
-        return 0
+        return
     if kind == "tensor":
         group = parallel_state.get_tensor_model_parallel_group()
     else:
         group = parallel_state.get_embedding_group()
-    size = dist.get_world_size(group)
     together = torch.cat([rows_RN.flatten() for _, rows_RN in pending])
-    if size > 1:
-        dist.all_reduce(together, group=group)
+    collectives.all_reduce(together, group)
     if dist.get_rank(group) == 0:
         parts = together.split([rows_RN.numel() for _, rows_RN in pending])
-        for (block, rows_RN), part in zip(pending, parts):
+        for (block, rows_RN), part in zip(pending, parts, strict=True):
             summed_RN = part.view_as(rows_RN).double()
             gram_BRX[block, :, :-1] += summed_RN @ summed_RN.T
-    return wire.all_reduce(together.nbytes, size)
 
 
 def extra_bytes(gram: ExactGram) -> int:

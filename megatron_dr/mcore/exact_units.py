@@ -6,6 +6,7 @@ over, fewer than D elements, is gathered by all of them.
 Legend: D ranks of a group, N elements of a shard.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.grad_rows import GradRows, Piece
 from megatron_dr.mcore.layout import Layout
 
@@ -36,6 +38,7 @@ class Unit:
         group: the D ranks; member i belongs to row group `members[i]`.
         scale: what Megatron multiplies a summed gradient of this range by.
         segments: of this rank's shard.
+        buffers: where its elements are.
         gathered: for a remainder, every rank's copy of it per local buffer [D, N]; a remainder has
             no shards, it is all on every rank and counts on the first.
     """
@@ -48,24 +51,25 @@ class Unit:
     scale: float
     segments: list[Segment]
     remainder: bool
+    buffers: GradRows
     gathered: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
         return len(self.members)
 
-    def slices(self, rows: GradRows, row: int) -> torch.Tensor:
-        """[D, N]: after the exchange, this rank's shard of every rank's local buffer `row`."""
-        if self.remainder:
-            return self.gathered[row]
-        flat = rows.flat(row, self.buffer)
-        return flat[self.start : self.start + self.ranks * self.columns].view(self.ranks, -1)
+    def whole(self, row: int) -> torch.Tensor:
+        """[D N], or [N] of a remainder: the range of a local buffer."""
+        length = self.columns * (1 if self.remainder else self.ranks)
+        return self.buffers.flat(row, self.buffer)[self.start : self.start + length]
 
-    def out(self, rows: GradRows) -> torch.Tensor:
+    def slices(self, row: int) -> torch.Tensor:
+        """[D, N]: after the exchange, this rank's shard of every rank's local buffer `row`."""
+        return self.gathered[row] if self.remainder else self.whole(row).view(self.ranks, -1)
+
+    def out(self) -> torch.Tensor:
         """[N]: where this rank's shard of the reduced gradient belongs."""
-        if self.remainder:
-            return rows.flat(0, self.buffer)[self.start : self.start + self.columns]
-        return self.slices(rows, 0)[dist.get_rank(self.group)]
+        return self.whole(0) if self.remainder else self.slices(0)[dist.get_rank(self.group)]
 
 
 def units_of(model: list[Any], rows: GradRows, layout: Layout) -> dict[int, list["Unit"]]:
@@ -99,9 +103,7 @@ def _ranks(group: Any) -> Any:
 
 def _members(ranks: Any, row_group: int, device: torch.device) -> torch.Tensor:
     """Row group of each of the ranks (collective)."""
-    found: list[int] = [0] * dist.get_world_size(ranks)
-    dist.all_gather_object(found, row_group, group=ranks)
-    return torch.tensor(found, device=device)
+    return torch.tensor(collectives.of_all_ranks(row_group, ranks), device=device)
 
 
 def _units(
@@ -118,17 +120,17 @@ def _units(
         tied = [p for p in pieces if rows.owned[p.number].partial == "embedding"]
         cuts = sorted({begin, end, *(x for p in tied for x in (p.start, p.stop))})
     scale = bucket.gradient_scaling_factor / (ranks if ddp.average_in_collective else 1)
-    for start, stop in zip(cuts, cuts[1:]):
+    for start, stop in itertools.pairwise(cuts):
         columns, left = divmod(stop - start, ranks)
         low = start + dist.get_rank(_ranks(group)) * columns
         if columns:
             segments = _segments(pieces, rows, layout, low, low + columns)
             yield Unit(pieces[0].buffer, start, columns, _ranks(group), members, scale, segments,
-                       remainder=False)  # fmt: skip
+                       remainder=False, buffers=rows)  # fmt: skip
         if left:
             segments = _segments(pieces, rows, layout, stop - left, stop)
             yield Unit(pieces[0].buffer, stop - left, left, _ranks(group), members, scale, segments,
-                       remainder=True)  # fmt: skip
+                       remainder=True, buffers=rows)  # fmt: skip
 
 
 def _segments(

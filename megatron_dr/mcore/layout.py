@@ -58,13 +58,11 @@ class Gram:
         gram_BRR: float64, the same on every rank.
         error_sq_B: estimated squared Frobenius error of a sketched gram; None where it is exact.
         finite_R: whether each is finite; products with one that is not are NaN.
-        wire_bytes: what this rank sent for it, beyond what Megatron's own reduction sends.
     """
 
     gram_BRR: torch.Tensor
     finite_R: torch.Tensor
     error_sq_B: torch.Tensor | None
-    wire_bytes: int
 
 
 def not_finite(mix_RP: torch.Tensor, buffers_PN: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,9 @@ Legend: D domains.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.roles import RoleRouter
 from megatron_dr.mcore.row_map import RowMap
 
@@ -67,8 +66,8 @@ def _total(amounts: Sequence[torch.Tensor | int], device: torch.device) -> torch
     )  # fmt: skip
     if not _counts_here():
         counts.zero_()
-    dist.all_reduce(counts, group=compat.model_group())
-    dist.all_reduce(counts, group=compat.data_group())
+    collectives.all_reduce(counts, compat.model_group())
+    collectives.all_reduce(counts, compat.data_group())
     return counts
 
 

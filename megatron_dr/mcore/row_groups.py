@@ -65,10 +65,10 @@ def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int
             "target microbatches and the data-parallel size is odd: change "
             "--dr-target-batch-size."
         )
-    rows = row_map.num_rows
-    if dr.set in ("topk", "greedy", "capped") and 1 < rows < 1.0 / dr.fraction - 1e-9:
+    rows, least = row_map.num_rows, dr.feasible_set().least_rows
+    if 1 < rows < least - 1e-9:
         raise ValueError(
             f"--dr-set {dr.set} with fraction {dr.fraction} needs at least "
-            f"{int(1 / dr.fraction + 0.999)} rows, but a step has {rows}: raise --dr-slots, "
+            f"{int(least + 0.999)} rows, but a step has {rows}: raise --dr-slots, "
             "the data-parallel size or --dr-fraction."
         )

@@ -9,13 +9,14 @@ Legend: B blocks, L buffers of a rank, P of all row groups, R rows and target, K
 x context ranks, m tensor x pipeline ranks.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import compat, wire
+from megatron_dr.mcore import collectives, compat, meter, wire
 from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.layout import Gram, Layout, not_finite
-from megatron_dr.mcore.stopwatch import Stopwatch
 from megatron_dr.projection import CountSketch, gram_and_error
 
 
@@ -29,15 +30,16 @@ class SketchedGram:
     def __init__(self, rows: GradRows, layout: Layout, size: int, seed: int) -> None:
         self.rows, self.layout, self.size, self.seed = rows, layout, size, seed
 
-    def gram(self, mix_RP: torch.Tensor, step: int, watch: Stopwatch) -> Gram:
+    def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
         sketch = CountSketch(self.size, self.seed * 1_000_003 + step)
         local_BLK = torch.zeros(
             len(self.layout.names), self.rows.num_local, self.size, device=mix_RP.device
         )
-        self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
-        watch.lap("sketch")
-        return self._exchange(local_BLK, mix_RP)
+        with meter.part("sketch"):
+            self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
+        with meter.part("exchange"):
+            return self._exchange(local_BLK, mix_RP)
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """This rank's share of the update into Megatron's buffer."""
@@ -45,20 +47,17 @@ class SketchedGram:
         mine_BL = coefficients_BP[:, self.layout.group * local : (self.layout.group + 1) * local]
         self.rows.combine_(mine_BL, self.layout.blocks)
 
+    def reduced(self) -> AbstractContextManager[None]:
+        """Megatron's finalize reduces what was combined."""
+        return nullcontext()
+
     def _exchange(self, local_BLK: torch.Tensor, mix_RP: torch.Tensor) -> Gram:
         """Local sketches -> the gram of all rows on every rank."""
         model_group, data_group = compat.model_group(), compat.data_group()
-        num_model, num_data = dist.get_world_size(model_group), dist.get_world_size(data_group)
-        sent = 0
-        if num_model > 1:
-            dist.all_reduce(local_BLK, group=model_group)
-            sent += wire.all_reduce(local_BLK.nbytes, num_model)
+        collectives.all_reduce(local_BLK, model_group)
         own = self.layout.own_blocks()
-        mine_bLK = local_BLK[own].contiguous()
-        gathered = mine_bLK.new_empty(num_data, *mine_bLK.shape)
-        if mine_bLK.numel():
-            dist.all_gather_into_tensor(gathered.view(-1), mine_bLK.view(-1), group=data_group)
-            sent += wire.scatter(gathered.nbytes, num_data)
+        mine_bLK = local_BLK[own]
+        gathered = collectives.gathered(mine_bLK[None], data_group)
         groups_GbLK = gathered.unflatten(0, (-1, self.layout.ranks_per_row)).sum(1)
         buffers_bPK = groups_GbLK.transpose(0, 1).flatten(1, 2)
         num_rows, blocks = len(mix_RP), len(local_BLK)
@@ -67,11 +66,9 @@ class SketchedGram:
         products_BRX[own, :, :-2] = gram_bRR
         products_BRX[own, :, -2] = not_finite(mix_RP, buffers_bPK)
         products_BRX[own, :, -1] = error_b[:, None]
-        if num_model > 1:
-            dist.all_reduce(products_BRX, group=model_group)
-            sent += wire.all_reduce(products_BRX.nbytes, num_model)
+        collectives.all_reduce(products_BRX, model_group)
         finite_R = (products_BRX[:, :, -2] == 0).all(0)
-        return Gram(products_BRX[:, :, :-2], finite_R, products_BRX[:, 0, -1], sent)
+        return Gram(products_BRX[:, :, :-2], finite_R, products_BRX[:, 0, -1])
 
 
 def extra_bytes(rows: GradRows, layout: Layout, size: int) -> int:

@@ -1,52 +1,90 @@
-"""A step's values for the log, by their names there."""
+"""A step's values for the log, of every kind of rows, by their names there."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_dr.config import DRConfig
-from megatron_dr.mcore.finalize import Projection
-from megatron_dr.mcore.stopwatch import Stopwatch
-from megatron_dr.projection import report
+from megatron_dr.mcore import collectives, compat
+from megatron_dr.projection import Update, report, report_sums
 
-_NAMES = {
+_ROWS = {"effective_rows": "dr rows", "zero_rows": "dr zero rows"}
+_PRODUCTS = {
     "cos_general": "dr cos general",
     "cos_update": "dr cos update",
     "residual": "dr residual",
-    "effective_rows": "dr rows",
-    "zero_rows": "dr zero rows",
 }
 
 
-def metrics(
-    projection: Projection,
-    config: DRConfig,
-    watch: Stopwatch,
-    with_target: bool,
-    device: torch.device,
-) -> dict[str, torch.Tensor]:
-    """Scalars of the whole model."""
-    values: dict[str, torch.Tensor | float] = {}
-    if with_target:
-        values.update(_geometry(projection, per_block=False))
-        if config.alpha_style != "constant":
-            values["dr alpha"] = projection.alpha
-    if config.rows == "domain":
-        for name, weight in zip(config.domains, projection.weights_BM.mean(0)):
-            values[f"dr weight {name}"] = weight
-    if projection.error_sq_B is not None:
-        length_sq = projection.gram_BRR.square().sum().clamp(min=1e-300)
-        values["dr sketch error"] = (projection.error_sq_B.sum() / length_sq).sqrt()
-    for part, milliseconds in watch.milliseconds.items():
-        values[f"dr {part} ms"] = milliseconds
-    values["dr bytes"] = float(projection.wire_bytes)
-    return {name: torch.as_tensor(v, device=device) for name, v in values.items()}
+class StepLog:
+    """What was projected in one step.
+
+    Args:
+        names: of the blocks that are projected.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names, self.device = names, device
+        self._updates: list[tuple[Sequence[int], Update]] = []
+        self._values: dict[str, torch.Tensor | float] = {}
+        self._names = _PRODUCTS | _ROWS
+        self._sums_B9: torch.Tensor | None = None
+
+    def put(self, name: str, value: torch.Tensor | float) -> None:
+        """A value of the step."""
+        self._values[name] = value
+
+    def add(self, update: Update, blocks: Sequence[int]) -> None:
+        """An update of the blocks of these numbers; of ranks that have the same, one adds it."""
+        self._updates.append((blocks, update))
+
+    def sum_over_ranks(self, products: bool) -> None:
+        """Where each rank has windows or blocks of its own, at the step's end (collective).
+
+        Args:
+            products: whether the grams hold the rows' products; without them there are no cosines.
+        """
+        self._sums_B9 = self._own_sums()
+        for group in (compat.model_group(), compat.data_group()):
+            collectives.all_reduce(self._sums_B9, group)
+        if not products:
+            self._names = _ROWS
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Scalars of the whole model."""
+        values = self._values
+        if self._updates or self._sums_B9 is not None:
+            found = report(self._sums().sum(0))
+            values = {**{name: found[key] for key, name in self._names.items()}, **values}
+        return {name: torch.as_tensor(v, device=self.device) for name, v in values.items()}
+
+    def blocks(self) -> dict[str, list[float]]:
+        """Each value of every block, in the order of `names`; reads the device."""
+        found = report(self._sums())
+        return {name: found[key].tolist() for key, name in self._names.items()}
+
+    def _sums(self) -> torch.Tensor:
+        if self._sums_B9 is None:
+            self._sums_B9 = self._own_sums()
+        return self._sums_B9
+
+    def _own_sums(self) -> torch.Tensor:
+        """[B, 9] of what was added here; grams of one shape at once."""
+        sums_B9 = torch.zeros(len(self.names), 9, dtype=torch.float64, device=self.device)
+        by_shape: dict[torch.Size, list[tuple[Sequence[int], Update]]] = {}
+        for blocks, update in self._updates:
+            by_shape.setdefault(update.gram_BRR.shape[1:], []).append((blocks, update))
+        for alike in by_shape.values():
+            tensors = [(u.gram_BRR, u.direction_BR, u.update_BR) for _, u in alike]
+            found_B9 = report_sums(*(torch.cat(parts) for parts in zip(*tensors, strict=True)))
+            numbers = [number for blocks, _ in alike for number in blocks]
+            sums_B9.index_add_(0, torch.tensor(numbers, device=self.device), found_B9)
+        self._updates.clear()
+        return sums_B9
 
 
-def write_blocks(
-    projection: Projection, names: tuple[str, ...], iteration: int, args: Any, writer: Any
-) -> None:
+def write_blocks(log: StepLog, iteration: int, args: Any, writer: Any) -> None:
     """Each block's values: to TensorBoard where Megatron writes there, and as lines of the log.
 
     Args:
@@ -57,18 +95,11 @@ def write_blocks(
     to_log = last and iteration % args.log_interval == 0
     if not (to_board or to_log):
         return
-    values = {name: v.tolist() for name, v in _geometry(projection, per_block=True).items()}
-    for number, block in enumerate(names):
+    values = log.blocks()
+    for number, block in enumerate(log.names):
         if to_board:
             for name, of_blocks in values.items():
                 writer.add_scalar(f"{name}/{block}", of_blocks[number], iteration)
         if to_log:
             numbers = " | ".join(f"{n}: {v[number]: .3f}" for n, v in values.items())
             print(f" iteration {iteration} | {block} | {numbers}", flush=True)
-
-
-def _geometry(projection: Projection, per_block: bool) -> dict[str, torch.Tensor]:
-    found = report(
-        projection.gram_BRR, projection.direction_BR, projection.update_BR, per_block=per_block
-    )
-    return {name: found[key] for key, name in _NAMES.items()}

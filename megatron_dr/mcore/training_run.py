@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_dr.config import DRConfig, TargetConfig
 from megatron_dr.data.domains import DomainPlan, domains_of_step
-from megatron_dr.mcore.handle import Handle, attach
+from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.report.metrics import MetricsFile
 
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"

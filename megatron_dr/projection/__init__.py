@@ -16,11 +16,12 @@ from megatron_dr.projection.feasible_sets import (
 )
 from megatron_dr.projection.gram import gram_of, split
 from megatron_dr.projection.kronecker import Kronecker
-from megatron_dr.projection.measures import norm_scale, report
+from megatron_dr.projection.measures import norm_scale, report, report_sums
 from megatron_dr.projection.selection import Filter, Greedy, TopK
 from megatron_dr.projection.sketch import CountSketch, Sketch, key_of
 from megatron_dr.projection.sketch_error import gram_and_error, size_for
 from megatron_dr.projection.solvers import kkt_residual, solve_qp
+from megatron_dr.projection.update import Update, project
 
 __all__ = [
     "Ball",
@@ -39,17 +40,20 @@ __all__ = [
     "Target",
     "TopK",
     "UNPROJECTED",
+    "Update",
     "alpha_at",
     "alpha_of",
     "block_of",
     "flops",
     "gram_and_error",
     "gram_of",
-    "kkt_residual",
     "key_of",
+    "kkt_residual",
     "norm_scale",
     "per_sample",
+    "project",
     "report",
+    "report_sums",
     "size_for",
     "smoothed",
     "solve_qp",

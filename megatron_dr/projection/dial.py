@@ -58,8 +58,7 @@ import torch
 from torch import Tensor
 
 from megatron_dr.projection.feasible_sets import FeasibleSet
-from megatron_dr.projection.gram import split
-from megatron_dr.projection.measures import norm_scale
+from megatron_dr.projection.update import project
 
 _PASSES = 6.0  # P: docs/alpha.md says how it was measured
 
@@ -136,13 +135,11 @@ def _direction(
     rows = halves_BRR.shape[1] - 2
     place = torch.tensor([*range(rows), own], device=halves_BRR.device)
     seen_BRR = halves_BRR[:, place][:, :, place]
-    gram_BMM, cross_BM, half_sq_B = split(seen_BRR)
-    weights_BM = set_.weights(gram_BMM, cross_BM)
-    target_B1 = torch.full_like(weights_BM[:, :1], set_.target_weight)
-    direction_BR = torch.cat([weights_BM, target_B1], 1)
-    scale_B = norm_scale(norm, seen_BRR, direction_BR)
+    half = project(seen_BRR, set_, norm)
+    scale_B = half.scale_B
     if norm == "target":  # a half is noisier than the whole, hence longer
+        half_sq_B = seen_BRR[:, -1, -1]
         ratio_B = (gram_BRR[:, -2, -2].clamp(min=0.0) / half_sq_B).sqrt()
         scale_B = torch.where(half_sq_B > 0, scale_B * ratio_B, scale_B)
     whole_BR = torch.zeros_like(halves_BRR[:, 0])
-    return whole_BR.index_copy_(1, place, scale_B[:, None] * direction_BR)
+    return whole_BR.index_copy_(1, place, scale_B[:, None] * half.direction_BR)

@@ -54,36 +54,48 @@ def norm_scale(
     return torch.where(_vanishes(gram_BRR, length_sq_B), 1.0, (wanted_sq_B / length_sq_B).sqrt())
 
 
-def report(
-    gram_BRR: Tensor, direction_BR: Tensor, update_BR: Tensor, *, per_block: bool
-) -> dict[str, Tensor]:
-    """What a projection did, in float64: of every block [B], or of the whole model (scalars).
+def report_sums(gram_BRR: Tensor, direction_BR: Tensor, update_BR: Tensor) -> Tensor:
+    """[B, 9] in float64: what `report` is made of, and what adds up over blocks, windows and ranks.
+
+    t.mean, |mean|^2, t.u, |u|^2, |t|^2, |d - t|^2, effective rows, zero rows, and 1. A square that
+    vanishes (the rule of `norm_scale`) is 0.
+
+    :param gram_BRR: of the rows and, last, the target.
+    :param direction_BR: the projection d's coefficients.
+    :param update_BR: the coefficients of u, what the optimizer gets.
+    """
+    gram_BRR, direction_BR, update_BR = (x.double() for x in (gram_BRR, direction_BR, update_BR))
+    target_BR, weights_BM = _target(direction_BR), direction_BR[:, :-1].abs()
+    out = []
+    for vector_BR in (_mean_row(direction_BR), update_BR):
+        length_sq_B = _dot(gram_BRR, vector_BR, vector_BR)
+        out.append(_dot(gram_BRR, vector_BR, target_BR))
+        out.append(length_sq_B.masked_fill(_vanishes(gram_BRR, length_sq_B), 0.0))
+    rest_BR = direction_BR - target_BR
+    out += [gram_BRR[:, -1, -1], _dot(gram_BRR, rest_BR, rest_BR).clamp(min=0.0)]
+    largest_B1 = weights_BM.amax(1, keepdim=True)
+    zero_BM = (weights_BM <= _ZERO_ROW * largest_B1).double() + 0.0 * largest_B1  # NaN stays NaN
+    out += [_quotient(weights_BM.sum(1) ** 2, (weights_BM**2).sum(1)), zero_BM.sum(1)]
+    return torch.stack([*out, torch.ones_like(out[0])], 1)
+
+
+def report(sums_9: Tensor) -> dict[str, Tensor]:
+    """What a projection did, of `report_sums` [..., 9]: of each block, or added up, of the model.
 
     cos_general: cosine of the rows' mean and t.       cos_update: cosine of the update and t.
     residual: |d - t| / |t|.                           effective_rows: (sum |w|)^2 / sum w^2.
     zero_rows: rows with |w| at most 1e-6 of the block's largest.
 
     w are the rows' coefficients in d; effective_rows is 1 / sum w^2 where w >= 0 sums to one. The
-    model's inner products are the sums of the blocks'; its last two are means over blocks. A
-    quotient whose denominator vanishes (the vanishing rule of `norm_scale`) is 0.
-
-    :param gram_BRR: of the rows and, last, the target.
-    :param direction_BR: the projection d's coefficients.
-    :param update_BR: the coefficients of what the optimizer gets.
+    last two are means over what was added up. A quotient whose denominator is 0 is 0; NaN stays.
     """
-    gram_BRR, direction_BR, update_BR = (x.double() for x in (gram_BRR, direction_BR, update_BR))
-    target_BR, weights_BM = _target(direction_BR), direction_BR[:, :-1].abs()
-    target = _total(gram_BRR[:, -1, -1], per_block).sqrt()
-    error_BR = direction_BR - target_BR
-    error = _total(_dot(gram_BRR, error_BR, error_BR).clamp(min=0.0), per_block).sqrt()
-    effective_B = _quotient(weights_BM.sum(1) ** 2, (weights_BM**2).sum(1))
-    zero_B = (weights_BM <= _ZERO_ROW * weights_BM.amax(1, keepdim=True)).sum(1).double()
+    mean_t, mean_sq, update_t, update_sq, t_sq, rest_sq, effective, zero, count = sums_9.unbind(-1)
     return {
-        "cos_general": _cosine(gram_BRR, _mean_row(direction_BR), per_block),
-        "cos_update": _cosine(gram_BRR, update_BR, per_block),
-        "residual": _quotient(error, target),
-        "effective_rows": effective_B if per_block else effective_B.mean(),
-        "zero_rows": zero_B if per_block else zero_B.mean(),
+        "cos_general": _quotient(mean_t, mean_sq.sqrt() * t_sq.sqrt()),
+        "cos_update": _quotient(update_t, update_sq.sqrt() * t_sq.sqrt()),
+        "residual": _quotient(rest_sq.sqrt(), t_sq.sqrt()),
+        "effective_rows": _quotient(effective, count),
+        "zero_rows": _quotient(zero, count),
     }
 
 
@@ -92,15 +104,6 @@ def _tokens_scale(direction_BR: Tensor, share_M: Tensor | None) -> Tensor:
         raise ValueError("norm rule 'tokens' needs share_M, each row's share of the tokens.")
     tokens_B = (direction_BR[:, :-1] * share_M.to(direction_BR)).sum(1)
     return torch.where(tokens_B > 0, 1.0 / (share_M.shape[-1] * tokens_B), 1.0)
-
-
-def _cosine(gram_BRR: Tensor, vector_BR: Tensor, per_block: bool) -> Tensor:
-    """Cosine of a vector and t, of every block or of the model."""
-    length_sq_B = _dot(gram_BRR, vector_BR, vector_BR)
-    length_sq_B = length_sq_B.masked_fill(_vanishes(gram_BRR, length_sq_B), 0.0)
-    aligned = _total(_dot(gram_BRR, vector_BR, _target(vector_BR)), per_block)
-    lengths = [_total(x_B, per_block).sqrt() for x_B in (length_sq_B, gram_BRR[:, -1, -1])]
-    return _quotient(aligned, lengths[0] * lengths[1])
 
 
 def _dot(gram_BRR: Tensor, a_BR: Tensor, b_BR: Tensor) -> Tensor:
@@ -125,10 +128,6 @@ def _target(like_BR: Tensor) -> Tensor:
     target_BR = torch.zeros_like(like_BR)
     target_BR[:, -1] = 1.0
     return target_BR
-
-
-def _total(value_B: Tensor, per_block: bool) -> Tensor:
-    return value_B if per_block else value_B.sum()
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:

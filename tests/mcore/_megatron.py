@@ -247,7 +247,7 @@ def train(
                 domains=_data.domains(layout, dp_rank) if layout.domains else (),
                 **kwargs,
             )
-        log.append((reports, handle.projection if handle else None))
+        log.append((reports, handle.rows.update if handle else None))
         optimizer.step()
     if layout.overlap_param_gather:
         for chunk in model:

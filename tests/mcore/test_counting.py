@@ -8,7 +8,7 @@ import torch
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore.handle import attached
+from megatron_dr.mcore.attach import attached
 
 from . import _megatron, _oracle
 from ._data import Layout
@@ -69,7 +69,7 @@ def gram_of_one_step(layout: Layout, kind: Any, initial: Any) -> dict[str, np.nd
     )
     handle = attached(model)
     assert handle is not None
-    return dict(zip(handle.layout.names, log[0][1].gram_BRR.numpy()))
+    return dict(zip(handle.rows.layout.names, log[0][1].gram_BRR.numpy()))
 
 
 @pytest.mark.parametrize("layout, name", KINDS.values(), ids=KINDS.keys())

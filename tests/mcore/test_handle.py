@@ -7,7 +7,7 @@ import torch
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore.handle import Handle, attached
+from megatron_dr.mcore.attach import Handle, attached
 
 from . import _data, _megatron
 from ._data import Layout
@@ -266,7 +266,7 @@ def test_rows_and_dials_that_cannot_be(dr: DRConfig, words: str) -> None:
 
 
 def test_one_row_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
-    one(lambda: megatron_dr.attach(*fresh(), DRConfig(rows="rank")).layout.row_map.num_rows)
+    one(lambda: megatron_dr.attach(*fresh(), DRConfig(rows="rank")).rows.layout.row_map.num_rows)
     assert "note: one row" in capfd.readouterr().out
 
 
@@ -276,7 +276,7 @@ def test_slot_buffers_in_bf16_are_half_the_bytes_and_close() -> None:
         model, optimizer, config = fresh()
         handle = megatron_dr.attach(model, optimizer, config, dr)
         model[0].zero_grad_buffer()
-        bytes_of_slots = handle.rows.extra_bytes
+        bytes_of_slots = handle.rows.buffers.extra_bytes
         step(handle, model)
         return bytes_of_slots, torch.cat([p.main_grad.flatten() for p in model[0].parameters()])
 
@@ -305,7 +305,7 @@ def test_a_host_that_resets_the_hook_is_chained() -> None:
             model[0].zero_grad_buffer()
             step(handle, model)
             assert config.finalize_model_grads_func is hosts_own
-            assert handle.projection is not None and handle.steps == number + 1
+            assert handle.rows.update is not None and handle.steps == number + 1
         return calls
 
     assert one(case) == [0, 1, 2]

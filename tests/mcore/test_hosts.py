@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_dr import DRConfig
 from megatron_dr.mcore import compat, hosts
-from megatron_dr.mcore.handle import attached
+from megatron_dr.mcore.attach import attached
 
 from . import _data, _megatron, _oracle, _slime
 from ._data import Layout

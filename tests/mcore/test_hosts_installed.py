@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 
 from megatron_dr import DRConfig
 from megatron_dr.mcore import hosts
-from megatron_dr.mcore.handle import attached
+from megatron_dr.mcore.attach import attached
 from megatron_dr.mcore.hosts import nemo_rl
 
 from . import _data, _megatron, _oracle, _slime

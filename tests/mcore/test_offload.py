@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import megatron_dr
 from megatron_dr import DRConfig
 from megatron_dr.mcore import adaptor
-from megatron_dr.mcore.handle import Handle
+from megatron_dr.mcore.attach import Handle
 from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
 
 from . import _megatron, _oracle, _rl, _samples
@@ -29,9 +29,9 @@ def storages(tensors: list[torch.Tensor]) -> list[StorageWeakRef]:
 
 def own(handle: Any) -> list[torch.Tensor]:
     """What the plugin keeps between steps."""
-    if hasattr(handle, "rows"):
-        return [flat for flats in handle.rows._extra.values() for flat in flats]
-    return list(handle.path.targets._value.values())
+    if hasattr(handle.rows, "buffers"):
+        return [flat for flats in handle.rows.buffers._extra.values() for flat in flats]
+    return list(handle.rows.path.targets._value.values())
 
 
 def away_and_back(handle: Handle, step: int) -> None:

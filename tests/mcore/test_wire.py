@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 import megatron_dr
 from megatron_dr import DRConfig
 from megatron_dr.mcore import wire
+from megatron_dr.mcore.attach import attached
 from megatron_dr.mcore.exact_gram import ExactGram
-from megatron_dr.mcore.handle import attached
 
 from . import _megatron, _oracle
 from ._data import Layout
@@ -60,8 +60,8 @@ class Counter:
             setattr(module, name, dist.reduce_scatter_tensor)
 
 
-def sent(layout: Layout, dr: DRConfig | None, initial: Any) -> int:
-    """Bytes that a rank sends in two steps after the model is built."""
+def steps(layout: Layout, dr: DRConfig | None, initial: Any, number: int = 2) -> tuple[int, Any]:
+    """Bytes that a rank sends in some steps after the model is built, and the handle."""
     counter = Counter()
     started = {}
 
@@ -70,8 +70,12 @@ def sent(layout: Layout, dr: DRConfig | None, initial: Any) -> int:
         started["at"] = counter.bytes
         return handle
 
-    _megatron.train(layout, 2, initial, plugin)
-    return counter.bytes - started["at"]
+    model = _megatron.train(layout, number, initial, plugin)[0]
+    return counter.bytes - started["at"], attached(model)
+
+
+def sent(layout: Layout, dr: DRConfig | None, initial: Any) -> int:
+    return steps(layout, dr, initial)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -97,34 +101,27 @@ def test_sketches_send_less_than_exact_slots() -> None:
 
 
 def announced(layout: Layout, dr: DRConfig, initial: Any) -> tuple[str, int, int]:
-    """The kind of gram, and the extra bytes that the step reports and that were counted."""
-    counter, marks = Counter(), []
-
-    def plugin(model: Any, optimizer: Any, config: Any) -> Any:
-        handle = megatron_dr.attach(model, optimizer, config, dr)
-        source, stock = handle.source, handle.source.gram
-
-        def measured(*args: Any) -> Any:
-            before = counter.bytes
-            gram = stock(*args)
-            marks.append(counter.bytes - before)
-            return gram
-
-        source.gram = measured
-        return handle
-
-    model = _megatron.train(layout, 1, initial, plugin)[0]
-    handle = attached(model)
-    assert handle is not None and handle.projection is not None
-    return type(handle.source).__name__, handle.projection.wire_bytes, marks[0]
+    """The kind of gram, and a step's bytes: those that it reports, and all that were counted."""
+    counted, handle = steps(layout, dr, initial, 1)
+    return type(handle.rows.source).__name__, int(handle.metrics["dr bytes"]), counted
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=2, tp=2)], ids=["dp2", "dp2-tp2"])
-def test_reported_bytes_are_the_counted_ones(layout: Layout) -> None:
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=2), Layout(dp=2, tp=2), Layout(dp=2, per_token=True)],
+    ids=["dp2", "dp2-tp2", "per-token"],
+)  # fmt: skip
+@pytest.mark.parametrize("gram", ["sketch", "exact"])
+def test_reported_bytes_are_what_plain_megatron_does_not_send(layout: Layout, gram: Any) -> None:
     initial = _oracle.initial(layout)
-    dr = DRConfig(slots=2, gram="sketch", sketch_size=64)
-    for kind, reported, counted in run_ranks(layout.world, announced, layout, dr, initial):
-        assert kind == "SketchedGram" and reported == counted > 0
+    dr = DRConfig(slots=2, gram=gram, sketch_size=64)
+    plain = [count for count, _ in run_ranks(layout.world, plain_step, layout, initial)]
+    found = run_ranks(layout.world, announced, layout, dr, initial)
+    for (_, reported, counted), stock in zip(found, plain, strict=True):
+        assert reported == pytest.approx(counted - stock, rel=1e-3) and reported > 0
+
+
+def plain_step(layout: Layout, initial: Any) -> tuple[int, None]:
+    return steps(layout, None, initial, 1)[0], None
 
 
 @pytest.mark.parametrize(
@@ -155,7 +152,7 @@ def peak(layout: Layout, initial: Any) -> tuple[int, int]:
 
     def plugin(model: Any, optimizer: Any, config: Any) -> Any:
         handle = megatron_dr.attach(model, optimizer, config, dr)
-        stock = handle.source.gram
+        stock = handle.rows.source.gram
 
         def measured(*args: Any) -> Any:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -168,7 +165,7 @@ def peak(layout: Layout, initial: Any) -> tuple[int, int]:
             found.append(most)
             return gram
 
-        handle.source.gram = measured
+        handle.rows.source.gram = measured
         return handle
 
     model = _megatron.train(layout, 1, initial, plugin)[0]

@@ -5,7 +5,8 @@ import torch
 from _samplers import SCALES, combine, normal, rows, target
 from torch import Tensor
 
-from megatron_dr.projection import Cone, gram_of, norm_scale, report, split
+from megatron_dr import projection
+from megatron_dr.projection import Cone, gram_of, norm_scale, report_sums, split
 
 
 def problem(blocks: int = 4, count: int = 5, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -14,6 +15,14 @@ def problem(blocks: int = 4, count: int = 5, *, seed: int = 0) -> tuple[Tensor, 
     X = torch.cat([J, target("outside", J)[:, None]], 1)
     direction, update = normal(2, blocks, count + 1, seed=seed + 1)
     return X, direction, update
+
+
+def report(
+    gram: Tensor, direction: Tensor, update: Tensor, *, per_block: bool
+) -> dict[str, Tensor]:
+    """Of every block, or of the model, whose sums are the blocks'."""
+    sums = report_sums(gram, direction, update)
+    return projection.report(sums if per_block else sums.sum(0))
 
 
 def cosine(a_BN: Tensor, b_BN: Tensor) -> Tensor:
@@ -186,6 +195,17 @@ def test_zero_gradients_give_zeros(per_block: bool, size: float) -> None:
     effective, zero = got.pop("effective_rows"), got.pop("zero_rows")
     assert all((value == 0).all() for value in got.values())
     assert (effective == 5 * size).all() and (zero == 5 * (1 - size)).all()
+
+
+def test_a_gradient_that_is_not_finite_is_never_a_number() -> None:
+    X, direction, update = problem()
+    X[2, 1, 3] = torch.nan
+    direction[2] = torch.nan
+    gram = gram_of(X)
+    for name, value in report(gram, direction, update, per_block=False).items():
+        assert value.isnan(), name
+    for name, value in report(gram, direction, update, per_block=True).items():
+        assert value.isnan().tolist() == [False, False, True, False], name
 
 
 def test_never_looks_at_a_value() -> None:

@@ -19,9 +19,9 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import handle as plugin
+from megatron_dr.mcore import attach as plugin
+from megatron_dr.mcore.attach import Handle
 from megatron_dr.mcore.compat import SCHEDULES
-from megatron_dr.mcore.handle import Handle
 
 
 @dataclass

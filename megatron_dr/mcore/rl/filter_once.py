@@ -36,6 +36,7 @@ from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
 from megatron_dr.mcore.rl.forward import PolicyStep
 from megatron_dr.mcore.roles import MicrobatchRouter
 from megatron_dr.mcore.samples import random_state
+from megatron_dr.mcore.schedule import Pass, ours, run
 from megatron_dr.rl.experience import Experience
 from megatron_dr.rl.weights import Aggregation, token_weights
 from megatron_dr.rl_config import RLConfig
@@ -74,12 +75,12 @@ def scores(
     """
     size = schedule["micro_batch_size"]
     with _apart(model):
-        run = _Passes(rl, model, function, schedule)
-        run.accumulate(_share(target, rl, size, rl.target_loss == "reward", model))
+        passes = _Passes(rl, model, function, schedule)
+        passes.accumulate(_share(target, rl, size, rl.target_loss == "reward", model))
         owned = owned_parameters(model, get_model_config(model[0]))
         target_flats = _target(model, owned, target, rl)
         share = _share(general, rl, 1, False, model)
-        own_n = run.score(share, target_flats)
+        own_n = passes.score(share, target_flats)
     dist.all_reduce(own_n, group=compat.model_group())
     score_N = own_n.new_zeros(len(general))
     score_N[share.numbers] = own_n[: len(share.numbers)]
@@ -94,33 +95,29 @@ class _Passes:
         self, rl: RLConfig, model: list[Any], function: Callable[..., Any],
         schedule: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.step, self.model = PolicyStep(rl), model
-        self.function, self.schedule = function, schedule
+        self.model, self.function = model, function
+        self.schedule = {**schedule, "forward_step_func": PolicyStep(rl)}
 
     def accumulate(self, batches: _Share) -> None:
         """The batches' summed gradient into Megatron's buffers."""
-        self._call(self.step, batches)
+        self._run(MicrobatchRouter(self.model, 0, len(batches), None), batches)
 
     def score(self, batches: _Share, target: Flats) -> Tensor:
         """This rank's part of each batch's product with the target [n]."""
         router = _ScoreRouter(self.model, target, len(batches))
-        self._call(router.wrap(self.step), batches)
-        router.check_complete()
+        self._run(router, batches)
         for chunk in range(len(self.model)):
             router.take(chunk)
         return router.score_n
 
-    def _call(self, step: Callable[..., Any], batches: _Share) -> None:
+    def _run(self, router: MicrobatchRouter, batches: _Share) -> None:
         iterators = [iter(batches) for _ in self.model]
-        self.function(
-            **{
-                **self.schedule,
-                "forward_step_func": step,
-                "data_iterator": iterators if len(iterators) > 1 else iterators[0],
-                "num_microbatches": len(batches),
-                "micro_batch_size": batches.size,
-            }
-        )
+        changes = {
+            "data_iterator": iterators if len(iterators) > 1 else iterators[0],
+            "micro_batch_size": batches.size,
+        }
+        one = Pass(router, lambda stock, num_tokens: None, changes)  # nothing is reduced
+        run(self.function, self.schedule, one, get_model_config(self.model[0]))
 
 
 class _ScoreRouter(MicrobatchRouter):
@@ -154,19 +151,13 @@ class _ScoreRouter(MicrobatchRouter):
 @contextmanager
 def _apart(model: list[Any]) -> Iterator[None]:
     """Backwards inside reduce nothing; gradients, random states and settings are put back."""
-    config = get_model_config(model[0])
-    saved, random = compat.schedule_hooks(config), random_state.save()
+    random = random_state.save()
     try:
         for chunk in model:
             chunk.zero_grad_buffer()
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                group.is_last_microbatch = False  # overlapped reductions wait for it
-        for name in saved:
-            setattr(config, name, None)
-        yield
+        with ours(model, get_model_config(model[0])):
+            yield
     finally:
-        for name, value in saved.items():
-            setattr(config, name, value)
         random_state.restore(random)
         for chunk in model:
             chunk.zero_grad_buffer()

@@ -6,18 +6,22 @@ Then either the uses that were kept become weight gradients (one pass), or a sec
 the coefficients known (`Replay`).
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.samples import scoring
 from megatron_dr.mcore.samples.path import gradient_of
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
 from megatron_dr.mcore.samples.targets import Targets
-from megatron_dr.mcore.samples.weigh import Solved, needs_rows, sample_map, solve
+from megatron_dr.mcore.samples.weigh import needs_rows, sample_map
+from megatron_dr.mcore.step_log import StepLog
+from megatron_dr.projection import Update, project
 
 
 class Deferred:
@@ -79,13 +83,25 @@ class Deferred:
         return self.dr.window == "step" and (needs_rows(self.dr) or bool(self.merged))
 
     # -- after the schedule call -----------------------------------------------------------------
-    def solve(self, alpha: float) -> tuple[list[Solved], torch.Tensor]:
-        """What was solved, and coefficients [n, B, N] before the scale (collective)."""
+    def solve(self, alpha: float, log: StepLog) -> torch.Tensor:
+        """Coefficients [n, B, N] before the scale (collective)."""
         if self.dr.window == "microbatch":
-            return self._solve_microbatches(alpha)
-        return self._solve_step(alpha)
+            return self._solve_microbatches(alpha, log)
+        return self._solve_step(alpha, log)
 
-    def _solve_microbatches(self, alpha: float) -> tuple[list[Solved], torch.Tensor]:
+    def _project(
+        self, gram_BRR: torch.Tensor, share_M: torch.Tensor, alpha: float, log: StepLog
+    ) -> Update:
+        """Of all blocks, once or for several windows; all ranks of the model copy have the same:
+        the first one logs it."""
+        with meter.part("solve"):
+            update = project(gram_BRR, self.dr.feasible_set(), self.dr.norm, alpha, share_M)
+        if dist.get_rank(compat.model_group()) == 0:
+            blocks = self._gram.shape[1]
+            log.add(update, [*range(blocks)] * (len(gram_BRR) // blocks))
+        return update
+
+    def _solve_microbatches(self, alpha: float, log: StepLog) -> torch.Tensor:
         n, b = self.tokens.shape
         for number, parts in self._features.items():
             place = self._places[number]
@@ -95,8 +111,8 @@ class Deferred:
                 target = None if self.merged else self._target(place) * ratio
                 gram_RR = scoring.dense_gram(feature_NK, map_RN, target)
                 self._gram[microbatch, place.block] += place.share * gram_RR
-        dist.all_reduce(self._gram, group=compat.model_group())
-        blocks, found = self._gram.shape[1], []
+        collectives.all_reduce(self._gram, compat.model_group())
+        blocks = self._gram.shape[1]
         coefficient_nBN = self._gram.new_zeros(n, blocks, b + self.merged, dtype=torch.float64)
         for count in sorted(set(self._counts)):  # those of as many samples at once
             alike = [number for number, c in enumerate(self._counts) if c == count]
@@ -104,61 +120,58 @@ class Deferred:
             gram_BRR = self._gram[alike][:, :, rows][..., rows].flatten(0, 1)
             share_nM = self.tokens[alike][:, :count]
             share_nM = share_nM / share_nM.sum(1, keepdim=True).clamp(min=1)
-            solved = solve(self.dr, gram_BRR, share_nM.repeat_interleave(blocks, 0), alpha)
-            update_nBR = solved.update_BR.view(len(alike), blocks, -1)
+            update = self._project(gram_BRR, share_nM.repeat_interleave(blocks, 0), alpha, log)
+            update_nBR = update.update_BR.view(len(alike), blocks, -1)
             maps = torch.stack([self._map(number)[rows] for number in alike])
             coefficient_nBN[alike] = torch.einsum("nbr,nrs->nbs", update_nBR, maps)
-            found.append(solved)
-        return found, coefficient_nBN
+        return coefficient_nBN
 
-    def _solve_step(self, alpha: float) -> tuple[list[Solved], torch.Tensor]:
+    def _solve_step(self, alpha: float, log: StepLog) -> torch.Tensor:
         n, b = self.tokens.shape
         group = parallel_state.get_data_parallel_group()
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        tokens_P = _gathered(self.tokens.reshape(-1), group, size)  # P places, M of them samples
+        gathered = functools.partial(collectives.gathered, group=group)
+        tokens_P = gathered(self.tokens.reshape(-1))  # P places, M of them samples
         count_n = torch.tensor(self._counts, device=self.tokens.device)
         place_b = torch.arange(b, device=count_n.device)
-        is_sample_P = _gathered((place_b < count_n[:, None]).flatten(), group, size)
+        is_sample_P = gathered((place_b < count_n[:, None]).flatten())
         P, (sample_M,) = len(tokens_P), is_sample_P.nonzero(as_tuple=True)
         M = len(sample_M)
         gram_BRR = self._gram.new_zeros(self._gram.shape[1], P + 1, P + 1)
-        if self._features:
-            for number, parts in self._features.items():
-                place = self._places[number]
-                gram_PP = self._step_gram(place, parts, group, size, M)
-                gram_BRR[place.block] += place.share * gram_PP
-        cross_BP = M * _gathered(self._cross[:, :-1].t().contiguous(), group, size).t()
+        for number, parts in self._features.items():
+            place = self._places[number]
+            gram_BRR[place.block] += place.share * self._step_gram(place, parts, group, M)
+        cross_BP = M * gathered(self._cross[:, :-1].t()).t()
         gram_BRR[:, :-1, -1] += cross_BP
         gram_BRR[:, -1, :-1] += cross_BP
         gram_BRR[:, -1, -1] += self._cross[:, -1]
-        dist.all_reduce(gram_BRR, group=compat.model_group())
+        collectives.all_reduce(gram_BRR, compat.model_group())
         rows_R = torch.cat([sample_M, sample_M.new_tensor([P])])
         share_M = tokens_P[sample_M] / tokens_P.sum().clamp(min=1)
-        solved = solve(self.dr, gram_BRR[:, rows_R][..., rows_R], share_M, alpha)
-        weight_BP = solved.update_BR.new_zeros(len(gram_BRR), P)
-        weight_BP[:, sample_M] = solved.update_BR[:, :-1] * M
+        update = self._project(gram_BRR[:, rows_R][..., rows_R], share_M, alpha, log)
+        weight_BP = update.update_BR.new_zeros(len(gram_BRR), P)
+        weight_BP[:, sample_M] = update.update_BR[:, :-1] * M
+        rank = dist.get_rank(group)
         own = weight_BP[:, rank * n * b : (rank + 1) * n * b]
         coefficient_nBN = own.view(-1, n, b).transpose(0, 1)
         if self.merged:
             ratio_n = torch.tensor(self.ratio, dtype=torch.float64, device=own.device)
-            target_nB = ratio_n[:, None] * solved.update_BR[None, :, -1]
+            target_nB = ratio_n[:, None] * update.update_BR[None, :, -1]
             target_nBq = target_nB[:, :, None].expand(-1, -1, self.merged)
             coefficient_nBN = torch.cat([coefficient_nBN, target_nBq], 2)
-        return [solved], coefficient_nBN
+        return coefficient_nBN
 
     def _step_gram(
-        self, place: Place, parts: list[torch.Tensor], group: dist.ProcessGroup, size: int, M: int
+        self, place: Place, parts: list[torch.Tensor], group: collectives.Group, M: int
     ) -> torch.Tensor:
         """gram [P + 1, P + 1] of the step's places on all data ranks, M of which are samples."""
         b = self._rows - 1
         parts = self._over_stages(place, parts)
         parts = [f * scale for f, scale in zip(parts, self.row_scale, strict=True)]
-        rows_MK = _gathered(torch.cat([f[:b] for f in parts]), group, size)
-        rows_MK = rows_MK * float(M)
+        rows_MK = collectives.gathered(torch.cat([f[:b] for f in parts]), group) * float(M)
         if self.merged:
             target_K = sum(r * f[b:].sum(0) for r, f in zip(self.ratio, parts, strict=True))
             assert isinstance(target_K, torch.Tensor)
-            dist.all_reduce(target_K, group=group)
+            collectives.all_reduce(target_K, group)
         else:
             target_K = self._target(place).flatten() * self.ratio[0]
         rows_RK = torch.cat([rows_MK, target_K[None]])
@@ -168,14 +181,14 @@ class Deferred:
         """A tied embedding's features are summed over the first and the last stage."""
         if place.owned.partial == "embedding":
             for part in parts:
-                dist.all_reduce(part, group=parallel_state.get_embedding_group())
+                collectives.all_reduce(part, parallel_state.get_embedding_group())
         return parts
 
     def _target(self, place: Place) -> torch.Tensor:
         target = self.targets.of(place)
         if place.owned.partial == "embedding":
             target = target.clone()
-            dist.all_reduce(target, group=parallel_state.get_embedding_group())
+            collectives.all_reduce(target, parallel_state.get_embedding_group())
         return target
 
     def write(self, coefficient_nBN: torch.Tensor) -> None:
@@ -200,10 +213,3 @@ class Replay:
 
     def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
         return self._coefficient_nBN[microbatch, place.block]
-
-
-def _gathered(part: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
-    """Parts of all ranks of the group, one after the other along the first dimension."""
-    out = part.new_empty(part.shape[0] * size, *part.shape[1:])
-    dist.all_gather_into_tensor(out, part.contiguous(), group=group)
-    return out

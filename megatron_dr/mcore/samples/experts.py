@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.projection import per_sample
 
@@ -80,8 +80,7 @@ def windows(tokens: torch.Tensor, ratio: list[float]) -> tuple[torch.Tensor, lis
         return tokens, ratio
     group = parallel_state.get_expert_tensor_and_model_parallel_group()
     own = torch.cat([tokens, tokens.new_tensor(ratio)[:, None]], 1)
-    every = own.new_empty(dist.get_world_size(group) * len(own), own.shape[1])
-    dist.all_gather_into_tensor(every, own.contiguous(), group=group)
+    every = collectives.gathered(own, group)
     parts = every.view(peers(), -1, *own.shape)[:, 0]  # the ranks of a peer have the same samples
     tokens = parts[..., :-1].transpose(0, 1).flatten(1)
     return tokens, parts[..., -1].sum(0).tolist()

@@ -5,18 +5,17 @@ per block: a sample is kept where its score c_i / |t|^2 is above an exponential 
 microbatches' (1 - f) quantiles, and has the weight 1 / (f M) that it has in a set of exactly f M.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.distributed as dist
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.samples import experts, scoring
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
 from megatron_dr.mcore.samples.targets import Targets
-from megatron_dr.mcore.samples.weigh import Solved, needs_rows, sample_map, solve
+from megatron_dr.mcore.samples.weigh import needs_rows, sample_map
+from megatron_dr.mcore.step_log import StepLog
+from megatron_dr.projection import project
 
 _KEEP = 0.9  # of the running threshold at each microbatch
 
@@ -31,13 +30,13 @@ class Immediate:
         merged: target samples at the end of each microbatch.
         scale: of every coefficient, by general microbatch.
         thresholds: [B] of the streaming window, NaN where there is none yet; changed in place.
-        log: is given what was solved, with the place.
+        log: of the step.
     """
 
     def __init__(
         self, dr: DRConfig, targets: Targets, tokens: torch.Tensor, counts: list[int],
         ratio: list[float], merged: int, scale: list[float], alpha: float, thresholds: torch.Tensor,
-        log: Callable[[Place, Solved], None],
+        log: StepLog,
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.tokens, self.ratio = dr, targets, tokens, ratio
         self.merged, self.scale, self.alpha = merged, scale, alpha
@@ -55,12 +54,17 @@ class Immediate:
         target = None if self.merged else self.targets.of(place) * ratio
         gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr))
         if place.gram_group is not None:
-            dist.all_reduce(gram_RR, group=place.gram_group)
+            with meter.part("exchange"):
+                collectives.all_reduce(gram_RR, place.gram_group)
         share_M = tokens_M / tokens_M.sum().clamp(min=1)
         weights = self._streamed(place, gram_RR) if self.dr.window == "streaming" else None
-        solved = solve(self.dr, gram_RR[None], share_M, self.alpha, weights)
-        self.log(place, solved)
-        return self.scale[microbatch] * (solved.update_BR[0] @ map_RN)
+        with meter.part("solve"):
+            update = project(
+                gram_RR[None], self.dr.feasible_set(), self.dr.norm, self.alpha, share_M, weights
+            )
+        if place.is_first:
+            self.log.add(update, [place.block])
+        return self.scale[microbatch] * (update.update_BR[0] @ map_RN)
 
     def _streamed(self, place: Place, gram_RR: torch.Tensor) -> torch.Tensor:
         score_M = gram_RR[:-1, -1].double() / gram_RR[-1, -1].double().clamp(min=1e-300)
@@ -75,5 +79,5 @@ def agree(thresholds: torch.Tensor) -> None:
     """The mean over the ranks that have a threshold, on all ranks, at a step's end (collective)."""
     both = torch.stack([thresholds.nan_to_num(0.0), (~thresholds.isnan()).to(thresholds)])
     for group in (compat.data_group(), compat.model_group()):
-        dist.all_reduce(both, group=group)
+        collectives.all_reduce(both, group)
     thresholds.copy_(torch.where(both[1] > 0, both[0] / both[1], float("nan")))

@@ -8,10 +8,9 @@ stages in the middle never see a loss. So a rank that has data reads the step's 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.samples import packs
 from megatron_dr.mcore.samples.packs import Packs
 
@@ -104,8 +103,6 @@ def _counts(
     chunks: list[list[Batch] | None], shape: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
     """Tokens that count in the loss [number, samples], as the model copy's first rank read them."""
-    group = compat.model_group()
-    source = dist.get_global_rank(group, 0)
     out = torch.zeros(shape, dtype=torch.float64, device=device)
     batches = next((b for b in chunks if b is not None), [])
     for number, batch in enumerate(batches):
@@ -124,13 +121,12 @@ def _counts(
                 "expected: [samples, tokens]."
             )
         out[number] = mask.to(out).sum(-1)
-    if out.numel():
-        dist.broadcast(out, src=source, group=group)
+    collectives.from_first(out, compat.model_group())
     return out
 
 
 def total(count: torch.Tensor) -> torch.Tensor:
     """Sum over the data-parallel ranks (not the context-parallel ones, which share samples)."""
     count = count.sum()
-    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    collectives.all_reduce(count, parallel_state.get_data_parallel_group())
     return count

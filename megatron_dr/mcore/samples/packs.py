@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat
 from megatron_dr.projection import per_sample
 
 Batch = dict[str, Any]
@@ -35,9 +35,7 @@ class Packs:
         self._sample_nT = torch.full((number, length), -1, device=device)
         for n, batch in enumerate(batches or []):
             self._sample_nT[n] = _samples_of(batch, length).to(device)
-        if number:
-            group = compat.model_group()
-            dist.broadcast(self._sample_nT, src=dist.get_global_rank(group, 0), group=group)
+        collectives.from_first(self._sample_nT, compat.model_group())
         self.counts: list[int] = (self._sample_nT.amax(1) + 1).tolist() if number else []
         self.most = max(self.counts, default=0)
         self._index: dict[tuple[int, int], torch.Tensor] = {}
@@ -70,7 +68,7 @@ class Packs:
 def agree(roles: list[Packs], device: torch.device) -> None:
     """Give all packs of a step the same N, on all ranks (collective)."""
     most = torch.tensor(max(p.most for p in roles), device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
+    collectives.all_reduce(most, None, dist.ReduceOp.MAX)
     for packs in roles:
         packs.most = int(most)
 

@@ -5,12 +5,12 @@ A *mode* says what happens when all uses of a parameter in a microbatch are know
 microbatches come first; their features add up to the target's.
 """
 
-from collections import Counter
 from typing import Any, Protocol
 
 import torch
 
 from megatron_dr.config import DRConfig
+from megatron_dr.mcore import meter
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.mcore.samples import scoring
 from megatron_dr.mcore.samples.packs import Packs
@@ -73,7 +73,6 @@ class SamplePath:
         self._alpha, self._target_scale = alpha, target_scale
         self._current.clear()
         self._held.clear()
-        self._reduced: Counter[int] = Counter()
         self.active = True
 
     def end(self) -> None:
@@ -93,12 +92,13 @@ class SamplePath:
 
     def linear(
         self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    ) -> per_sample.Weighted | None:
         x_LNI, dy_LNO = self._split(parameter, x_LNI), self._split(parameter, dy_LNO)
         decided = self._decide(parameter, (x_LNI.detach(), dy_LNO))
         if decided is None:
             return None
-        return weighted(self.dr, x_LNI, dy_LNO, decided[0], self._merged, self._alpha)
+        with meter.part("combine"):
+            return weighted(self.dr, x_LNI, dy_LNO, decided[0], self._merged, self._alpha)
 
     def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
         decided = self._decide(parameter, (g_NH, None))
@@ -164,20 +164,22 @@ class SamplePath:
         assert self._mode is not None
         if microbatch < self._num_target:
             if self.targets.wanted:
-                self.targets.add(place, uses)
+                with meter.part("sketch"):
+                    self.targets.add(place, uses)
             if not self._target_scale:
                 return None
             samples = use[0].shape[0 if place.is_vector else 1]
             coefficient_N = use[0].new_full((samples,), self._target_scale, dtype=torch.float32)
             return coefficient_N, uses
-        found_N = self._mode.coefficients(place, microbatch - self._num_target, uses)
+        with meter.part("sketch"):
+            found_N = self._mode.coefficients(place, microbatch - self._num_target, uses)
         return None if found_N is None else (found_N, uses)
 
 
 def weighted(
     dr: DRConfig, x_LNI: torch.Tensor, dy_LNO: torch.Tensor, coefficient_N: torch.Tensor,
     targets: int, alpha: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> per_sample.Weighted:  # fmt: skip
     """The weight gradient's operands, without the samples that have no part in it."""
     keep_N = kept(dr, coefficient_N, targets, alpha)
     every = len(keep_N) == len(coefficient_N)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dr.mcore import collectives, meter
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.projection import per_sample
 
@@ -39,8 +40,9 @@ def _total(parts: list[torch.Tensor]) -> torch.Tensor:
 def summed(place: Place, feature_NK: torch.Tensor) -> torch.Tensor:
     """Features over the ranks that hold parts of them (collective)."""
     feature_NK = feature_NK.contiguous()
-    for group in place.sums:
-        dist.all_reduce(feature_NK, group=group)
+    with meter.part("exchange"):
+        for group in place.sums:
+            collectives.all_reduce(feature_NK, group)
     if place.owned.partial == "tensor" and place.owned.count != 1.0:
         feature_NK *= place.owned.count  # Megatron averages this one over tensor-parallel ranks
     return feature_NK
@@ -126,17 +128,12 @@ def _whole_sequence(place: Place, use: Use) -> Use:
     for group in place.tokens:
         if place.is_expert:  # ranks have unequal numbers of tokens
             length = torch.tensor([len(x)], device=x.device)
-            dist.all_reduce(length, dist.ReduceOp.MAX, group=group)
+            collectives.all_reduce(length, group, dist.ReduceOp.MAX)
             missing = (0, 0, 0, 0, 0, int(length) - len(x))
             x, dy = (torch.nn.functional.pad(part, missing) for part in (x, dy))
-        x, dy = _gathered(x, group), _gathered(dy, group)
+        with meter.part("exchange"):
+            x, dy = collectives.gathered(x, group), collectives.gathered(dy, group)
     return x, dy
-
-
-def _gathered(part: torch.Tensor, group: Any) -> torch.Tensor:
-    out = part.new_empty(part.shape[0] * dist.get_world_size(group), *part.shape[1:])
-    dist.all_gather_into_tensor(out, part.contiguous(), group=group)
-    return out
 
 
 def target_part(place: Place, uses: list[Use]) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.mcore.samples import experts
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.weigh import needs_rows
+from megatron_dr.mcore.say import say
 
 
 def check(dr: DRConfig, config: Any, owned: list[OwnedParameter]) -> None:
@@ -55,11 +56,10 @@ def is_immediate(dr: DRConfig, owned: list[OwnedParameter]) -> bool:
     """Whether weights are found inside the backward: on every rank alike (collective)."""
     here = dr.passes == 1 and dr.blocks == "matrix" and dr.window != "step"
     two_copies = any(o.partial == "embedding" for o in owned)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, here and not two_copies)
-    if not all(everyone):
+    everywhere = all(collectives.of_all_ranks(here and not two_copies))
+    if not everywhere:
         experts.check_deferred(dr)
-    return all(everyone)
+    return everywhere
 
 
 def check_batch(dr: DRConfig, num_general: int, num_target: int, cached: bool) -> None:
@@ -76,20 +76,18 @@ def check_batch(dr: DRConfig, num_general: int, num_target: int, cached: bool) -
         )
 
 
-def say(dr: DRConfig, places: list[Place], names: tuple[str, ...], immediate: bool) -> None:
+def announce(
+    dr: DRConfig, places: list[Place], names: tuple[str, ...], immediate: bool
+) -> None:
     """What will be projected and how, on rank 0, when the microbatches' shape is known."""
-    if dist.get_rank() != 0:
-        return
     scores = sorted({p.score for p in places if not p.is_vector})
     how = "in the backward" if immediate else f"at the step's end, {dr.passes} pass(es)"
-    print(
-        f"megatron_dr: set {dr.set}, sample rows of a {dr.window}, {len(names)} block(s) "
-        f"({dr.blocks}), norm {dr.norm}; scored {' and '.join(scores) or 'exact'}; weights {how}",
-        flush=True,
+    say(
+        f"set {dr.set}, sample rows of a {dr.window}, {len(names)} block(s) ({dr.blocks}), norm "
+        f"{dr.norm}; scored {' and '.join(scores) or 'exact'}; weights {how}"
     )
     if not immediate and dr.passes == 1:
-        print(
-            "megatron_dr: note: every layer's input and output gradient of a step are kept to its "
-            "end; --dr-passes 2 keeps scores alone and runs each microbatch twice",
-            flush=True,
+        say(
+            "note: every layer's input and output gradient of a step are kept to its end; "
+            "--dr-passes 2 keeps scores alone and runs each microbatch twice"
         )

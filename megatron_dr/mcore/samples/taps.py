@@ -31,6 +31,7 @@ from megatron.core.transformer.moe.router import Router
 
 from megatron_dr.mcore.samples import experts, te
 from megatron_dr.mcore.samples.linear import linear
+from megatron_dr.projection.per_sample import Weighted
 
 Undo = Callable[[], Any]
 
@@ -54,7 +55,7 @@ class Observer(Protocol):
 
     def linear(
         self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    ) -> Weighted | None:
         """The weight gradient's operands, or None for no gradient now."""
 
     def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:

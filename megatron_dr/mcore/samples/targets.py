@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
+from megatron_dr.mcore import collectives, meter
 from megatron_dr.mcore.samples import scoring
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
@@ -71,7 +71,8 @@ class Targets:
         for group in groups.values():
             members = [p for p in own if any(g is group for g in p.target_sums)]
             flat = torch.cat([self._value[p.number].reshape(-1) for p in members])
-            dist.all_reduce(flat, group=group)
+            with meter.part("exchange"):
+                collectives.all_reduce(flat, group)
             parts = flat.split([self._value[p.number].numel() for p in members])
             for place, part in zip(members, parts, strict=True):
                 self._value[place.number] = part.view(self._value[place.number].shape)

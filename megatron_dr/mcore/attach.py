@@ -1,0 +1,37 @@
+"""`attach`: the plugin on a Megatron model. The only file that knows both kinds of rows."""
+
+from typing import Any
+
+from megatron_dr.config import DRConfig
+from megatron_dr.mcore import compat
+from megatron_dr.mcore.buffer_rows import BufferRows
+from megatron_dr.mcore.handle import Handle, attached
+from megatron_dr.mcore.samples.rows import LayerRows
+
+__all__ = ["Handle", "attach", "attached"]
+
+
+def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) -> Handle:
+    """Attach data-regularised training to a Megatron model. Idempotent; call it last in set-up.
+
+    Args:
+        model: Megatron's list of DDP-wrapped model chunks.
+        optimizer: Megatron's optimizer; it is not touched.
+        config: `get_model_config(model[0])`.
+        dr: what to project on what.
+
+    Returns:
+        A handle: `handle.step(...)` in place of `forward_backward_func(...)`, `handle.detach()`.
+
+    Raises:
+        ValueError: an unsupported model, Megatron feature or version, saying what to change.
+    """
+    dr = dr or DRConfig()
+    compat.check_contract(model, config)
+    existing = attached(model)
+    if existing is not None:
+        if existing.dr == dr:
+            return existing
+        existing.detach()
+    kind = LayerRows if dr.row_kind.in_layers else BufferRows
+    return Handle(list(model), optimizer, config, dr, kind)

@@ -1,0 +1,57 @@
+"""The plugin's own collectives in a step: what they send is counted (`wire`, `meter`).
+
+A group of None or of one rank sends nothing and changes nothing.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dr.mcore import meter, wire
+
+Group = Any  # a process group; torch's own annotations have None for the whole world
+
+
+def all_reduce(value: torch.Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> None:
+    """In place."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(value, op, group)
+        meter.sent(wire.all_reduce(value.nbytes, dist.get_world_size(group)))
+
+
+def gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
+    """Parts [n, ...] of all ranks of the group, one after the other along the first dimension."""
+    size = dist.get_world_size(group)
+    out = part.new_empty(part.shape[0] * size, *part.shape[1:])
+    if out.numel():
+        dist.all_gather_into_tensor(out, part.contiguous(), group)
+        meter.sent(wire.scatter(out.nbytes, size))
+    return out
+
+
+def exchanged(part: torch.Tensor, group: Group, counted: bool = True) -> torch.Tensor:
+    """[D, N] of which rank r gets row r of every rank: [D, N].
+
+    Args:
+        counted: False where it stands for a reduction of Megatron's that is left out.
+    """
+    out = torch.empty_like(part)
+    dist.all_to_all_single(out, part, group=group)
+    if counted:
+        meter.sent(wire.scatter(out.nbytes, dist.get_world_size(group)))
+    return out
+
+
+def from_first(value: torch.Tensor, group: Group) -> None:
+    """The values of the group's first rank, in place."""
+    if value.numel() and dist.get_world_size(group) > 1:
+        dist.broadcast(value, dist.get_global_rank(group, 0), group)
+        meter.sent(wire.scatter(value.nbytes, dist.get_world_size(group)))
+
+
+def of_all_ranks(value: Any, group: Group = None) -> list[Any]:
+    """Every rank's value, of any type, by rank; not in a step."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group)
+    return found

@@ -1,0 +1,81 @@
+"""What differs between rows in gradient buffers and rows inside layers: the handle's strategy."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dr.mcore.schedule import Pass
+from megatron_dr.mcore.step_log import StepLog
+
+Passes = Generator[Pass, None, None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A training step as the host asks for it.
+
+    Attributes:
+        function: what `get_forward_backward_func()` returned.
+        schedule: its arguments; `num_microbatches` counts the general ones.
+        target_data: as the schedule's `data_iterator`.
+        num_target: target microbatches of this rank, or of each target rank.
+        target_size: samples in a target microbatch.
+        domains: domain number of each general microbatch, with domain rows.
+        step: steps done before.
+        alpha: of this step, from its gram where that decides it.
+    """
+
+    function: Callable[..., Any]
+    schedule: dict[str, Any]
+    target_data: Any
+    num_target: int
+    target_size: int
+    domains: Sequence[int]
+    step: int
+    alpha: Callable[[torch.Tensor | None], torch.Tensor | float]
+
+    @property
+    def num_general(self) -> int:
+        number: int = self.schedule["num_microbatches"]
+        return number
+
+
+class Rows(Protocol):
+    """A kind of rows on one model.
+
+    Attributes:
+        names: of the blocks that are projected, of the whole model.
+        device: where the gradients are.
+        hold: whether no gradient may be reduced before a schedule call's finalize.
+    """
+
+    names: tuple[str, ...]
+    device: torch.device
+    hold: bool
+
+    def check_batch(self, num_general: int, num_target: int, steps: int) -> None:
+        """Raise ValueError where a step's microbatches can't make what the set needs."""
+
+    def target_due(self, steps: int) -> bool:
+        """Whether the next step, after so many, needs target microbatches."""
+
+    def passes(self, call: Call, log: StepLog) -> Passes:
+        """A step's schedule calls, each run before the next is asked for; the last one's finalize
+        leaves the update in Megatron's buffers. On closing, all is as before the step."""
+
+    @property
+    def state(self) -> Any:
+        """What later steps need of earlier ones, for a checkpoint."""
+
+    def load(self, state: Any) -> None: ...
+
+    def offload(self) -> int:
+        """Free what is kept on the device between steps; how many bytes."""
+
+    def restore(self) -> None:
+        """Take the memory again that the next step needs."""
+
+    def close(self) -> None:
+        """Take off what was put on the model."""
