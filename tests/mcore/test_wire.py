@@ -107,21 +107,31 @@ def announced(layout: Layout, dr: DRConfig, initial: Any) -> tuple[str, int, int
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(dp=2), Layout(dp=2, tp=2), Layout(dp=2, per_token=True)],
-    ids=["dp2", "dp2-tp2", "per-token"],
+    "layout", [Layout(dp=2), Layout(dp=2, per_token=True, distributed_optimizer=True)],
+    ids=["dp2", "per-token"],
 )  # fmt: skip
 @pytest.mark.parametrize("gram", ["sketch", "exact"])
 def test_reported_bytes_are_what_plain_megatron_does_not_send(layout: Layout, gram: Any) -> None:
     initial = _oracle.initial(layout)
     dr = DRConfig(slots=2, gram=gram, sketch_size=64)
-    plain = [count for count, _ in run_ranks(layout.world, plain_step, layout, initial)]
+    plain = run_ranks(layout.world, plain_step, layout, initial)
     found = run_ranks(layout.world, announced, layout, dr, initial)
     for (_, reported, counted), stock in zip(found, plain, strict=True):
-        assert reported == pytest.approx(counted - stock, rel=1e-3) and reported > 0
+        assert reported == pytest.approx(counted - stock, abs=64) and reported > 0
 
 
-def plain_step(layout: Layout, initial: Any) -> tuple[int, None]:
-    return steps(layout, None, initial, 1)[0], None
+def test_reported_bytes_under_tensor_parallelism() -> None:
+    """The target's own forward sends there too: what differs between grams is ours alone."""
+    layout = Layout(dp=2, tp=2)
+    initial = _oracle.initial(layout)
+    configs = [DRConfig(slots=2, gram=g, sketch_size=64) for g in ("sketch", "exact")]
+    sketched, exact = (run_ranks(4, announced, layout, dr, initial) for dr in configs)
+    for (_, few, one), (_, many, other) in zip(sketched, exact, strict=True):
+        assert many - few == pytest.approx(other - one, rel=0.02) and many > few > 0
+
+
+def plain_step(layout: Layout, initial: Any) -> int:
+    return steps(layout, None, initial, 1)[0]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +203,7 @@ def test_a_large_unit_is_exchanged_and_multiplied_in_chunks() -> None:
         model, _, cfg, log = _megatron.train(
             layout, 1, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr)
         )
-        assert isinstance(attached(model).source, ExactGram)  # type: ignore[union-attr]
+        assert isinstance(attached(model).rows.source, ExactGram)  # type: ignore[union-attr]
         return log[0][1].gram_BRR, _megatron.pieces(model, cfg)
 
     (whole, parameters), (parts, others) = run_ranks(2, gram, False)[0], run_ranks(2, gram, True)[0]
