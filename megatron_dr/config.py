@@ -1,45 +1,11 @@
 """The plugin's configuration: one frozen, validated dataclass. The flags are derived from it."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_dr.projection import (
-    Ball,
-    Capped,
-    Cone,
-    FeasibleSet,
-    Filter,
-    Greedy,
-    Halfspace,
-    Hull,
-    Mean,
-    Span,
-    Target,
-    TopK,
-    size_for,
-)
-
-# The only string -> class table: a new feasible set is one class and one row here.
-FEASIBLE_SETS: dict[str, Callable[["DRConfig"], FeasibleSet]] = {
-    "mean": lambda c: Mean(),
-    "target": lambda c: Target(),
-    "topk": lambda c: TopK(c.fraction),
-    "greedy": lambda c: Greedy(c.fraction),
-    "filter": lambda c: Filter(c.fraction),
-    "capped": lambda c: Capped(c.fraction, c.ridge),
-    "hull": lambda c: Hull(c.ridge),
-    "cone": lambda c: Cone(c.ridge),
-    "span": lambda c: Span(c.ridge),
-    "ball": lambda c: Ball(c.radius, c.ridge),
-    "halfspace": lambda c: Halfspace(),
-}
-
-SetName = Literal[
-    "mean", "target", "topk", "greedy", "filter", "capped", "hull", "cone", "span", "ball",
-    "halfspace",
-]  # fmt: skip
+from megatron_dr.kinds import FEASIBLE_SETS, ROW_KINDS, RowKind, set_named
+from megatron_dr.projection import FeasibleSet, size_for
 
 
 def _dial(default: Any, help: str, unit: str) -> Any:
@@ -59,7 +25,12 @@ class DRConfig:
         ValueError: a dial out of range, in one sentence that says what is allowed.
     """
 
-    set: SetName = _dial("cone", "feasible set: which combinations of the rows are allowed", "name")
+    set: str = _dial(
+        "cone",
+        "feasible set: which combinations of the rows are allowed: "
+        f"{', '.join(FEASIBLE_SETS)}, or module:Class of your own",
+        "name",
+    )
     fraction: float = _dial(
         0.25,
         "f of topk and greedy (share kept), filter (share of the opposed rows dropped) and capped "
@@ -150,6 +121,9 @@ class DRConfig:
     domains: tuple[str, ...] = _known(())  # names of the general corpora, for domain rows
 
     def __post_init__(self) -> None:
+        unknown = [name for name in set_named(self.set).dials if not hasattr(self, name)]
+        if unknown:
+            raise ValueError(f"set {self.set!r} has dials without a flag: {', '.join(unknown)}.")
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -166,11 +140,11 @@ class DRConfig:
                 raise ValueError(f"{name} must be finite and at least 0, not {value}.")
         if self.slots < 1:
             raise ValueError(f"slots must be at least 1, not {self.slots}.")
-        if self.rows == "slot" and self.slots == 1:
+        if "slots" in self.row_kind.dials and self.slots == 1:
             raise ValueError("rows='slot' with slots=1 is rows='rank': say rows='rank'.")
         if self.target_ranks < 0:
             raise ValueError(f"target_ranks must be at least 0, not {self.target_ranks}.")
-        if self.target_ranks and self.rows != "rank":
+        if self.target_ranks and not self.row_kind.target_ranks:
             raise ValueError(f"target_ranks needs rows='rank', not rows={self.rows!r}.")
         size = self.sketch_size
         if size is not None and (not 2 <= size <= 2**31 or size & (size - 1)):
@@ -180,7 +154,7 @@ class DRConfig:
         steps = self.alpha_steps
         if self.alpha_style != "constant" and steps is not None and steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
-        if self.rows == "sample":
+        if self.row_kind.in_layers:
             self._check_samples()
         elif self.norm == "tokens":
             raise ValueError(f"norm='tokens' needs rows='sample', not rows={self.rows!r}.")
@@ -196,20 +170,20 @@ class DRConfig:
             raise ValueError(f"passes must be 1 or 2, not {self.passes}.")
         if self.alpha_style == "auto":
             raise ValueError("alpha_style='auto' needs rows='rank', 'slot' or 'domain'.")
-        if self.set == "halfspace" and self.target_pass == "own":
+        own = set_named(self.set)
+        if own.target_weight and own.alpha is None and self.target_pass == "own":
             raise ValueError(
-                "set='halfspace' with sample rows needs target_pass='merged': how much of the "
+                f"set={self.set!r} with sample rows needs target_pass='merged': how much of the "
                 "target enters is known only after its own microbatches."
             )
-        if self.window == "streaming" and (self.set, self.blocks, self.passes) != (
-            "topk", "matrix", 1,
-        ):  # fmt: skip
+        streams = own.by_score and self.blocks == "matrix" and self.passes == 1
+        if self.window == "streaming" and not streams:
             raise ValueError(
                 "window='streaming' needs set='topk', blocks='matrix' and passes=1, not "
                 f"{self.set!r}, {self.blocks!r} and {self.passes}."
             )
         cached = self.target_refresh > 1
-        if cached and (self.target_pass == "merged" or self.alpha or self.set == "target"):
+        if cached and (self.target_pass == "merged" or self.alpha or own.alpha):
             raise ValueError(
                 "target_refresh above 1 keeps the target's scores, not its gradient: it needs "
                 "target_pass='own' and alpha=0."
@@ -217,19 +191,34 @@ class DRConfig:
 
     def feasible_set(self) -> FeasibleSet:
         """The set as an object, with its dials."""
-        return FEASIBLE_SETS[self.set](self)
+        own = set_named(self.set)
+        return own(**{name: getattr(self, name) for name in own.dials})
+
+    @property
+    def row_kind(self) -> RowKind:
+        """What the rows are."""
+        return ROW_KINDS[self.rows]
+
+    def unread(self) -> dict[str, str]:
+        """Dials that some sets or rows read, but not these: {dial: `set` or `rows`}."""
+        of_sets = {name for each in FEASIBLE_SETS.values() for name in each.dials}
+        of_rows = {name for each in ROW_KINDS.values() for name in each.dials}
+        return {
+            **dict.fromkeys(of_sets.difference(set_named(self.set).dials), "set"),
+            **dict.fromkeys(of_rows.difference(self.row_kind.dials), "rows"),
+        }
 
     @property
     def num_slots(self) -> int:
         """General buffers per rank: slots, or domains; 1 for the sets that weigh no rows."""
-        if self.set in ("mean", "target") and self.rows != "domain":
-            return 1
-        return {"slot": self.slots, "domain": len(self.domains)}.get(self.rows, 1)
+        if set_named(self.set).weighs_rows or self.row_kind.named:
+            return self.row_kind.num_slots(self)
+        return 1
 
     @property
     def needs_target(self) -> bool:
         """Whether a step without a target batch makes no sense."""
-        return self.set != "mean" or self.alpha_style != "constant"
+        return set_named(self.set).reads_target or self.alpha_style != "constant"
 
     def size_of_sketch(self, num_vectors: int) -> int:
         """K for so many rows and targets together."""

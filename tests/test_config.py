@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_dr import config, projection
-from megatron_dr.config import FEASIBLE_SETS, DRConfig, SetName, TargetConfig
+from megatron_dr.config import FEASIBLE_SETS, ROW_KINDS, DRConfig, TargetConfig
 
 
 def test_defaults() -> None:
@@ -21,8 +21,20 @@ def test_defaults() -> None:
     assert TargetConfig().target_data is None and TargetConfig().metrics is None
 
 
-def test_every_set_has_a_row_in_the_table_and_a_name() -> None:
-    assert tuple(FEASIBLE_SETS) == get_args(SetName)
+def test_every_kind_of_rows_declares_itself() -> None:
+    (field,) = [f for f in dataclasses.fields(DRConfig) if f.name == "rows"]
+    assert tuple(ROW_KINDS) == get_args(field.type)
+
+
+def test_every_set_is_in_the_flags_help() -> None:
+    (field,) = [f for f in dataclasses.fields(DRConfig) if f.name == "set"]
+    assert all(f" {name}," in field.metadata["help"] for name in FEASIBLE_SETS)
+
+
+@pytest.mark.parametrize("table", [FEASIBLE_SETS, ROW_KINDS])
+def test_dials_are_fields(table: dict[str, Any]) -> None:
+    fields = {f.name for f in dataclasses.fields(DRConfig)}
+    assert all(fields.issuperset(each.dials) for each in table.values())
 
 
 @pytest.mark.parametrize(
@@ -146,10 +158,10 @@ def test_out_of_range_is_refused_here_and_whatever_the_set(
 
 
 def test_every_choice_is_checked() -> None:
-    plain = (float, int, bool, int | None, tuple[str, ...])
+    plain = (float, int, bool, str, int | None, tuple[str, ...])
     names = {f.name for f in dataclasses.fields(DRConfig) if f.type not in plain}
     assert names == set(config._choices())
-    assert names == {"set", "alpha_style", "norm", "rows", "slot_dtype", "blocks", "gram", "score",
+    assert names == {"alpha_style", "norm", "rows", "slot_dtype", "blocks", "gram", "score",
                      "window", "target_pass"}  # fmt: skip
 
 

@@ -13,22 +13,10 @@ from megatron_dr.meso_config import MesoConfig
 from megatron_dr.preference_config import PreferenceConfig
 from megatron_dr.rl_config import RLConfig
 
-# Flags that mean something only with some values of another: {flag: (other, values)}.
+# Flags that mean something only with some values of another: {flag: (other, values)}. Those that
+# depend on the set or on the rows are declared there.
 _NEEDS = {
-    "fraction": ("set", ("topk", "greedy", "filter", "capped")),
-    "ridge": ("set", ("capped", "hull", "cone", "span", "ball")),
-    "radius": ("set", ("ball",)),
     "end_alpha": ("alpha_style", ("linear", "cosine")),
-    "slots": ("rows", ("slot",)),
-    "slot_dtype": ("rows", ("slot", "domain")),
-    "score": ("rows", ("sample",)),
-    "kronecker_out": ("rows", ("sample",)),
-    "kronecker_in": ("rows", ("sample",)),
-    "window": ("rows", ("sample",)),
-    "passes": ("rows", ("sample",)),
-    "target_pass": ("rows", ("sample",)),
-    "target_refresh": ("rows", ("sample",)),
-    "gram": ("rows", ("rank", "slot", "domain")),
     "sketch_size": ("gram", ("sketch", "auto")),
     "sketch_error": ("gram", ("sketch", "auto")),
 }
@@ -201,18 +189,21 @@ def _check_together(
     given: dict[str, Any], dr: DRConfig, target: TargetConfig, itself: bool
 ) -> None:
     """Refuse contradictions; `itself`: the general data are the target too."""
-    for name, (other, values) in _NEEDS.items():
-        if name in given and getattr(dr, other) not in values:
+    needs = {name: other for name, (other, has) in _NEEDS.items() if getattr(dr, other) not in has}
+    unread = dr.unread() | needs
+    fixed = dr.feasible_set().alpha
+    if fixed is not None:
+        unread |= {"alpha": "set"} if dr.alpha != fixed else {}
+        unread |= {"alpha_style": "set"} if dr.alpha_style != "constant" else {}
+    elif dr.alpha_style == "auto":
+        unread["alpha"] = "alpha_style"
+    for name in given:
+        if name in unread:
+            other = unread[name]
             raise ValueError(
                 f"--dr-{name.replace('_', '-')} has no meaning with "
                 f"--dr-{other.replace('_', '-')} {getattr(dr, other)}: drop one of them."
             )
-    if dr.set == "target" and dr.alpha != 1.0 and "alpha" in given:
-        raise ValueError("--dr-alpha has no meaning with --dr-set target: drop one of them.")
-    if dr.set == "target" and dr.alpha_style != "constant":
-        raise ValueError("--dr-alpha-style has no meaning with --dr-set target: drop one of them.")
-    if dr.alpha_style == "auto" and "alpha" in given:
-        raise ValueError("--dr-alpha has no meaning with --dr-alpha-style auto: drop one of them.")
     if "sketch_size" in given and "sketch_error" in given:
         raise ValueError(
             "--dr-sketch-error sets the sketch's size, and so does --dr-sketch-size: drop one."

@@ -122,7 +122,7 @@ def _check_version() -> None:
 def _check_experts() -> None:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     cp = parallel_state.get_context_parallel_world_size()
-    together = _expert_ranks()
+    together = expert_ranks()
     if max(together, tp) % min(together, tp) or max(together, tp * cp) % min(together, tp * cp):
         raise ValueError(
             f"expert parallelism over {together} ranks must divide, or be divided by, tensor x "
@@ -131,7 +131,7 @@ def _check_experts() -> None:
         )
 
 
-def _expert_ranks() -> int:
+def expert_ranks() -> int:
     """Neighbouring ranks of a pipeline stage that exchange tokens."""
     return (
         parallel_state.get_expert_model_parallel_world_size()
@@ -148,4 +148,9 @@ def ranks_per_row() -> int:
     """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     cp = parallel_state.get_context_parallel_world_size()
-    return max(cp, _expert_ranks() // tp, 1)
+    return max(cp, expert_ranks() // tp, 1)
+
+
+def data_ranks_per_row() -> int:
+    """Of those, the ranks with microbatches of their own: neighbouring data-parallel ranks."""
+    return ranks_per_row() // parallel_state.get_context_parallel_world_size()

@@ -188,10 +188,8 @@ def initialize(adapters: list[OwnedParameter], seed: int) -> None:
         if owned.name.endswith(".lora_b.weight"):
             parameter.zero_()
             continue
-        shape = list(parameter.shape)
-        shape[owned.dim] *= owned.shards
         generator = torch.Generator().manual_seed((owned.key + seed) % 2**63)
-        values = torch.empty(shape)
+        values = torch.empty(owned.whole_shape)
         torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
         index = owned.global_index(0, parameter.numel()).cpu()
         parameter.copy_(values.reshape(-1)[index].view_as(parameter))

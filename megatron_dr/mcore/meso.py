@@ -116,21 +116,16 @@ def _instead_of(
     return form(groups, size_out=size, size_in=size, refresh=refresh, subspaces=subspaces)
 
 
-def _is_expert(owned: OwnedParameter) -> bool:
-    return not getattr(owned.parameter, "allreduce", True)
-
-
 def _shard(owned: OwnedParameter) -> Shard:
     """Each of the `stride` stacked matrices (gate and up) is sharded by itself."""
-    if _is_expert(owned):
+    if owned.is_expert:
         group = parallel_state.get_expert_tensor_parallel_group()
     else:
         group = parallel_state.get_tensor_model_parallel_group()
-    length = owned.parameter.shape[owned.dim] * owned.shards
     part = owned.parameter.shape[owned.dim] // owned.stride
     starts = [(n * owned.shards + owned.shard) * part for n in range(owned.stride)]
     columns = tuple((start, start + part) for start in starts)
-    return Shard(owned.dim, length, columns, group)
+    return Shard(owned.dim, owned.whole_shape[owned.dim], columns, group)
 
 
 def _sharded_state_dict(
@@ -166,14 +161,12 @@ def _sharded(name: str, moment: torch.Tensor, owned: OwnedParameter) -> ShardedT
 
     The key has the sides' lengths: a vocabulary padded otherwise has other subspaces.
     """
-    if _is_expert(owned):
+    if owned.is_expert:
         tensor = parallel_state.get_expert_tensor_parallel_rank()
         data = parallel_state.get_expert_data_parallel_rank()
     else:
         tensor = parallel_state.get_tensor_model_parallel_rank()
         data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     copy = int(getattr(owned.parameter, "shared", False))  # of the embedding, on the last stage
-    lengths = list(owned.parameter.shape)
-    lengths[owned.dim] *= owned.shards
-    key = f"optimizer.state.meso.{name}.{owned.name}.{'x'.join(map(str, lengths))}"
+    key = f"optimizer.state.meso.{name}.{owned.name}.{'x'.join(map(str, owned.whole_shape))}"
     return ShardedTensor.from_rank_offsets(key, moment, replica_id=(copy, tensor, data))

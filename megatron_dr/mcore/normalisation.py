@@ -32,10 +32,10 @@ def factors(
     """c_t / c in float64, the role scale, and with domain rows each domain's share, else None."""
     n_t, n_g, groups = router.num_target, router.num_general, row_map.target_groups
     share_D = None
-    if per_token or row_map.kind == "domain":
+    if per_token or row_map.by_domain:
         amounts = _total(router.tokens if per_token else router.microbatches, device)
         general, target = amounts[:-1].sum(), amounts[-1]
-        if row_map.kind == "domain":
+        if row_map.by_domain:
             share_D = amounts[:-1] / general
     if groups:  # each rank divided by its own microbatches, Megatron divides by all ranks
         others = row_map.groups - groups

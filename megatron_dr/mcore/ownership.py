@@ -60,6 +60,18 @@ class OwnedParameter:
         return key_of(self.name)
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to an expert that tokens are dispatched to."""
+        return _is_expert(self.name)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape without tensor parallelism."""
+        shape = list(self.parameter.shape)
+        shape[self.dim] *= self.shards
+        return tuple(shape)
+
+    @property
     def global_numel(self) -> int:
         return self.parameter.numel() * self.shards
 
@@ -137,7 +149,7 @@ def _global_name(
 def _place(
     parameter: torch.nn.Parameter, name: str, chunk: int, config: TransformerConfig
 ) -> OwnedParameter:
-    expert = not getattr(parameter, "allreduce", True)
+    expert = _is_expert(name)
     if expert:
         shards = parallel_state.get_expert_tensor_parallel_world_size()
         shard = parallel_state.get_expert_tensor_parallel_rank()
@@ -162,6 +174,16 @@ def _place(
     else:
         count = 1.0 if shard == 0 else 0.0
     return OwnedParameter(parameter, name, chunk, count, partial, 0, 1, 0, 1)
+
+
+def _is_expert(name: str) -> bool:
+    """By the name, as routers and shared experts are dense layers (`.router.`, `.shared_experts.`).
+
+    Megatron's mark of an expert (`allreduce` is False) is missing where experts are neither spread
+    over ranks nor sharded otherwise than dense layers: there the expert groups are the dense ones,
+    but tokens are dispatched all the same.
+    """
+    return ".experts." in name
 
 
 def _is_partial(parameter: torch.nn.Parameter, name: str, config: TransformerConfig) -> bool:

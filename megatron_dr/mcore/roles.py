@@ -127,13 +127,13 @@ class RoleRouter(MicrobatchRouter):
         super().__init__(model, num_target, num_general, target_data_iterator)
         self.rows = rows
         self._domains, self._row_map = domains, row_map
-        kinds = row_map.slots if row_map.kind == "domain" else 1
+        kinds = row_map.slots if row_map.by_domain else 1
         self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
         self.microbatches: list[torch.Tensor | int] = [0] * (kinds + 1)
         self._check_domains(training=rows is not None)
 
     def _check_domains(self, training: bool) -> None:
-        if not training or self._row_map.kind != "domain":
+        if not training or not self._row_map.by_domain:
             return
         slots = self._row_map.slots
         if len(self._domains) != self.num_general or not all(0 <= d < slots for d in self._domains):
@@ -150,7 +150,7 @@ class RoleRouter(MicrobatchRouter):
             if self._row_map.target_groups:
                 return 0
             return self.rows.target + microbatch * self.rows.num_targets // self.num_target
-        if self._row_map.kind == "domain":
+        if self._row_map.by_domain:
             return self._domains[general]
         return general * self.rows.num_slots // self.num_general
 

@@ -22,7 +22,7 @@ def row_map_of(dr: DRConfig) -> RowMap:
     """
     peers = compat.ranks_per_row()
     groups = dist.get_world_size(compat.data_group()) // peers
-    together = peers // parallel_state.get_context_parallel_world_size()
+    together = compat.data_ranks_per_row()
     ranks = parallel_state.get_data_parallel_world_size()
     if dr.target_ranks and (dr.target_ranks % together or dr.target_ranks >= ranks):
         raise ValueError(
@@ -30,7 +30,7 @@ def row_map_of(dr: DRConfig) -> RowMap:
             f"exchange tokens have one role) below the data-parallel size {ranks}."
         )
     target_groups = dr.target_ranks // together
-    if dr.rows == "domain" and len(dr.domains) < 2:
+    if dr.row_kind.named and len(dr.domains) < 2:
         raise ValueError("domain rows need the names of at least two general corpora.")
     halves: Literal["none", "groups", "buffers"] = "none"
     if dr.alpha_style == "auto":
@@ -40,7 +40,7 @@ def row_map_of(dr: DRConfig) -> RowMap:
                 f"--dr-alpha-style auto halves the target batch over ranks: --dr-target-ranks "
                 f"{dr.target_ranks} must be a multiple of {2 * together}."
             )
-    return RowMap(dr.rows, groups, dr.num_slots, target_groups, halves)
+    return RowMap(groups, dr.num_slots, target_groups, halves, by_domain=dr.row_kind.named)
 
 
 def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int) -> None:
@@ -54,7 +54,7 @@ def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int
             f"--dr-set {dr.set} needs target data: give a target batch (--dr-target-data), "
             "or --dr-set mean."
         )
-    if dr.rows == "slot" and num_general % dr.num_slots:
+    if not row_map.by_domain and num_general % dr.num_slots:
         raise ValueError(
             f"{num_general} general microbatches per rank can't be divided into {dr.num_slots} "
             "slots: change --dr-slots, or --global-batch-size."

@@ -31,18 +31,18 @@ class RowMap:
     """What is fixed at attach.
 
     Attributes:
-        kind: of the rows.
         groups: row groups of data ranks.
         slots: general buffers of a rank: slots, or one per domain.
         target_groups: groups that run only target microbatches; 0: every group runs both.
         halves: how the target is halved: not, by neighbouring groups, or in two local buffers.
+        by_domain: a row is a domain's gradient over all ranks.
     """
 
-    kind: Literal["rank", "slot", "domain"]
     groups: int
     slots: int
     target_groups: int = 0
     halves: Literal["none", "groups", "buffers"] = "none"
+    by_domain: bool = False
 
     @property
     def num_targets(self) -> int:
@@ -59,7 +59,7 @@ class RowMap:
     @property
     def num_rows(self) -> int:
         """M."""
-        if self.kind == "domain":
+        if self.by_domain:
             return self.slots
         return (self.groups - self.target_groups) * self.slots
 
@@ -79,7 +79,7 @@ class RowMap:
         mix_RGL = torch.zeros(
             self.num_vectors, self.groups, local, dtype=torch.float64, device=ratio.device
         )
-        if self.kind == "domain":
+        if self.by_domain:
             assert share_D is not None
             scale_D = torch.where(share_D > 0, 1.0 / share_D, 0.0)  # an absent domain: a zero row
             mix_RGL[:rows, :, : self.slots] = torch.diag_embed(scale_D)[:, None, :]

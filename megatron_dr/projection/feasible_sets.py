@@ -15,8 +15,9 @@ Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plu
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,29 +25,54 @@ from torch import Tensor
 from megatron_dr.projection.least_squares import solve_ball, solve_ridge
 from megatron_dr.projection.solvers import solve_qp
 
-Centre = Literal["mean", "zero"]
-
 _VANISHING = 1e-12  # |mean g|^2 relative to the rows' mean |g|^2 that is rounding
 
 
-class FeasibleSet(Protocol):
+class FeasibleSet(ABC):
     """A set of updates d = J^T w + target_weight t, known by the weights of the projection onto it.
+
+    A set says what it needs itself; what it does not say is as in most sets.
 
     :cvar target_weight: how much of t itself is in d: 0 for the sets {J^T w : w in W}, 1 for the
         two that no rows span (`Target` and `Halfspace`).
+    :cvar dials: the fields of `DRConfig` that its constructor takes, by the same names.
+    :cvar reads_rows: whether the weights depend on G, beside c.
+    :cvar reads_target: whether the update depends on t.
+    :cvar weighs_rows: whether rows can get different weights; else one row will do.
+    :cvar alpha: a fixed share of t in the update; None: as the configuration says.
+    :cvar one_row: what it does where M = 1, in a few words; empty: nothing worth saying.
+    :cvar by_score: whether it keeps the rows with the largest c, whatever the other rows are, so
+        that a running threshold can stand for it.
     """
 
-    target_weight: ClassVar[float]
+    target_weight: ClassVar[float] = 0.0
+    dials: ClassVar[tuple[str, ...]] = ()
+    reads_rows: ClassVar[bool] = True
+    reads_target: ClassVar[bool] = True
+    weighs_rows: ClassVar[bool] = True
+    alpha: ClassVar[float | None] = None
+    one_row: ClassVar[str] = ""
+    by_score: ClassVar[bool] = False
 
+    @abstractmethod
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w [B, M] in float64, from G and c."""
 
+    def kept(self, rows: int) -> int | None:
+        """How many of M weights are not 0, where that is known before solving."""
+        return None
+
+    @property
+    def least_rows(self) -> float:
+        """Fewest rows with which its dials mean something."""
+        return 1.0
+
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(FeasibleSet):
     """W = {1/M}: standard training on general data."""
 
-    target_weight: ClassVar[float] = 0.0
+    reads_rows = reads_target = weighs_rows = False
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = 1/M."""
@@ -55,10 +81,11 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(FeasibleSet):
     """The whole space: target-only training, d = t."""
 
-    target_weight: ClassVar[float] = 1.0
+    target_weight = alpha = 1.0
+    reads_rows = weighs_rows = False
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = 0, beside t itself."""
@@ -66,7 +93,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Capped:
+class Capped(FeasibleSet):
     """W = {0 <= w <= 1/(fraction M), sum w = 1}: the convex hull of all k-subset means, p = 1/M.
 
     fraction = 1 is `Mean`; 1/M, or less, is `Hull`.
@@ -74,15 +101,21 @@ class Capped:
 
     fraction: float
     ridge: float = 0.0
-    target_weight: ClassVar[float] = 0.0
+    dials = ("fraction", "ridge")
+    one_row = "capped gives it weight 1: standard training"
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
         _check_not_negative("ridge", self.ridge)
 
+    @property
+    def least_rows(self) -> float:
+        """1/fraction, from where on rows can be left out."""
+        return 1.0 / self.fraction
+
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the capped simplex."""
-        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge, "mean")
+        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge)
         kept = self.fraction * cross_BM.shape[1]
         return solve_qp(
             hessian_BMM, linear_BM, upper=1.0 / kept if kept > 1.0 else None, sum_to=1.0
@@ -90,72 +123,66 @@ class Capped:
 
 
 @dataclass(frozen=True)
-class Hull:
+class Hull(FeasibleSet):
     """W = the probability simplex: the convex hull of the rows, p = 1/M."""
 
     ridge: float = 0.0
-    target_weight: ClassVar[float] = 0.0
+    dials = ("ridge",)
+    one_row = "hull gives it weight 1: standard training"
 
     def __post_init__(self) -> None:
         _check_not_negative("ridge", self.ridge)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the simplex."""
-        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge, "mean")
+        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge)
         return solve_qp(hessian_BMM, linear_BM, upper=None, sum_to=1.0)
 
 
 @dataclass(frozen=True)
-class Cone:
-    """W = {w >= 0}: the conic hull of the rows.
-
-    :param centre: p of the ridge: `mean`, 1/M, or `zero`.
-    """
+class Cone(FeasibleSet):
+    """W = {w >= 0}: the conic hull of the rows, p = 1/M."""
 
     ridge: float = 0.0
-    centre: Centre = "mean"
-    target_weight: ClassVar[float] = 0.0
+    dials = ("ridge",)
+    one_row = "cone keeps its direction where it agrees with the target, else stops it"
 
     def __post_init__(self) -> None:
         _check_not_negative("ridge", self.ridge)
-        _check_centre(self.centre)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the non-negative weights; a zero row without ridge: 0."""
-        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge, self.centre)
+        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge)
         return solve_qp(hessian_BMM, linear_BM, upper=None, sum_to=None)
 
 
 @dataclass(frozen=True)
-class Span:
-    """W = R^M: least squares with a ridge towards p.
+class Span(FeasibleSet):
+    """W = R^M: least squares with a ridge towards p = 1/M.
 
     Without a ridge and with dependent rows, the limit ridge -> 0: of all optimal w the one
-    nearest to p (minimum norm where centre is `zero`). d is the same for all of them. How near
-    the limit, and from which eigenvalue of G on: `least_squares.solve_ridge`.
-
-    :param centre: p of the ridge: `mean`, 1/M, or `zero`.
+    nearest to p. d is the same for all of them. How near the limit, and from which eigenvalue of
+    G on: `least_squares.solve_ridge`.
     """
 
     ridge: float = 0.0
-    centre: Centre = "mean"
-    target_weight: ClassVar[float] = 0.0
+    dials = ("ridge",)
+    one_row = "span keeps its line, with the target's sign"
 
     def __post_init__(self) -> None:
         _check_not_negative("ridge", self.ridge)
-        _check_centre(self.centre)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = p + (G + r)^-1 (c - G p), r = ridge tr(G)/M."""
         gram_BMM, cross_BM = gram_BMM.double(), cross_BM.double()
-        scale_B11, p = _trace_scale(gram_BMM), _centre(self.centre, gram_BMM.shape[1])
+        scale_B11, p = _trace_scale(gram_BMM), 1.0 / gram_BMM.shape[1]
         right_BM = (cross_BM - p * gram_BMM.sum(2)) / scale_B11[..., 0]
         weights_BM = p + solve_ridge(gram_BMM / scale_B11, right_BM, self.ridge)
         return spoil(weights_BM, gram_BMM, cross_BM)
 
 
 @dataclass(frozen=True)
-class Ball:
+class Ball(FeasibleSet):
     """W = {|J^T w - mean| <= radius |mean|}, mean = J^T 1/M: a trust region around `Mean`, p = 1/M.
 
     The set of directions of CAGrad (Liu, Liu, Jin, Stone, Liu, Conflict-Averse Gradient Descent
@@ -165,7 +192,7 @@ class Ball:
 
     radius: float
     ridge: float = 0.0
-    target_weight: ClassVar[float] = 0.0
+    dials = ("radius", "ridge")
 
     def __post_init__(self) -> None:
         _check_not_negative("radius", self.radius)
@@ -182,7 +209,7 @@ class Ball:
 
 
 @dataclass(frozen=True)
-class Halfspace:
+class Halfspace(FeasibleSet):
     """{d : d.mean >= 0}, mean = J^T 1/M: t, unless it would undo the general data's progress.
 
         d = t - min(0, t.mean)/|mean|^2 mean
@@ -192,7 +219,7 @@ class Halfspace:
     1e-12 tr(G)/M) every d is allowed and w = 0.
     """
 
-    target_weight: ClassVar[float] = 1.0
+    target_weight = 1.0
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w_i = -min(0, mean(c))/|mean|^2 / M, beside t itself."""
@@ -216,14 +243,12 @@ def check_fraction(fraction: float) -> None:
         raise ValueError(f"fraction is {fraction}; it must lie above 0 and be at most 1.")
 
 
-def _ridged(
-    gram_BMM: Tensor, cross_BM: Tensor, ridge: float, centre: Centre
-) -> tuple[Tensor, Tensor]:
-    """H = G/a + ridge I and l = c/a + ridge p with a = tr(G)/M: the program divided by a."""
+def _ridged(gram_BMM: Tensor, cross_BM: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """H = G/a + ridge I and l = c/a + ridge/M with a = tr(G)/M: the program divided by a."""
     gram_BMM, cross_BM = gram_BMM.double(), cross_BM.double()
     scale_B11, rows = _trace_scale(gram_BMM), gram_BMM.shape[1]
     identity_MM = torch.eye(rows, dtype=torch.float64, device=gram_BMM.device)
-    linear_BM = cross_BM / scale_B11[..., 0] + ridge * _centre(centre, rows)
+    linear_BM = cross_BM / scale_B11[..., 0] + ridge * (1.0 / rows)
     return gram_BMM / scale_B11 + ridge * identity_MM, linear_BM
 
 
@@ -231,10 +256,6 @@ def _trace_scale(gram_BMM: Tensor) -> Tensor:
     """tr(G)/M [B, 1, 1], or 1 where it is zero."""
     scale_B11 = gram_BMM.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     return torch.where(scale_B11 == 0, 1.0, scale_B11)
-
-
-def _centre(centre: Centre, rows: int) -> float:
-    return 1.0 / rows if centre == "mean" else 0.0
 
 
 def _mean_sq(gram_BMM: Tensor) -> Tensor:
@@ -245,8 +266,3 @@ def _mean_sq(gram_BMM: Tensor) -> Tensor:
 def _check_not_negative(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0.0):
         raise ValueError(f"{name} is {value}; it must be finite and at least 0.")
-
-
-def _check_centre(centre: str) -> None:
-    if centre not in ("mean", "zero"):
-        raise ValueError(f"centre is {centre!r}; it must be 'mean' or 'zero'.")

@@ -6,46 +6,62 @@ The problem, the shapes and the rule for values that are not finite: `feasible_s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_dr.projection.feasible_sets import check_fraction, spoil
+from megatron_dr.projection.feasible_sets import FeasibleSet, check_fraction, spoil
 
 
 @dataclass(frozen=True)
-class _Selection:
+class _Selection(FeasibleSet):
     """Means of subsets, as large as `fraction` says.
 
     :raises ValueError: a fraction that is not above 0 and at most 1.
     """
 
     fraction: float
-    target_weight: ClassVar[float] = 0.0
+    dials = ("fraction",)
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
 
 
+class _Share(_Selection):
+    """Means of k rows, k = max(1, round(fraction M))."""
+
+    def kept(self, rows: int) -> int:
+        """k."""
+        return max(1, round(self.fraction * rows))
+
+    @property
+    def least_rows(self) -> float:
+        """1/fraction, where k is 1."""
+        return 1.0 / self.fraction
+
+
 @dataclass(frozen=True)
-class TopK(_Selection):
+class TopK(_Share):
     """W = {1_S/|S| : |S| = k}, k = max(1, round(fraction M)), maximising c.w.
 
     First-order data selection: the projection's linear part. Equal scores: the lower row wins.
     """
 
+    reads_rows = False
+    by_score = True
+    one_row = "topk keeps it: standard training"
+
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """1/k on the k rows with the largest c."""
         cross_BM = cross_BM.double()
-        kept = _kept(self.fraction, cross_BM)
+        kept = self.kept(cross_BM.shape[1])
         order_BM = cross_BM.sort(dim=1, descending=True, stable=True).indices
         weights_BM = torch.zeros_like(cross_BM).scatter_(1, order_BM[:, :kept], 1.0 / kept)
         return spoil(weights_BM, gram_BMM, cross_BM)
 
 
 @dataclass(frozen=True)
-class Greedy(_Selection):
+class Greedy(_Share):
     """W as in `TopK`; S grows by the row that lowers |J^T 1_S/k - t|^2 most, k times.
 
     The second-order term G makes rows that repeat each other lose to rows that add something.
@@ -54,10 +70,12 @@ class Greedy(_Selection):
     Taylor expansion of the validation loss. Equal gains: the lower row wins.
     """
 
+    one_row = "greedy keeps it: standard training"
+
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """1/k on the rows taken; row i's gain is c_i/k - (G_ii + 2 sum_{j in S} G_ij)/(2 k^2)."""
         gram_BMM, cross_BM = gram_BMM.double(), cross_BM.double()
-        kept = _kept(self.fraction, cross_BM)
+        kept = self.kept(cross_BM.shape[1])
         gain_BM = cross_BM - gram_BMM.diagonal(dim1=1, dim2=2) / (2 * kept)  # k times the gain
         weights_BM = torch.zeros_like(cross_BM)
         for _ in range(kept):
@@ -76,6 +94,9 @@ class Filter(_Selection):
     left: w = 0, and the update holds no general row at all. Equal scores: the lower row stays.
     """
 
+    reads_rows = False
+    one_row = "filter keeps it where it agrees with the target, else drops it"
+
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """1/(rows left) on the rows left."""
         cross_BM = cross_BM.double()
@@ -86,8 +107,3 @@ class Filter(_Selection):
         kept_BM = (place_M < left_B1).double() / left_B1.clamp(min=1.0)
         weights_BM = torch.zeros_like(cross_BM).scatter_(1, order_BM, kept_BM)
         return spoil(weights_BM, gram_BMM, cross_BM)
-
-
-def _kept(fraction: float, cross_BM: Tensor) -> int:
-    """k."""
-    return max(1, round(fraction * cross_BM.shape[1]))

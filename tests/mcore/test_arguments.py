@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_dr.config import FEASIBLE_SETS, DRConfig, TargetConfig
+from megatron_dr.config import FEASIBLE_SETS, ROW_KINDS, DRConfig, TargetConfig
 from megatron_dr.mcore.arguments import (
     _NEEDS,
     _PARTS,
@@ -237,7 +237,9 @@ PAIRS = [(name, other, v) for name, (other, _) in WHERE_READ.items() for v in OT
 
 
 def test_this_table_has_every_pair() -> None:
-    assert _NEEDS == WHERE_READ
+    assert _NEEDS.items() <= WHERE_READ.items()
+    declared = {f for each in (*FEASIBLE_SETS.values(), *ROW_KINDS.values()) for f in each.dials}
+    assert WHERE_READ.keys() == _NEEDS.keys() | declared
 
 
 @pytest.mark.parametrize("name, other, value", PAIRS)
@@ -293,6 +295,7 @@ def test_contradiction_is_refused(flags: str, message: str) -> None:
         ("--dr-alpha 2", "alpha must be in"),
         ("--dr-slots 0", "slots must be at least 1"),
         ("--dr-ridge -1", "ridge must be finite"),
+        ("--dr-set sphere", "set must be one of mean, .* not 'sphere'"),
         ("--dr-sketch-size 100", "sketch_size must be a power of two"),
         ("--dr-target-batch-size 0", "target_batch_size must be at least 1"),
     ],
@@ -305,7 +308,8 @@ def test_out_of_range_is_refused(flags: str, message: str) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--dr-set sphere", "--dr-rows corpus", "--dr-slots two", "--dr-alpha x", "--dr-log-blocks 1"
+        "--dr-norm sphere", "--dr-rows corpus", "--dr-slots two", "--dr-alpha x",
+        "--dr-log-blocks 1",
     ],  # fmt: skip
 )
 def test_what_is_no_value_of_a_flag_ends_the_parser(flags: str) -> None:

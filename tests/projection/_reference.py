@@ -9,29 +9,29 @@ from scipy.optimize import nnls
 Array = np.ndarray
 
 
-def stacked(J_MN: Array, t_N: Array, ridge: float, centre: float) -> tuple[Array, Array]:
-    """A, b with |A w - b|^2 = |J^T w - t|^2 + ridge tr(G)/M |w - centre|^2."""
+def stacked(J_MN: Array, t_N: Array, ridge: float) -> tuple[Array, Array]:
+    """A, b with |A w - b|^2 = |J^T w - t|^2 + ridge tr(G)/M |w - 1/M|^2."""
     rows = len(J_MN)
     root = np.sqrt(ridge * (J_MN**2).sum() / rows)
-    return np.vstack([J_MN.T, root * np.eye(rows)]), np.append(t_N, root * centre * np.ones(rows))
+    return np.vstack([J_MN.T, root * np.eye(rows)]), np.append(t_N, root * np.ones(rows) / rows)
 
 
-def cone(J_MN: Array, t_N: Array, ridge: float, centre: float) -> Array:
+def cone(J_MN: Array, t_N: Array, ridge: float) -> Array:
     """Non-negative least squares on the stacked system."""
-    return nnls(*stacked(J_MN, t_N, ridge, centre))[0]
+    return nnls(*stacked(J_MN, t_N, ridge))[0]
 
 
-def span(J_MN: Array, t_N: Array, ridge: float, centre: float) -> Array:
-    """Least squares on the stacked system, nearest to the centre."""
-    A, b = stacked(J_MN, t_N, ridge, centre)
-    start = np.full(len(J_MN), centre)
+def span(J_MN: Array, t_N: Array, ridge: float) -> Array:
+    """Least squares on the stacked system, nearest to equal weights."""
+    A, b = stacked(J_MN, t_N, ridge)
+    start = np.full(len(J_MN), 1.0 / len(J_MN))
     return start + np.linalg.lstsq(A, b - A @ start, rcond=1e-8)[0]
 
 
 def capped(J_MN: Array, t_N: Array, cap: float, ridge: float) -> Array:
     """Every face of {0 <= w <= cap, sum w = 1} by brute force: the best feasible minimiser."""
     rows = len(J_MN)
-    A, b = stacked(J_MN, t_N, ridge, 1.0 / rows)
+    A, b = stacked(J_MN, t_N, ridge)
     best, best_value = np.full(rows, 1.0 / rows), np.inf
     for state in itertools.product((0.0, cap, None), repeat=rows):
         w = _face_minimiser(A, b, state)

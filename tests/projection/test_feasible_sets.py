@@ -37,9 +37,7 @@ RIDGED = [
     Capped(0.5, 1e-3),
     Hull(1e-3),
     Cone(1e-3),
-    Cone(1e-3, "zero"),
     Span(1e-3),
-    Span(1e-3, "zero"),
     Ball(0.5, 1e-3),
 ]
 BARE = [Capped(0.5), Hull(), Cone(), Span(), Ball(0.5)]
@@ -87,7 +85,6 @@ def test_zero_rows_everywhere(set_: FeasibleSet) -> None:
         (Cone(), "in_cone"),
         (Span(), "in_cone"),
         (Span(), "in_span"),
-        (Span(centre="zero"), "in_span"),
         (Ball(1e4), "in_span"),
         (Ball(1e4), "in_hull"),
     ],
@@ -195,11 +192,9 @@ def test_against_the_reference(kind: str, ridge: float) -> None:
     t = torch.cat([target(k, J[:2]) for k in ("outside", "in_hull", "in_cone", "opposite")])
     compare(Capped(0.5, ridge), J, t, lambda j, x: _reference.capped(j, x, 0.4, ridge))
     compare(Hull(ridge), J, t, lambda j, x: _reference.capped(j, x, 1.0, ridge))
-    compare(Cone(ridge), J, t, lambda j, x: _reference.cone(j, x, ridge, 0.2))
-    compare(Cone(ridge, "zero"), J, t, lambda j, x: _reference.cone(j, x, ridge, 0.0))
+    compare(Cone(ridge), J, t, lambda j, x: _reference.cone(j, x, ridge))
     compare(Ball(0.5, ridge), J, t, lambda j, x: _reference.ball(j, x, 0.5, ridge))
-    compare(Span(ridge), J, t, lambda j, x: _reference.span(j, x, ridge, 0.2))
-    compare(Span(ridge, "zero"), J, t, lambda j, x: _reference.span(j, x, ridge, 0.0))
+    compare(Span(ridge), J, t, lambda j, x: _reference.span(j, x, ridge))
 
 
 def compare(
@@ -232,11 +227,8 @@ FROZEN = [
     (Capped(0.75), [4 / 9, 1 / 9, 4 / 9]),
     (Hull(), [0.5, 0.0, 0.5]),
     (Capped(0.75, 0.1), [4 / 9, 1 / 9, 4 / 9]),
-    (Cone(0.1, "zero"), [1.2460815047, 0.0, 0.5877742947]),
     (Cone(0.1), [1.2816091954, 0.0, 0.5919540230]),
-    (Span(0.1, "zero"), [1.0607008761, -0.2628285357, 0.7978723404]),
-    (Cone(centre="zero"), [1.5, 0.0, 0.5]),
-    (Span(centre="zero"), [7 / 6, -1 / 3, 5 / 6]),
+    (Cone(), [1.5, 0.0, 0.5]),
     (Span(), [23 / 18, -2 / 9, 13 / 18]),
 ]
 
@@ -270,12 +262,6 @@ def test_bad_ridge(value: float) -> None:
             build(value)
     with pytest.raises(ValueError, match="radius is"):
         Ball(value)
-
-
-def test_bad_centre() -> None:
-    for build in (Cone, Span):
-        with pytest.raises(ValueError, match="centre is 'median'"):
-            build(0.0, "median")
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ _NOT_REACHED = (
 
 def _check(dr: DRConfig) -> None:
     wrong = {
-        f"rows {dr.rows!r}": dr.rows not in ("rank", "slot"),
+        f"rows {dr.rows!r}": dr.row_kind.in_layers or dr.row_kind.named,
         f"target_ranks {dr.target_ranks}": dr.target_ranks > 0,
         "alpha_style 'auto'": dr.alpha_style == "auto",
     }

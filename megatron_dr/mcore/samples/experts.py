@@ -32,7 +32,6 @@ from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore import collectives, compat
-from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.projection import per_sample
 
 Routes = dict[torch.nn.Module, torch.Tensor]  # an expert's linear layer -> tokens [L, N], -1: none
@@ -40,32 +39,26 @@ Undo = Callable[[], Any]
 
 
 # -- where experts are ---------------------------------------------------------------------------
-def is_expert(owned: OwnedParameter) -> bool:
-    return ".experts." in owned.name
-
-
-def peers() -> int:
-    """Sets of samples that an expert sees: e / s of the table, at least 1."""
-    return compat.ranks_per_row() // parallel_state.get_context_parallel_world_size()
+peers = compat.data_ranks_per_row  # sets of samples that an expert sees: e / s of the table, or 1
 
 
 def token_groups() -> list[Any]:
     """Ranks over which a sample's tokens for one expert are spread (the table's last column)."""
-    spread, tp = _ranks(), parallel_state.get_tensor_model_parallel_group()
+    spread, tp = compat.expert_ranks(), parallel_state.get_tensor_model_parallel_group()
     cp = parallel_state.get_context_parallel_group()
     return [tp, cp] if spread == 1 else [cp] if spread == dist.get_world_size(tp) else []
 
 
 def data_group() -> dist.ProcessGroup:
     """Ranks that hold the same expert and see other samples of the target."""
-    if _ranks() in (1, parallel_state.get_tensor_model_parallel_world_size()):
+    if compat.expert_ranks() in (1, parallel_state.get_tensor_model_parallel_world_size()):
         return compat.data_group()
     return parallel_state.get_expert_data_parallel_group()
 
 
 def is_first() -> bool:
     """Whether this rank speaks for those that know the same of an expert."""
-    if _ranks() == 1:
+    if compat.expert_ranks() == 1:
         return parallel_state.get_tensor_model_parallel_rank() == 0
     return parallel_state.get_expert_tensor_parallel_rank() == 0
 
@@ -98,10 +91,10 @@ def check(dr: DRConfig, config: Any) -> None:
         )
     tp = parallel_state.get_tensor_model_parallel_world_size()
     shared = tp * parallel_state.get_context_parallel_world_size()
-    if _ranks() not in (1, tp) and _ranks() % shared:
+    if compat.expert_ranks() not in (1, tp) and compat.expert_ranks() % shared:
         raise ValueError(
-            f"sample rows can't follow tokens to experts over {_ranks()} ranks: expert model x "
-            f"expert tensor parallelism must be 1, {tp} or a multiple of {shared}."
+            f"sample rows can't follow tokens to experts over {compat.expert_ranks()} ranks: "
+            f"expert model x expert tensor parallelism must be 1, {tp} or a multiple of {shared}."
         )
     if peers() > 1 and (dr.target_pass == "merged" or dr.window == "streaming"):
         _refuse(f"--dr-target-pass {dr.target_pass} with --dr-window {dr.window}")
@@ -110,7 +103,7 @@ def check(dr: DRConfig, config: Any) -> None:
 def check_deferred(dr: DRConfig) -> None:
     """Raise ValueError where experts are spread too far for weights found at a step's end."""
     near = (1, parallel_state.get_tensor_model_parallel_world_size())
-    if _ranks() not in near:
+    if compat.expert_ranks() not in near:
         _refuse(
             f"--dr-blocks {dr.blocks}, --dr-window {dr.window} and --dr-passes {dr.passes} (or an "
             "embedding that is tied over pipeline stages)"
@@ -119,17 +112,9 @@ def check_deferred(dr: DRConfig) -> None:
 
 def _refuse(what: str) -> None:
     raise ValueError(
-        f"sample rows with experts over {_ranks()} ranks, which see other ranks' samples, can't "
-        f"have {what}: use --dr-blocks matrix --dr-window microbatch --dr-passes 1 "
+        f"sample rows with experts over {compat.expert_ranks()} ranks, which see other ranks' "
+        f"samples, can't have {what}: use --dr-blocks matrix --dr-window microbatch --dr-passes 1 "
         "--dr-target-pass own, or no more expert parallelism than tensor parallelism."
-    )
-
-
-def _ranks() -> int:
-    """e of the table."""
-    return (
-        parallel_state.get_expert_model_parallel_world_size()
-        * parallel_state.get_expert_tensor_parallel_world_size()
     )
 
 
@@ -171,7 +156,7 @@ def _indices(
     length, samples = hidden.shape[:2]
     first = 0
     if peers() > 1:
-        shared = _ranks() // peers()
+        shared = compat.expert_ranks() // peers()
         first = dist.get_rank(dispatcher.tp_ep_group) // shared * samples
     number_N = torch.arange(first, first + samples, device=hidden.device, dtype=torch.float32)
     number_T1 = number_N.repeat(length).view(length, samples, 1)

@@ -44,7 +44,7 @@ class Immediate:
         self.peers = experts.windows(tokens, ratio)
 
     def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
-        tokens, ratios = self.peers if place.is_expert else (self.tokens, self.ratio)
+        tokens, ratios = self.peers if place.owned.is_expert else (self.tokens, self.ratio)
         tokens_M, ratio = tokens[microbatch], ratios[microbatch]
         map_RN = sample_map(len(tokens_M), self.merged, ratio, tokens_M.device)
         if self.counts[microbatch] < self.tokens.shape[1]:  # of a pack

@@ -60,10 +60,6 @@ class Place:
         return self.owned.parameter.dim() == 1
 
     @property
-    def is_expert(self) -> bool:
-        return experts.is_expert(self.owned)
-
-    @property
     def share(self) -> float:
         """How this rank's gram counts in a sum over all tensor x pipeline ranks."""
         if self.owned.partial == "embedding" and not parallel_state.is_pipeline_first_stage(
@@ -110,7 +106,7 @@ def places(
     routed = _routed(batch, compat.unwrap(model[0]).config)
     return [
         _place(n, o, number[block_of(o.name, dr.blocks)], dr,
-               routed if experts.is_expert(o) else batch, twice)
+               routed if o.is_expert else batch, twice)
         for n, o in enumerate(owned)
     ]  # fmt: skip
 
@@ -172,7 +168,7 @@ def _groups(owned: OwnedParameter) -> tuple[list[Any], Any, Any, bool]:
     target's samples are; whether this rank speaks for its like."""
     tp = parallel_state.get_tensor_model_parallel_group()
     cp = parallel_state.get_context_parallel_group()
-    if experts.is_expert(owned):
+    if owned.is_expert:
         tokens, data, first = experts.token_groups(), experts.data_group(), experts.is_first()
         shards = parallel_state.get_expert_tensor_parallel_group()
     else:
@@ -193,17 +189,11 @@ def _score(owned: OwnedParameter, dr: DRConfig, batch: BatchShape) -> Score:
     )  # fmt: skip
 
 
-def _whole_shape(owned: OwnedParameter) -> tuple[int, int]:
-    shape = list(owned.parameter.shape)
-    shape[owned.dim] *= owned.shards
-    return shape[0], shape[1]
-
-
 def _projections(
     owned: OwnedParameter, dr: DRConfig
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """P_out and P_in on this rank: the columns of its shard."""
-    out, inner = _whole_shape(owned)
+    out, inner = owned.whole_shape
     sketch = Kronecker(owned.name, out, inner, dr.kronecker_out, dr.kronecker_in, dr.seed)
     rows = columns = None
     if "embedding" in owned.name:  # its rows are looked up, also where P_out is the identity

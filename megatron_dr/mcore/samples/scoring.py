@@ -126,7 +126,7 @@ def _whole_sequence(place: Place, use: Use) -> Use:
     """Tokens of all ranks that have some of a sample's: products of tokens need both."""
     x, dy = use
     for group in place.tokens:
-        if place.is_expert:  # ranks have unequal numbers of tokens
+        if place.owned.is_expert:  # ranks have unequal numbers of tokens
             length = torch.tensor([len(x)], device=x.device)
             collectives.all_reduce(length, group, dist.ReduceOp.MAX)
             missing = (0, 0, 0, 0, 0, int(length) - len(x))
