@@ -13,10 +13,10 @@ from megatron_dr.mcore.ownership import owned_parameters
 
 from . import _data, _lora, _megatron, _oracle, _sample_oracle, _samples
 from ._data import Layout
+from ._layouts import config as dr_config
 from ._lora import LORA
 from ._oracle import Problem
 from ._ranks import run_ranks
-from .test_layouts import config as dr_config
 
 STEPS = 3
 CONE = Problem()
