@@ -14,7 +14,7 @@ from megatron_dr.hf import adapters, from_megatron, to_megatron, torch_dist
 from megatron_dr.hf.mapping import Mapped, take
 from megatron_dr.lora_config import LoRAConfig
 
-from .test_convert import make, run
+from ._convert import make, run
 
 RANK = 3
 

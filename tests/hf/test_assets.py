@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dr.hf import assets
 
-from .test_convert import make, run
+from ._convert import make, run
 
 
 def test_a_run_carries_what_it_loaded(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints on disk, there and back by the command line: exact, complete, or refused."""
 
-import importlib.util
 import json
 import math
 import weakref
@@ -13,36 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dr.hf import to_megatron, torch_dist
-from megatron_dr.hf.config import parse
 from megatron_dr.hf.families import FAMILIES
-from megatron_dr.hf.mapping import hf_shapes, mapped_tensors
 
-from ._shapes import config, tensors
-
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("convert", ROOT / "tools" / "convert.py")
-assert _spec and _spec.loader
-convert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(convert)
-
-
-def make(
-    folder: Path, name: str = "LlamaForCausalLM", dtype: torch.dtype = torch.float32, **more: Any
-) -> dict[str, torch.Tensor]:
-    """A checkpoint of random values, as transformers lays it out; its tensors."""
-    folder.mkdir()
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 12}
-    found = config(name, 0, num_hidden_layers=2, **sizes, **more) | {"torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(found))
-    (folder / "generation_config.json").write_text('{"max_length": 9}')
-    (folder / "tokenizer.json").write_text("{}")
-    values = tensors(hf_shapes(mapped_tensors(parse(found), 128)), dtype)
-    save_file(values, folder / "model.safetensors")
-    return values
-
-
-def run(*argv: object) -> int:
-    return int(convert.main([str(word) for word in argv]))
+from ._convert import make, run
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

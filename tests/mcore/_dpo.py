@@ -15,7 +15,7 @@ from . import _megatron, _oracle, _rl
 from ._data import Layout
 from ._oracle import Parameters, Problem
 from ._ranks import run_ranks
-from .test_train import MODEL, ROOT, SENTENCES
+from ._train import MODEL, ROOT, SENTENCES
 
 SEED, BATCH, MICRO, TARGETS, STEPS = 5, 8, 2, 4, 3
 BETA, SMOOTHING = 0.5, 0.1

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_dr.rl.completions_server import CompletionsServer
 
-from ..rl.test_completions_server import Server
+from ..rl._server import Server
 
 NOBODY = "http://127.0.0.1:9/v1"
 

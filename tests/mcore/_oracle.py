@@ -265,7 +265,7 @@ def solve(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
     if problem.set == "span":
         return np.linalg.lstsq(a, b, rcond=None)[0]
     if problem.set == "cone":
-        return nnls(a, b)[0]
+        return nnls(a, b)[0] if j.any() else mean
     upper = 1.0 if problem.set == "hull" else 1.0 / (problem.fraction * m)
     h, c = a.T @ a, a.T @ b
     scale = 1.0 / np.trace(h)

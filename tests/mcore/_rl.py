@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core.utils import get_model_config
 
@@ -11,14 +12,18 @@ from megatron_dr.mcore import adaptor
 
 from . import _megatron
 from ._ranks import run_ranks
-from .test_train import MODEL, SENTENCES, launch
+from ._train import MODEL, SENTENCES, launch
 
+Data = dict[str, Any]
 REWARD = "tests.mcore._rewards:vowels"
 # 4 prompts x 4 completions x 2 epochs in batches of 8: four steps in a cycle
 RL = f"""{MODEL} --num-layers 4 --make-vocab-size-divisible-by 136 --seed 5
     --dr-rl-algorithm grpo --dr-rl-reward {REWARD} --dr-rl-prompts 4 --dr-rl-group 4
     --dr-rl-epochs 2 --dr-rl-max-tokens 6 --dr-rl-target-prompts 2 --dr-rl-stop e
     --adam-eps 1e-6 --no-load-rng --save-interval 100 --dist-ckpt-optim-fully-reshardable"""
+
+SAME = ("policy loss", "target policy loss", "kl", "target kl", "reward", "target reward",
+        "response length", "truncated")  # fmt: skip
 
 
 def write_prompts(folder: Path) -> dict[str, str]:
@@ -54,3 +59,24 @@ def parameters(ended: Any) -> dict[str, torch.Tensor]:
     for code, _, error, _ in ended:
         assert code == 0, error
     return _megatron.whole([pieces for *_, pieces in ended])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Prompts, and a model to begin with: Megatron draws parameters by stage."""
+    folder = tmp_path_factory.mktemp("rl")
+    found: Data = write_prompts(folder)
+    found["base"] = folder / "base"
+    found["start"] = parameters(run(found, f"--save {found['base']}", 1))
+    return found
+
+
+def from_base(data: Data) -> str:
+    return f"--load {data['base']} --finetune --no-load-optim"
+
+
+def regularised(data: Data, slots: int = 8) -> str:
+    """With one sequence in a row, rows don't depend on the number of data ranks."""
+    return f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-slots {slots}
+        --dr-set cone --dr-blocks layer --dr-rl-valid-data {data["held_out"]}
+        --dr-target-valid-data {data["held_out"]}"""

@@ -17,7 +17,7 @@ from megatron.training.datasets.data_samplers import (
 from megatron_dr.data.domains import DomainPlan, domains_of_step
 from megatron_dr.mcore import datasets, domain_flags, errors
 
-from .test_datasets import LENGTH, ONE, SAMPLES, arguments, indexed, jsonl, on_ranks, text
+from ._datasets import LENGTH, ONE, SAMPLES, arguments, indexed, jsonl, on_ranks, text
 
 WEIGHTS, SIZES, PER_STEP = (3, 2, 1), (11, 7, 4), 4
 

@@ -19,8 +19,8 @@ from megatron_dr.report import metrics
 from ..data import _chat, _prepare
 from ..data._tokenizer import ByteTokenizer
 from . import _oracle, _rl
+from ._datasets import ONE, arguments, on_ranks
 from ._dpo import ROWS, STEPS, Data, OracleRun, record, regularised, run
-from .test_datasets import ONE, arguments, on_ranks
 
 STOP = 1  # steps before a run is resumed
 

@@ -31,9 +31,9 @@ from megatron_dr.mcore.hosts import nemo_rl
 
 from . import _data, _megatron, _oracle, _slime
 from ._data import Layout
+from ._hosts import PROBLEM, STEPS, expect, in_slime, untouched
+from ._layouts import config
 from ._ranks import run_ranks
-from .test_hosts import PROBLEM, STEPS, expect, in_slime, untouched
-from .test_layouts import config
 
 
 # -- verl ----------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import megatron_dr
 from megatron_dr.lora_config import LoRAConfig
 from megatron_dr.mcore.ownership import owned_parameters
 
-from . import _data, _lora, _megatron, _oracle, _samples
+from . import _data, _lora, _megatron, _oracle, _sample_oracle, _samples
 from ._data import Layout
+from ._layouts import config as dr_config
 from ._lora import LORA
 from ._oracle import Problem
 from ._ranks import run_ranks
-from .test_layouts import config as dr_config
 
 STEPS = 3
 CONE = Problem()
@@ -142,7 +142,7 @@ def test_sample_rows_are_of_adapters_alone(
     weights = lambda p: _lora.effective(base, p, LORA.scale)  # noqa: E731
     monkeypatch.setattr(_oracle, "initial", lambda layout: adapters)
     monkeypatch.setattr(_oracle, "token_losses", lambda p, *rest: stock(weights(p), *rest))
-    compare(_samples.oracle(layout, case, 2), _megatron.whole(ranks), start)
+    compare(_sample_oracle.oracle(layout, case, 2)[0], _megatron.whole(ranks), start)
 
 
 # -- initial values, step 0, dropout -------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from ._ranks import run_ranks
-from .test_train import cone, data, flags, losses, run
+from ._train import cone, data, flags, losses, run
 
 __all__ = ["data"]
 LORA = "--dr-lora-rank 4 --dr-lora-alpha 8 --dr-lora-dropout 0.1"

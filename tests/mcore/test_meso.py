@@ -20,9 +20,9 @@ from megatron_dr.optim import MesoAdamW, MesoSGD, Subspaces
 
 from . import _data, _megatron, _oracle
 from ._data import Layout
+from ._layouts import config as dr_config
 from ._oracle import Problem
 from ._ranks import run_ranks
-from .test_layouts import config as dr_config
 
 STEPS, SIZE, REFRESH, SEED, DECAY, CLIP = 5, 12, 2, 4, 0.1, 0.5
 MEAN = Problem(set="mean", norm="none", alpha=0.0)

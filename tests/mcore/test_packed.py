@@ -14,7 +14,7 @@ from megatron_dr.mcore import packed
 from . import _data, _megatron, _oracle
 from ._data import Layout
 from ._ranks import run_ranks
-from .test_samples import MODES, check
+from ._sample_check import MODES, check
 
 PACKS = 4  # a step, over all data ranks
 

@@ -18,8 +18,8 @@ from megatron_dr.mcore.sample_datasets import PreparedSamples
 from megatron_dr.report import metrics
 
 from ..data import _chat
-from .test_datasets import LENGTH, ONE, arguments, general, indexed, on_ranks, target
-from .test_train import MODEL, SENTENCES, run
+from ._datasets import LENGTH, ONE, arguments, general, indexed, on_ranks, target
+from ._train import MODEL, SENTENCES, run
 
 JSON = dict[str, Any]
 

@@ -12,7 +12,7 @@ from tests.rl import _reward_model as made
 
 from . import _rl
 from ._ranks import run_ranks
-from .test_train import ROOT
+from ._train import ROOT
 
 CONTEXT = 256  # tokens of the reward model: no text is cut
 

@@ -11,7 +11,7 @@ from megatron_dr.rl.rollouts import Completion, SamplingParams
 
 from . import _rl
 from ._ranks import run_ranks
-from .test_rl_run import SAME, data, from_base, regularised
+from ._rl import SAME, data, from_base, regularised
 
 __all__ = ["data"]
 

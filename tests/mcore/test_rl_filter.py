@@ -19,12 +19,12 @@ from megatron_dr.rl.experience import Experience, ExperienceStream
 from megatron_dr.rl_config import RLConfig
 
 from . import _data, _megatron, _oracle, _rl
-from . import test_ppo_step as ppo
-from . import test_rl_step as plain
+from . import _ppo_step as ppo
+from . import _rl_step as plain
 from ._data import Layout
 from ._oracle import Parameters
 from ._ranks import run_ranks
-from .test_rl_flags import configs, parsed
+from ._rl_flags import configs, parsed
 
 LENGTH, ROWS = plain.LENGTH, len(plain.ROWS)
 START = {k: v.double() for k, v in _oracle.initial(Layout()).items()}

@@ -5,25 +5,10 @@ import argparse
 import pytest
 
 from megatron_dr.config import DRConfig, TargetConfig
-from megatron_dr.mcore.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.arguments import add_arguments
 from megatron_dr.mcore.rl import flags, saved
 
-RL = "--dr-rl-algorithm grpo --dr-rl-reward megatron_dr.rl.rewards:numeric "
-
-
-def parsed(more: str) -> argparse.Namespace:
-    parser = add_arguments(argparse.ArgumentParser())
-    parser.add_argument("--data-path", nargs="*")
-    parser.add_argument("--dataloader-type")
-    parser.add_argument("--eval-interval", type=int)
-    parser.add_argument("--mock-data", action="store_true")
-    return parser.parse_args((RL + more).split())
-
-
-def configs(more: str) -> tuple[DRConfig, TargetConfig]:
-    found = configs_from_args(parsed(more))
-    assert found is not None
-    return found
+from ._rl_flags import RL, configs, parsed
 
 
 def test_the_set_is_that_of_the_paper_where_there_is_a_target() -> None:

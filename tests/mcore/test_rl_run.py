@@ -10,34 +10,11 @@ import torch
 from megatron_dr.report import metrics
 
 from . import _rl
+from ._rl import SAME, Data, data, from_base, regularised
 
-Data = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Prompts, and a model to begin with: Megatron draws parameters by stage."""
-    folder = tmp_path_factory.mktemp("rl")
-    found: Data = _rl.write_prompts(folder)
-    found["base"] = folder / "base"
-    found["start"] = _rl.parameters(_rl.run(found, f"--save {found['base']}", 1))
-    return found
-
-
-def from_base(data: Data) -> str:
-    return f"--load {data['base']} --finetune --no-load-optim"
-
-
-def regularised(data: Data, slots: int = 8) -> str:
-    """With one sequence in a row, rows don't depend on the number of data ranks."""
-    return f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-slots {slots}
-        --dr-set cone --dr-blocks layer --dr-rl-valid-data {data["held_out"]}
-        --dr-target-valid-data {data["held_out"]}"""
-
+__all__ = ["data"]
 
 STEPS, STOP = 6, 3  # the second cycle's first half; a stop in the middle of the first
-SAME = ("policy loss", "target policy loss", "kl", "target kl", "reward", "target reward",
-        "response length", "truncated")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

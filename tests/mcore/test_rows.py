@@ -3,8 +3,8 @@
 import pytest
 
 from ._data import Layout
+from ._layouts import check
 from ._oracle import Problem
-from .test_layouts import check
 
 DOMAINS = {
     "world1": Layout(domains=3, sequences=4),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,8 +13,9 @@ from . import _megatron, _oracle, _samples
 from ._data import Layout
 from ._oracle import Parameters
 from ._ranks import run_ranks
+from ._sample_check import MODES, check
+from ._sample_oracle import WideOracle
 from ._samples import Case
-from .test_samples import MODES, check
 
 EVERY = ("exact", "ghost", "sketched", "cone", "cone ghost", "model two passes")
 
@@ -52,36 +52,6 @@ def test_layout(layout: str, mode: str) -> None:
 
 
 # Experts that see other ranks' samples.
-class WideOracle(_samples.Oracle):
-    """The samples of all ranks whose tokens an expert sees compete together."""
-
-    def update(self, p: Parameters, step: int) -> Parameters:
-        total = super().update(p, step)
-        ranks, numbers = range(self.layout.dp), range(_samples.MICROBATCHES)
-        names = [name for name in p if ".experts." in name]
-        mean_t = self._mean([part for rank in self.cached for part in rank])
-        target = {name: mean_t[name] for name in names}
-        general = [[self._gradients(p, step, r, n, names) for n in numbers] for r in ranks]
-        tokens = sum(own.sum() for rank in general for _, own in rank)
-        total.update({name: torch.zeros_like(p[name].detach()) for name in names})
-        together = max(1, self.layout.dp_per_row // self.layout.cp)
-        for first in range(0, self.layout.dp, together):
-            for parts in zip(*general[first : first + together]):
-                equal = 1 / len(ranks) / len(numbers)
-                share = [own.sum() / tokens if self.layout.per_token else equal for _, own in parts]
-                rows = [_samples._mix([s], [f / own.sum() / sum(share) * len(samples) * len(parts)])
-                        for f, (samples, own) in zip(share, parts) for s in samples]  # fmt: skip
-                own = np.concatenate([own for _, own in parts])
-                for name, value in self._project(rows, own, target, 0).items():
-                    total[name] += sum(share) * value
-        return total
-
-    def _gradients(self, p: Parameters, step: int, rank: int, n: int, names: list[str]) -> Any:
-        data = _samples.batch(self.layout, "general", step, rank, n, _samples.SAMPLES)
-        samples, own = _samples._sample_gradients(p, data)
-        return [{name: s[name] for name in names} for s in samples], own
-
-
 WIDE = {
     "EP 2 DP 2": Layout(ep=2, dp=2, moe=True),
     "EP 2 DP 4 sharded": Layout(ep=2, dp=4, moe=True, distributed_optimizer=True, per_token=True),
@@ -92,14 +62,16 @@ WIDE = {
     "CP 2 EP 2": Layout(cp=2, ep=2, moe=True, per_token=True),
     "PP 2 EP 2 DP 2": Layout(pp=2, ep=2, dp=2, moe=True),
 }
-WIDE_CASES = [(layout, "cone ghost") for layout in WIDE]
+FAILS = pytest.mark.xfail(strict=True, reason="the log counts blocks that CP ranks share per rank")
+WIDE_CASES = [
+    pytest.param(name, "cone ghost", marks=FAILS if name == "CP 2 EP 2" else ()) for name in WIDE
+]
 WIDE_CASES += [("EP 2 DP 2", "hull"), ("TP 2 SP EP 4 DP 2", "sketched")]  # hull: t's scale counts
 
 
 @pytest.mark.parametrize(("layout", "mode"), WIDE_CASES)
-def test_wide(layout: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_samples, "Oracle", WideOracle)
-    check(WIDE[layout], MODES[mode])
+def test_wide(layout: str, mode: str) -> None:
+    check(WIDE[layout], MODES[mode], WideOracle)
 
 
 # -- auxiliary losses ------------------------------------------------------------------------------

@@ -2,63 +2,8 @@
 
 import pytest
 
-from . import _megatron, _oracle, _samples
 from ._data import Layout
-from ._ranks import run_ranks
-from ._samples import Case
-
-STEPS = 3
-ONE = Layout(per_token=True)
-
-
-def check(layout: Layout, case: Case, atol: float = 2e-4) -> None:
-    ranks = run_ranks(layout.world, _samples.train, layout, case, STEPS, _oracle.initial(layout))
-    together = _megatron.whole([pieces for pieces, _ in ranks])
-    parameters = _samples.oracle(layout, case, STEPS)
-    assert together.keys() == parameters.keys()
-    for name, value in parameters.items():
-        error = float((together[name].double() - value.reshape(-1)).abs().max())
-        assert error < atol, f"{name}: {error:.2e}"
-
-
-MODES = {
-    "exact": Case(),
-    "ghost": Case(score="ghost"),
-    "sketched": Case(score="sketched"),
-    "no alpha": Case(alpha=0.0),
-    "merged": Case(target_pass="merged"),
-    "merged ghost": Case(target_pass="merged", score="ghost"),
-    "cone": Case(set="cone", norm="general"),
-    "cone ghost": Case(set="cone", norm="general", score="ghost"),
-    "cone sketched merged": Case(
-        set="cone", norm="general", score="sketched", target_pass="merged"
-    ),
-    "hull": Case(set="hull", norm="none"),
-    "capped": Case(set="capped", fraction=0.5, norm="target"),
-    "span": Case(set="span", norm="general"),
-    "ball": Case(set="ball", norm="none"),
-    "greedy": Case(set="greedy"),
-    "filter": Case(set="filter", fraction=1.0, alpha=0.0),
-    "mean with alpha": Case(set="mean"),
-    "target": Case(set="target", norm="none"),
-    "halfspace merged": Case(set="halfspace", norm="none", target_pass="merged"),
-    "layer": Case(blocks="layer"),
-    "model": Case(blocks="model", score="ghost"),
-    "layer two passes": Case(blocks="layer", passes=2),
-    "model two passes": Case(blocks="model", passes=2, set="cone", norm="general"),
-    "model two passes no alpha": Case(blocks="model", passes=2, alpha=0.0, score="sketched"),
-    "matrix two passes": Case(passes=2),
-    "step": Case(window="step"),
-    "step ghost": Case(window="step", score="ghost"),
-    "step cone": Case(window="step", set="cone", norm="general", score="sketched"),
-    "step two passes": Case(window="step", passes=2, score="ghost"),
-    "step merged": Case(window="step", target_pass="merged", passes=2),
-    "step model": Case(window="step", blocks="model", passes=2, set="hull", norm="general"),
-    "streaming": Case(window="streaming"),
-    "streaming ghost": Case(window="streaming", score="ghost", norm="none"),
-    "refresh": Case(target_refresh=2, alpha=0.0),
-    "refresh step": Case(target_refresh=3, alpha=0.0, window="step", score="ghost"),
-}
+from ._sample_check import MODES, check
 
 
 @pytest.mark.parametrize("mode", MODES)

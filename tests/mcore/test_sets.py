@@ -3,8 +3,8 @@
 import pytest
 
 from ._data import Layout
+from ._layouts import check
 from ._oracle import Problem
-from .test_layouts import check
 
 TWO_RANKS = Layout(dp=2, distributed_optimizer=True)
 

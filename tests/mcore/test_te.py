@@ -22,8 +22,9 @@ from . import _megatron, _oracle, _samples
 from ._data import Layout
 from ._oracle import Parameters
 from ._ranks import run_ranks
+from ._sample_check import MODES, STEPS, compare
+from ._sample_oracle import oracle
 from ._samples import Case
-from .test_samples import MODES, STEPS
 
 
 # -- the stand-ins ---------------------------------------------------------------------------------
@@ -225,12 +226,8 @@ def test_equals_oracle(layout: str, mode: str) -> None:
     where, case = LAYOUTS[layout], MODES[mode]
     initial = in_te(_oracle.initial(where), where)
     ranks = run_ranks(where.world, _samples.train, where, case, STEPS, initial)
-    together = _megatron.whole([pieces for pieces, _ in ranks])
-    parameters = in_te(_samples.oracle(where, case, STEPS), where)
-    assert together.keys() == parameters.keys()
-    for name, value in parameters.items():
-        error = float((together[name].double() - value.reshape(-1)).abs().max())
-        assert error < 2e-4, f"{name}: {error:.2e}"
+    parameters, log = oracle(where, case, STEPS)
+    compare(ranks, in_te(parameters, where), log, case)
 
 
 def refusal(layout: Layout, changes: dict[str, Any], frozen: str) -> str:
