@@ -1,6 +1,5 @@
 """Checkpoints on disk, there and back by the command line: exact, complete, or refused."""
 
-import importlib.util
 import json
 import math
 import weakref
@@ -12,18 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dr.cli import convert
 from megatron_dr.hf import to_megatron, torch_dist
 from megatron_dr.hf.config import parse
 from megatron_dr.hf.families import FAMILIES
 from megatron_dr.hf.mapping import hf_shapes, mapped_tensors
 
 from ._shapes import config, tensors
-
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("convert", ROOT / "tools" / "convert.py")
-assert _spec and _spec.loader
-convert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(convert)
 
 
 def make(
@@ -42,7 +36,7 @@ def make(
 
 
 def run(*argv: object) -> int:
-    return int(convert.main([str(word) for word in argv]))
+    return convert.main([str(word) for word in argv])
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
