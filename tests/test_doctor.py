@@ -1,24 +1,21 @@
 """`megatron-dr doctor` on packages that are broken as people's are, put first on the path."""
 
-import importlib
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from megatron_dr import doctor
+from megatron_dr.cli import doctor
 
 ROOT = Path(__file__).parents[1]
 TABLE = """
 import sys
-import tomllib
-from megatron_dr import doctor
+from megatron_dr.cli import doctor
 names = sys.argv[1].split(",")
 doctor.CHECKS = [check for check in doctor.CHECKS if check.name in names]
-sys.exit(doctor.main(["doctor"]))
+sys.exit(doctor.main([]))
 """
 
 
@@ -132,9 +129,3 @@ def test_the_tested_range_is_the_requirement() -> None:
     check = next(check for check in doctor.CHECKS if check.name == "megatron-core")
     text = (ROOT / "pyproject.toml").read_text()
     assert check.mend.removeprefix("pip install ").strip("'") in text
-
-
-def test_the_command_is_installed_by_its_name() -> None:
-    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    module, function = script["megatron-dr"].split(":")
-    assert getattr(importlib.import_module(module), function) is doctor.main

@@ -1,6 +1,5 @@
 """The command in this process, and what it writes as Megatron reads it."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,10 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_dr.cli.prepare import main
+
 ROOT = Path(__file__).parents[2]
 BYTES = str(ROOT / "examples" / "sft" / "tokenizer")
-
-
-def tool() -> Any:
-    """tools/prepare_data.py as a module."""
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools/prepare_data.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def command(data: Any, prefix: Path, *flags: Any, tokenizer: str = BYTES) -> list[str]:
@@ -31,7 +23,7 @@ def command(data: Any, prefix: Path, *flags: Any, tokenizer: str = BYTES) -> lis
 
 def prepare(data: Any, prefix: Path, *flags: Any, tokenizer: str = BYTES) -> dict[str, Any]:
     """Run it; the manifest."""
-    tool().main(command(data, prefix, *flags, tokenizer=tokenizer))
+    main(command(data, prefix, *flags, tokenizer=tokenizer))
     assert not prefix.with_name(prefix.name + ".partial").exists()
     manifest: dict[str, Any] = json.loads(Path(f"{prefix}.json").read_text())
     return manifest

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dr.cli.prepare import main
 from megatron_dr.data.encode import COLUMNS, FORMS
 
-from ._prepare import ROOT, documents, tool
+from ._prepare import ROOT, documents
 
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -24,8 +25,8 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepared = 0
     for words in commands():
-        if words[:2] == ["python", "tools/prepare_data.py"]:
-            tool().main([*words[2:], "--workers", "1"])
+        if words[:2] == ["megatron-dr", "prepare"]:
+            main([*words[2:], "--workers", "1"])
             prepared += 1
         elif words[0] in ("head", "sed"):
             subprocess.run(" ".join(words), shell=True, check=True)
@@ -39,9 +40,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(documents(tmp_path / "runs/data/one")) == 1
 
 
-def test_every_flag_column_and_form_is_named() -> None:
-    source = (ROOT / "tools" / "prepare_data.py").read_text(encoding="utf-8")
-    flags = re.findall(r'add_argument\("(--[a-z-]+)"', source)
+def test_every_flag_column_and_form_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    flags = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.M)
     assert len(flags) > 10
     for name in {*flags, *COLUMNS, *FORMS}:
         assert name in TEXT, name

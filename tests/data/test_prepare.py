@@ -10,11 +10,12 @@ import pyarrow.parquet
 import pytest
 from megatron.core.tokenizers import MegatronTokenizer
 
+from megatron_dr.cli.prepare import main
 from megatron_dr.data.file_samples import FileSamples
 from megatron_dr.mcore.sample_datasets import chat_of
 
 from . import _chat
-from ._prepare import BYTES, command, documents, prepare, sources, tool, write
+from ._prepare import BYTES, command, documents, prepare, sources, write
 from ._tokenizer import ByteTokenizer
 
 TEXTS: list[Any] = [
@@ -29,7 +30,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 def refused(*given: Any, **named: Any) -> str:
     """The sentence with which the command ends."""
     with pytest.raises(SystemExit) as stop:
-        tool().main(command(*given, **named))
+        main(command(*given, **named))
     assert isinstance(stop.value.code, str)
     return stop.value.code
 

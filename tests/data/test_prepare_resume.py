@@ -10,7 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
-from ._prepare import command, documents, outputs, prepare, sources, tool, write
+from megatron_dr.cli.prepare import main
+
+from ._prepare import command, documents, outputs, prepare, sources, write
 
 COUNT = 600
 FLAGS = ("--shard-size", 10, "--validation", 0.1, "--max-length", 60)
@@ -43,7 +45,7 @@ def test_killed_and_run_again(whole: Any, tmp_path: Path, workers: int) -> None:
     """SIGKILL among the shards; the same command ends with the same bytes, its workers gone."""
     data, expected = whole
     given = command(data, tmp_path / "p", *FLAGS, "--workers", workers)
-    run = multiprocessing.get_context("fork").Process(target=tool().main, args=(given,))
+    run = multiprocessing.get_context("fork").Process(target=main, args=(given,))
     run.start()
     partial = tmp_path / "p.partial"
     while len(list(partial.glob("shard-*.npz"))) < 3:
@@ -61,7 +63,7 @@ def test_killed_and_run_again(whole: Any, tmp_path: Path, workers: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_dr.data.prepare._merge", interrupt)
         with pytest.raises(SystemExit, match="goes on from here"):
-            tool().main(given)
+            main(given)
     assert all(path.stat().st_mtime_ns == was for path, was in done.items())  # not done again
     prepare(data, tmp_path / "p", *FLAGS, "--workers", workers)
     assert outputs(tmp_path, "p") == expected
@@ -86,7 +88,7 @@ def test_cut_off_while_it_names_its_files(whole: Any, tmp_path: Path) -> None:
 
         patch.setattr(os, "replace", replace)
         with pytest.raises(SystemExit, match="goes on from here"):
-            tool().main(command(data, tmp_path / "p", *FLAGS))
+            main(command(data, tmp_path / "p", *FLAGS))
     assert (tmp_path / "p.bin").exists() and not (tmp_path / "p.json").exists()
     prepare(data, tmp_path / "p", *FLAGS)
     assert outputs(tmp_path, "p") == expected
@@ -105,13 +107,13 @@ def test_changed_since(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", [*lines()[:20], "{"])
     flags = ("--shard-size", 5)
     with pytest.raises(SystemExit, match="a.jsonl:21: not JSON"):
-        tool().main(command(data, tmp_path / "p", *flags))
+        main(command(data, tmp_path / "p", *flags))
     write(data, lines()[:20])
     with pytest.raises(SystemExit, match=r"changed since: the input \(.*a.jsonl\).*--restart"):
-        tool().main(command(data, tmp_path / "p", *flags))
+        main(command(data, tmp_path / "p", *flags))
     prepare(data, tmp_path / "p", *flags, "--restart")
     with pytest.raises(SystemExit, match="changed since: max_length, seed"):
-        tool().main(command(data, tmp_path / "p", *flags, "--seed", 1, "--max-length", 50))
+        main(command(data, tmp_path / "p", *flags, "--seed", 1, "--max-length", 50))
     assert len(documents(tmp_path / "p")) == 20
 
 

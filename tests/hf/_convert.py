@@ -1,6 +1,5 @@
 """Checkpoints of random values, and the converter's command line."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_dr.cli import convert
 from megatron_dr.hf.config import parse
 from megatron_dr.hf.mapping import hf_shapes, mapped_tensors
 
 from ._shapes import config, tensors
-
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("convert", ROOT / "tools" / "convert.py")
-assert _spec and _spec.loader
-convert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(convert)
 
 
 def make(
@@ -36,4 +30,4 @@ def make(
 
 
 def run(*argv: object) -> int:
-    return int(convert.main([str(word) for word in argv]))
+    return convert.main([str(word) for word in argv])

@@ -56,7 +56,6 @@ def test_every_command(tmp_path: Path) -> None:
         lines = [{"prompt": prompt, "response": response} for prompt, response in asked]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    (tmp_path / "tools").symlink_to(ROOT / "tools")
     said = [shell(command, tmp_path) for command in blocks()]
     assert len(said) == 4
     assert "loads both checkpoints" in TEXT and "they agree" in said[2]

@@ -1,10 +1,9 @@
-"""`megatron-dr doctor`: what is installed and works, and the line that mends what does not.
+"""What is installed and works, and the line that mends what does not.
 
 Each package is tried in an interpreter of its own, as a run would import it: one that crashes, or
 that breaks another's import, is seen and stops nothing.
 """
 
-import argparse
 import importlib.util
 import os
 import subprocess
@@ -12,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+from megatron_dr.cli.main import parser_of
 
 _SECONDS = 120  # for one import; more is taken for a hang
 
@@ -53,6 +54,10 @@ def _version(module: str) -> str:
     return f"import {module} as found\nprint(found.__version__)"
 
 
+def _installed(modules: str, package: str) -> str:
+    return f"import {modules}\nfrom importlib.metadata import version\nprint(version('{package}'))"
+
+
 _TORCH = """
 import torch
 print(torch.__version__)
@@ -89,16 +94,6 @@ if not OLDEST <= tuple(map(int, found.split(".")[:2])) <= NEWEST:
     known = [".".join(map(str, v)) for v in (OLDEST, NEWEST)]
     raise SystemExit(f"{found} was not tested; tested are {known[0]} to {known[1]}")
 """
-_APEX = """
-import amp_C, apex.multi_tensor_apply
-from importlib.metadata import version
-print(version("apex"))
-"""
-_ENGINE = """
-import transformer_engine.pytorch
-from importlib.metadata import version
-print(version("transformer-engine"))
-"""
 
 CHECKS = (
     Check("torch", "torch", True, _TORCH, "pip install 'torch>=2.6'"),
@@ -107,11 +102,12 @@ CHECKS = (
     Check("NCCL", "torch", False, _NCCL, "pip install --force-reinstall torch"),
     Check("megatron-core", "megatron", True, _MEGATRON,
           "pip install 'megatron-core[training]>=0.19,<0.20'"),
-    Check("Transformer Engine", "transformer_engine", False, _ENGINE,
+    Check("Transformer Engine", "transformer_engine", False,
+          _installed("transformer_engine.pytorch", "transformer-engine"),
           "pip uninstall transformer-engine   (with a GPU, then: pip install "
           "--no-build-isolation 'transformer-engine[core_cu13,pytorch]')",
           "not installed; Megatron's local layers run instead: --transformer-impl local"),
-    Check("NVIDIA apex", "apex", False, _APEX, "",
+    Check("NVIDIA apex", "apex", False, _installed("amp_C, apex.multi_tensor_apply", "apex"), "",
           "not installed; Megatron uses torch's: --no-gradient-accumulation-fusion, "
           "--no-persist-layer-norm"),
     Check("psutil", "psutil", True, _version("psutil"), "pip install psutil"),
@@ -123,7 +119,9 @@ CHECKS = (
     Check("transformers", "transformers", False,
           "import transformers\ntransformers.AutoTokenizer\nprint(transformers.__version__)",
           "pip install transformers",
-          "not installed; --tokenizer-type HuggingFaceTokenizer and tools/verify.py need it"),
+          "not installed; --tokenizer-type HuggingFaceTokenizer and megatron-dr verify need it"),
+    Check("rich", "rich", False, _installed("rich", "rich"), "pip install rich",
+          "not installed; megatron-dr prepare needs it"),
 )  # fmt: skip
 
 
@@ -194,16 +192,9 @@ def show(findings: Sequence[Finding]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `megatron-dr`; exit code 1 where something is missing or broken."""
-    parser = argparse.ArgumentParser(prog="megatron-dr")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what is installed and works, and what mends the rest")
-    parser.parse_args(argv)
+    """The exit code: 1 where something is missing or broken."""
+    parser_of("doctor", __doc__).parse_args(argv)
     sys.path.insert(0, os.getcwd())  # as `torchrun -m` has it: a folder here can hide a package
     findings = examine_all()
     show(findings)
     return int(any(f.bad for f in findings))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

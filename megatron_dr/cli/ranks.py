@@ -1,0 +1,37 @@
+"""Commands that `torchrun` may start on several ranks."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from megatron_dr.hf.output import rank
+
+
+def run(name: str, act: Callable[[], bool | None], alone: bool = False) -> int:
+    """Act in a gloo group of torchrun's ranks; the exit code.
+
+    1 where `act` says False, 2 for a ValueError, whose sentence is printed once.
+
+    Args:
+        alone: a process without torchrun gets a group too.
+    """
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    started = (several or alone) and not dist.is_initialized()
+    if started and alone and "RANK" not in os.environ:
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    elif started:
+        dist.init_process_group("gloo")
+    try:
+        return int(act() is False)
+    except ValueError as error:
+        if rank()[0] == 0:
+            print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if started:
+            dist.destroy_process_group()
