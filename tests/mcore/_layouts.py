@@ -37,7 +37,7 @@ def run(layout: Layout, problem: Problem, initial: Any, changes: dict[str, Any])
     model, optimizer, cfg, log = _megatron.train(
         layout, STEPS, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr)
     )
-    names = megatron_dr.mcore.attach.attached(model).layout.names
+    names = megatron_dr.mcore.attach.attached(model).rows.layout.names
     weights = [p.weights_BM.numpy() for _, p in log]
     return _megatron.pieces(model, cfg), weights, names
 
