@@ -9,29 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_dr.projection import (
-    Ball,
-    Capped,
-    Cone,
-    FeasibleSet,
-    Filter,
-    Greedy,
-    Halfspace,
-    Hull,
-    Mean,
-    Span,
-    Target,
-    TopK,
-)
+from megatron_dr import projection
+from megatron_dr.projection import FeasibleSet
 
 if TYPE_CHECKING:
     from megatron_dr.config import DRConfig
 
 # A new feasible set is one class and one row here, or a class of `module:Class`.
 FEASIBLE_SETS: dict[str, type[FeasibleSet]] = {
-    "mean": Mean, "target": Target, "topk": TopK, "greedy": Greedy, "filter": Filter,
-    "capped": Capped, "hull": Hull, "cone": Cone, "span": Span, "ball": Ball,
-    "halfspace": Halfspace,
+    "mean": projection.Mean, "target": projection.Target, "topk": projection.TopK,
+    "greedy": projection.Greedy, "filter": projection.Filter, "capped": projection.Capped,
+    "hull": projection.Hull, "cone": projection.Cone, "span": projection.Span,
+    "ball": projection.Ball, "halfspace": projection.Halfspace,
 }  # fmt: skip
 
 

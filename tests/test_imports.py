@@ -87,7 +87,7 @@ def test_optim_imports_torch_and_projection_alone(path: Path) -> None:
 def test_mcore_does_import_megatron() -> None:
     """The reader of imports sees what is there, as do the rules above."""
     assert any(within(n, "megatron") for p in files("mcore") for n in imported(p))
-    assert "megatron_dr.projection.Cone" in imported(PACKAGE / "kinds.py")
+    assert "megatron_dr.projection.FeasibleSet" in imported(PACKAGE / "kinds.py")
 
 
 @pytest.mark.parametrize(

@@ -56,12 +56,15 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 def data_group() -> torch.distributed.ProcessGroup:
     """Ranks that hold the same piece of the model: data x context parallel."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group: torch.distributed.ProcessGroup
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
 
 
 def model_group() -> torch.distributed.ProcessGroup:
     """Ranks that together hold one copy of the model: tensor x pipeline parallel."""
-    return parallel_state.get_model_parallel_group()
+    group: torch.distributed.ProcessGroup = parallel_state.get_model_parallel_group()
+    return group
 
 
 def check_flags(args: Any) -> None:
@@ -133,10 +136,9 @@ def _check_experts() -> None:
 
 def expert_ranks() -> int:
     """Neighbouring ranks of a pipeline stage that exchange tokens."""
-    return (
-        parallel_state.get_expert_model_parallel_world_size()
-        * parallel_state.get_expert_tensor_parallel_world_size()
-    )
+    models: int = parallel_state.get_expert_model_parallel_world_size()
+    tensors: int = parallel_state.get_expert_tensor_parallel_world_size()
+    return models * tensors
 
 
 def ranks_per_row() -> int:
@@ -146,8 +148,8 @@ def ranks_per_row() -> int:
     gradient mixes theirs. Ranks of a stage are numbered tensor, context, data from the fastest on,
     and expert groups are runs of that numbering.
     """
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    cp = parallel_state.get_context_parallel_world_size()
+    tp: int = parallel_state.get_tensor_model_parallel_world_size()
+    cp: int = parallel_state.get_context_parallel_world_size()
     return max(cp, expert_ranks() // tp, 1)
 
 

@@ -32,6 +32,11 @@ CPU_FLAGS = tuple(
     """.split()
 )
 
+# What is replaced gets values of other types.
+_cuda: Any = torch.cuda
+_tensor: Any = torch.Tensor
+_module: Any = torch.nn.Module
+
 _enabled = False
 
 
@@ -80,28 +85,27 @@ def enable() -> None:
 
 def _replace_device() -> None:
     cpu = torch.device("cpu")
-    cuda = torch.cuda
-    cuda.is_available = lambda: True  # initialize_megatron asserts it
-    cuda.device_count = lambda: 1  # 0 skips model-parallel initialisation
-    cuda.set_device = lambda device: None  # _initialize_distributed
-    cuda.current_device = lambda: cpu  # everywhere in megatron.core
-    cuda.synchronize = lambda *args, **kwargs: None  # batched p2p, timers, checkpoints
-    cuda.empty_cache = lambda: None  # train loop, set_jit_fusion_options
-    cuda.ipc_collect = lambda: None  # checkpoint writers
+    _cuda.is_available = lambda: True  # initialize_megatron asserts it
+    _cuda.device_count = lambda: 1  # 0 skips model-parallel initialisation
+    _cuda.set_device = lambda device: None  # _initialize_distributed
+    _cuda.current_device = lambda: cpu  # everywhere in megatron.core
+    _cuda.synchronize = lambda *args, **kwargs: None  # batched p2p, timers, checkpoints
+    _cuda.empty_cache = lambda: None  # train loop, set_jit_fusion_options
+    _cuda.ipc_collect = lambda: None  # checkpoint writers
     # Argument validation and the fused kernels' gates.
-    cuda.get_device_capability = lambda *args: (0, 0)
-    cuda.get_device_properties = lambda *args: types.SimpleNamespace(
+    _cuda.get_device_capability = lambda *args: (0, 0)
+    _cuda.get_device_properties = lambda *args: types.SimpleNamespace(
         name="cpu", major=0, minor=0, multi_processor_count=1, total_memory=1, uuid="cpu"
     )
-    cuda.get_device_name = lambda *args: "cpu"
+    _cuda.get_device_name = lambda *args: "cpu"
     # Memory statistics: report_memory, training_log, dist_checkpointing.
     zero = lambda *args, **kwargs: 0  # noqa: E731
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        setattr(cuda, name, zero)
-    cuda.max_memory_reserved = zero
-    cuda.reset_peak_memory_stats = lambda *args: None
-    cuda.mem_get_info = lambda *args: (1, 1)
-    cuda.memory_stats = lambda *args: _Zeros()
+        setattr(_cuda, name, zero)
+    _cuda.max_memory_reserved = zero
+    _cuda.reset_peak_memory_stats = lambda *args: None
+    _cuda.mem_get_info = lambda *args: (1, 1)
+    _cuda.memory_stats = lambda *args: _Zeros()
     # The CUDA build's DataLoader asks for a device index when it pins memory.
     if hasattr(torch, "accelerator"):
         torch.accelerator.is_available = lambda: False
@@ -115,11 +119,11 @@ def _replace_device() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original_type(self, dtype, **kwargs)
 
-    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    _tensor.type = type_
     # rope_utils, get_batch, MoE dispatchers; module moves in get_model
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args: self  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]
+    _tensor.cuda = lambda self, *args, **kwargs: self
+    _module.cuda = lambda self, *args: self
+    _tensor.pin_memory = lambda self, *args: self
 
 
 class _Zeros(dict[str, int]):
@@ -160,16 +164,16 @@ class _Event(_Stream):
 def _replace_streams() -> None:
     """Schedules, DDP's start_grad_sync, MoE dispatchers and timers use streams and events."""
     stream = _Stream()
-    torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
-    torch.cuda.Event = _Event  # type: ignore[misc, assignment]
-    torch.cuda.current_stream = lambda *args: stream
-    torch.cuda.default_stream = lambda *args: stream
-    torch.cuda.set_stream = lambda *args: None
-    torch.cuda.stream = lambda *args: contextlib.nullcontext()
-    torch.cuda.is_current_stream_capturing = lambda: False
-    torch.cuda.nvtx.range_push = lambda *args: None
-    torch.cuda.nvtx.range_pop = lambda *args: None
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    _cuda.Stream = _Stream
+    _cuda.Event = _Event
+    _cuda.current_stream = lambda *args: stream
+    _cuda.default_stream = lambda *args: stream
+    _cuda.set_stream = lambda *args: None
+    _cuda.stream = lambda *args: contextlib.nullcontext()
+    _cuda.is_current_stream_capturing = lambda: False
+    _cuda.nvtx.range_push = lambda *args: None
+    _cuda.nvtx.range_pop = lambda *args: None
+    _tensor.record_stream = lambda self, stream: None
 
 
 def _replace_factories() -> None:
@@ -205,7 +209,7 @@ def _replace_factories() -> None:
             kwargs["device"] = torch.device("cpu")
         return original_to(self, *args, **kwargs)
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
+    _tensor.to = to
 
 
 def _replace_process_groups() -> None:
@@ -231,12 +235,12 @@ def _replace_random_state() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     generator = torch.default_generator
-    torch.cuda.manual_seed = lambda seed: generator.manual_seed(int(seed))
-    torch.cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after its own
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
-    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    _cuda.manual_seed = lambda seed: generator.manual_seed(int(seed))
+    _cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after its own
+    _cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    _cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _cuda.random.get_rng_state = _cuda.get_rng_state
+    _cuda.random.set_rng_state = _cuda.set_rng_state
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

@@ -50,6 +50,9 @@ class Adapted(torch.nn.Module):
     lora_b: torch.nn.Module
     lora: LoRAConfig
     lora_gated: bool
+    weight: torch.nn.Parameter  # this and the rest: Megatron's layer's own
+    config: TransformerConfig
+    tp_group: dist.ProcessGroup
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         output, bias = super().forward(input_, *args, **kwargs)
@@ -83,7 +86,8 @@ class Adapted(torch.nn.Module):
 
         Gate and up are sharded each by itself, as Megatron's MLP does for the weight.
         """
-        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        layer: Any = super()
+        state: dict[str, Any] = layer.sharded_state_dict(prefix, sharded_offsets, metadata)
         for name in NAMES:
             matrix = getattr(self, name)
             state.update(
@@ -111,7 +115,7 @@ class Adapted(torch.nn.Module):
         raise NotImplementedError
 
 
-class AdaptedColumn(Adapted, ColumnParallelLinear):
+class AdaptedColumn(Adapted, ColumnParallelLinear):  # type: ignore[misc]
     """ColumnParallelLinear with an adapter."""
 
     def lora_hidden(self, input_: torch.Tensor) -> torch.Tensor:
@@ -126,7 +130,7 @@ class AdaptedColumn(Adapted, ColumnParallelLinear):
         return _gather(a, 0, self.tp_group), b
 
 
-class AdaptedRow(Adapted, RowParallelLinear):
+class AdaptedRow(Adapted, RowParallelLinear):  # type: ignore[misc]
     """RowParallelLinear with an adapter."""
 
     def lora_hidden(self, input_: torch.Tensor) -> torch.Tensor:
@@ -145,7 +149,7 @@ KINDS = {ColumnParallelLinear: AdaptedColumn, RowParallelLinear: AdaptedRow}
 
 
 def adapt(
-    layer: torch.nn.Module, name: str, lora: LoRAConfig, config: TransformerConfig
+    layer: Any, name: str, lora: LoRAConfig, config: TransformerConfig
 ) -> None:
     """Give a layer of one of Megatron's two kinds an adapter, in place.
 
