@@ -152,8 +152,10 @@ def text_of(doc: str | None) -> list[str]:
         head, _, body = paragraph.partition("\n")
         if head in ("Args:", "Attributes:", "Raises:"):
             parts += [head, items(body)]
-        elif head.startswith(":"):  # :param name: what it is
-            parts.append(items(re.sub(r"^:\w+ ?", "", paragraph, flags=re.M)))
+        elif head.startswith(":"):  # :param name: what it is, or :raises Error: when
+            parts.append(items(re.sub(r"^:(param |cvar )?", "", paragraph, flags=re.M)))
+        elif re.search(r"^\S.*\S  +\S", paragraph, re.M):  # set out in columns
+            parts.append(f"```text\n{paragraph}\n```")
         else:
             parts.append(" ".join(paragraph.split()) if head == "Returns:" else paragraph)
     return parts
@@ -163,7 +165,8 @@ def items(text: str) -> str:
     """A list of `name: what it is`; deeper lines continue an item."""
     found = re.split(r"^(?=\S)", textwrap.dedent(text), flags=re.M)
     lines = (" ".join(item.split()) for item in found if item)
-    return "\n".join("- " + re.sub(r"^([\w*., ]+): ", r"`\1`: ", line) for line in lines)
+    marked = (re.sub(r"^(raises )?([\w*., ]+): ", r"\1`\2`: ", line) for line in lines)
+    return "\n".join(f"- {line}" for line in marked)
 
 
 def dials() -> str:
