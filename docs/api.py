@@ -20,9 +20,8 @@ SETS = "Mean Target TopK Greedy Filter Capped Hull Cone Span Ball Halfspace".spl
 # Title, a sentence, and what is shown: `module:name`, or a module for all its public names that no
 # entry before has shown.
 SECTIONS = [
-    ("Attach", "`megatron_dr.attach` and `megatron_dr.DRConfig` are these.",
-     ["megatron_dr:enable", "megatron_dr.mcore.handle:attach", "megatron_dr.mcore.handle:Handle",
-      "megatron_dr:DRConfig"]),
+    ("Attach", "How a run begins.",
+     ["megatron_dr:enable", "megatron_dr:attach", "megatron_dr:Handle", "megatron_dr:DRConfig"]),
     ("Feasible sets", "Pictures and advice are in [feasible-sets.md](feasible-sets.md).",
      [f"megatron_dr.projection:{name}" for name in ("FeasibleSet", *SETS)]),
     ("Projection", "Pure functions of inner products; they import torch alone.",
@@ -55,7 +54,7 @@ def page() -> str:
             for name in [one] if one else public(module):
                 home, node = find(module, name)
                 if (home, name) not in shown:
-                    parts += entry_of(module, name, node)
+                    parts += entry_of(module if name in public(module) else home, name, node)
                 shown.add((home, name))
     return "\n\n".join(parts) + "\n"
 
@@ -77,10 +76,12 @@ def public(module: str) -> list[str]:
 
 
 def find(module: str, name: str) -> tuple[str, Definition]:
-    """Where a name is defined, imports followed."""
+    """Where a name is defined; imports are followed, also those of a function that hands on."""
     for node in ast.walk(tree(module)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
-            return module, node
+            inner = (n for n in ast.walk(node) if isinstance(n, ast.ImportFrom))
+            onward = [str(n.module) for n in inner if name in [alias.name for alias in n.names]]
+            return find(onward[0], name) if onward else (module, node)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return module, node
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
@@ -130,16 +131,25 @@ def signature(node: ast.FunctionDef, indent: str = "") -> str:
     return "".join(decorators) + text.replace("\0", " ")
 
 
+def lineage(module: str, node: ast.ClassDef) -> Iterator[ast.ClassDef]:
+    """The class, after those of its ancestors that have no public name."""
+    for base in (ast.unparse(base) for base in node.bases):
+        if base.startswith("_"):
+            home, above = find(module, base)
+            assert isinstance(above, ast.ClassDef)
+            yield from lineage(home, above)
+    yield node
+
+
 def class_lines(module: str, node: ast.ClassDef) -> Iterator[str]:
     """The class as its users see it: bases, public fields, and its methods' signatures."""
+    kinds = [*lineage(find(module, node.name)[0], node)]
     yield from (f"@{ast.unparse(d)}" for d in node.decorator_list)
-    bases = [ast.unparse(base) for base in node.bases]
-    hidden = [find(find(module, node.name)[0], base)[1] for base in bases if base.startswith("_")]
+    bases = [ast.unparse(base) for kind in kinds for base in kind.bases]
     seen = ", ".join(base for base in bases if not base.startswith("_"))
     yield f"class {node.name}({seen}):" if seen else f"class {node.name}:"
-    for kind in [*hidden, node] if node.name != "DRConfig" else []:
-        fields = (n for n in ast.iter_child_nodes(kind) if isinstance(n, ast.AnnAssign))
-        lines = map(ast.unparse, fields)
+    for kind in kinds if node.name != "DRConfig" else []:
+        lines = (ast.unparse(n) for n in kind.body if isinstance(n, ast.AnnAssign))
         yield from (f"    {line}" for line in lines if not line.startswith("_"))
     yield from (signature(method, "    ") for method in methods(node))
 
