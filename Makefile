@@ -2,6 +2,7 @@
 # make demo-rlvr   the same with rewards that can be checked: GRPO
 # make demo-rlhf   the same with a reward model: PPO
 # make test        lint, types and tests
+# make docs        docs/api.md from the docstrings, and the pictures of the feasible sets
 # All set up .venv first (about 5 GB, 3 minutes) and can be run again.
 # PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for.
 
@@ -9,7 +10,7 @@ PYTHON ?=
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: demo demo-rlvr demo-rlhf test lint setup clean
+.PHONY: demo demo-rlvr demo-rlhf test lint docs setup clean
 
 setup: $(STAMP)
 
@@ -29,6 +30,10 @@ test: lint
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+
+docs: $(STAMP)
+	@$(VENV)/bin/python docs/api.py
+	@$(VENV)/bin/python docs/feasible_sets.py
 
 clean:
 	rm -rf $(VENV) runs

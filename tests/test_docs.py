@@ -1,4 +1,4 @@
-"""The documents name what there is, and show pictures that their script draws."""
+"""The documents name what there is, and show what their scripts make."""
 
 import re
 import runpy
@@ -9,7 +9,10 @@ import torch
 
 from megatron_dr.config import FEASIBLE_SETS
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+FOLDERS = "megatron_dr|tests|tools|docs|examples|benchmarks"
 TEXT = (DOCS / "feasible-sets.md").read_text(encoding="utf-8")
 
 
@@ -44,3 +47,46 @@ def test_a_picture_shows_the_nearest_point() -> None:
         points = torch.cartesian_prod(x, y).view(len(x), len(y), 2).transpose(0, 1)
         nearest = (points[away < 1e-6] - t).norm(dim=1).min()
         assert (d - t).norm() <= nearest + 1e-6, panel.title
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which a page's headings are linked to."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths(page: Path) -> None:
+    """Every link inside the repository leads somewhere, every file that is named exists."""
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    for link in (link for link in links if not re.match(r"\w+:", link)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_where_to_read_on() -> None:
+    """Each row of the table names files: the first by its path, the others from its folder."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where to read on")[2]
+    rows = [re.findall(r"`([\w./-]+\.\w+)`", row) for row in table.splitlines() if "`" in row]
+    assert len(rows) > 5
+    for first, *others in rows:
+        assert (ROOT / first).is_file(), first
+        assert all(((ROOT / first).parent / other).is_file() for other in others), others
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= set(
+        re.findall(r"\]\(([\w-]+\.md)\)", index)
+    )
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    """`make docs` writes it anew."""
+    page = runpy.run_path(str(DOCS / "api.py"))["page"]()
+    assert page == (DOCS / "api.md").read_text(encoding="utf-8")

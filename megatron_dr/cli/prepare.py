@@ -117,17 +117,10 @@ def plan(args: argparse.Namespace, console: Console) -> tuple[prepare.Job, Any, 
             files.append(records.inspect(number, path, args.shard_size))
     tokenizer, identity, flags = load_tokenizer(args.tokenizer, args.chat_template)
     form = args.form or first_form(files, names)
+    encoder = Encoder(form, tokenizer, names, load_chat(args))
     rules = Rules(args.max_length, args.too_long, args.bad_lines == "skip")
-    job = prepare.Job(
-        prefix=args.output,
-        files=files,
-        encoder=Encoder(form, tokenizer, names, load_chat(args)),
-        rules=rules,
-        validation=args.validation,
-        seed=args.seed,
-        tokenizer=identity,
-        piece_size=args.shard_size,
-    )
+    job = prepare.Job(args.output, files, encoder, rules, args.validation, args.seed, identity,
+                      piece_size=args.shard_size)  # fmt: skip
     return job, tokenizer, flags
 
 
