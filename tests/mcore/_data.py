@@ -43,6 +43,14 @@ class Layout:
     domains: int = 0  # sequence n of row r is of domain (r + n) % domains
 
     @property
+    def alone(self) -> "Layout":
+        """The same model and data with nothing parallel but what makes rows: the oracle's."""
+        same = ("per_token", "tied", "moe", "qk_layernorm", "layer_norm", "sequences", "targets",
+                "full_masks", "target_ranks", "packed", "domains")  # fmt: skip
+        dp = self.dp if self.target_ranks else 1
+        return Layout(**{name: getattr(self, name) for name in same}, dp=dp)
+
+    @property
     def world(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 

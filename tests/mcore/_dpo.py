@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 
 from megatron_dr.data.order import EpochOrder
 
-from . import _megatron, _oracle, _rl
+from . import _megatron, _oracle, _problem, _rl
 from ._data import Layout
-from ._oracle import Parameters, Problem
+from ._oracle import Parameters
+from ._problem import Problem
 from ._ranks import run_ranks
 from ._train import MODEL, ROOT, SENTENCES
 
@@ -130,7 +131,7 @@ class OracleRun:
         )
         t, problem = self.gradient("target", target), replace(PROBLEM, blocks=self.blocks)
         windows = [general[n : n + self.window] for n in range(0, BATCH, self.window)]
-        updates = [_oracle.project(problem, self.rows(window), t)[0] for window in windows]
+        updates = [_problem.project(problem, self.rows(window), t)[0] for window in windows]
         update = {name: sum(u[name] for u in updates) / len(updates) for name in t}
         norm = math.sqrt(sum(float(u.square().sum()) for u in update.values()))
         for name, value in self.p.items():

@@ -1,8 +1,10 @@
 """Buffer rows on Megatron's model in a layout, beside the oracle."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import pytest
 import torch
 
 import megatron_dr
@@ -10,7 +12,7 @@ from megatron_dr import DRConfig
 
 from . import _megatron, _oracle
 from ._data import Layout
-from ._oracle import Problem
+from ._problem import Problem
 from ._ranks import run_ranks
 
 STEPS = 3
@@ -32,17 +34,26 @@ def config(layout: Layout, problem: Problem, **changes: Any) -> DRConfig:
 
 
 def run(layout: Layout, problem: Problem, initial: Any, changes: dict[str, Any]) -> Any:
-    """On a rank: train; return parameters' pieces, weights per step, block names."""
+    """On a rank: train; return parameters' pieces, weights and log per step, block names."""
     dr = config(layout, problem, **changes)
     model, optimizer, cfg, log = _megatron.train(
         layout, STEPS, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr)
     )
     names = megatron_dr.mcore.attach.attached(model).rows.layout.names
     weights = [p.weights_BM.numpy() for _, p in log]
-    return _megatron.pieces(model, cfg), weights, names
+    return _megatron.pieces(model, cfg), weights, [_megatron.logged(r) for r, _ in log], names
 
 
 CONE = Problem()
+
+
+@functools.cache
+def expected(layout: Layout, problem: Problem) -> Any:
+    """The oracle's parameters, and weights and sketches' errors per step. It needs a second, and
+    many layouts have the same: ask for `layout.alone`."""
+    return _oracle.train(
+        layout, problem, STEPS, _megatron.LEARNING_RATE, _megatron.CLIP, _megatron.EPS
+    )
 
 
 def check(
@@ -54,24 +65,25 @@ def check(
 ) -> None:
     initial = _oracle.initial(layout)
     ranks = run_ranks(layout.world, run, layout, problem, initial, changes)
-    parameters, history = _oracle.train(
-        layout, problem, STEPS, _megatron.LEARNING_RATE, _megatron.CLIP, _megatron.EPS
-    )
-    for _, weights, _ in ranks:  # the same on every rank, bit for bit
+    parameters, history, errors = expected(layout.alone, problem)
+    for _, weights, *_ in ranks:  # the same on every rank, bit for bit
         assert all((a == b).all() for a, b in zip(weights, ranks[0][1]))
-    names = ranks[0][2]
+    for found in (log for _, _, log, _ in ranks if log[0] and errors):  # of last stages
+        said = [values["dr sketch error"] for values in found]
+        assert said == pytest.approx(errors, rel=1e-3)
+    names = ranks[0][3]
     assert len(names) == len(history[0])
     weighs = problem.set not in ("mean", "target")  # these two keep no slots
-    for step, expected in enumerate(history if weighs else []):
+    for step, wanted in enumerate(history if weighs else []):
         found = ranks[0][1][step]
         assert found.shape == (len(names), layout.domains or layout.rows)
         for number, name in enumerate(names):
             key = "" if problem.blocks == "model" else name
             torch.testing.assert_close(
-                torch.from_numpy(found[number]), torch.from_numpy(expected[key]),
+                torch.from_numpy(found[number]), torch.from_numpy(wanted[key]),
                 rtol=0, atol=weights_atol,
             )  # fmt: skip
-    together = _megatron.whole([pieces for pieces, _, _ in ranks])
+    together = _megatron.whole([pieces for pieces, *_ in ranks])
     assert together.keys() == parameters.keys()
     for name, value in parameters.items():
         error = float((together[name].double() - value.reshape(-1)).abs().max())

@@ -13,9 +13,10 @@ import torch
 from megatron_dr.lora_config import LoRAConfig
 from megatron_dr.mcore import lora
 
-from . import _megatron, _oracle
+from . import _megatron, _oracle, _problem
 from ._data import Layout
-from ._oracle import Parameters, Problem
+from ._oracle import Parameters
+from ._problem import Problem
 
 LORA = LoRAConfig(rank=4, alpha=6.0)
 
@@ -85,7 +86,7 @@ def train_densely(
         general, target = _oracle.rows(layout, weights, step)
         general = [by_chain_rule(row, adapters, scale) for row in general]
         target = by_chain_rule(target, adapters, scale)
-        update, found = _oracle.project(problem, general, target, step)
+        update, found = _problem.project(problem, general, target, step)
         norm = math.sqrt(sum(float(u.square().sum()) for u in update.values()))
         for name, value in adapters.items():
             value.grad = update[name] * min(1.0, _megatron.CLIP / (norm + 1e-6))

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_dr.mcore.cpu_layers import layer_spec
-from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
+from megatron_dr.mcore.ownership import owned_parameters
 
 from . import _data
 from ._data import Layout
@@ -196,6 +196,13 @@ def loss_func(mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, ...]:
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
 
+def logged(reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """A step's `dr ...` values as Megatron's loop reads them: pairs (sum, count) by microbatch."""
+    names = [name for name in (reports[0] if reports else {}) if name.startswith("dr ")]
+    pairs = {name: sum(report[name] for report in reports) for name in names}
+    return {name: float(total / count) for name, (total, count) in pairs.items()}
+
+
 def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
     batch = {k: v[None] for k, v in next(data_iterator).items()}
     batch["attention_mask"] = None
@@ -253,6 +260,3 @@ def train(
         for chunk in model:
             chunk.disable_forward_pre_hook()  # waits for the parameters
     return model, optimizer, config, log
-
-
-__all__ = ["OwnedParameter", "build", "initialize", "pieces", "schedule", "train", "whole"]

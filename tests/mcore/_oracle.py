@@ -1,24 +1,20 @@
 """The oracle: one process, plain PyTorch, float64, dense rows. Obviously correct, but slow.
 
 Nothing here imports Megatron, and of the plugin only the sketch's hash: the model is written out by
-the names of Megatron's parameters, the feasible sets are solved by scipy on the dense rows.
+the names of Megatron's parameters, and `_problem` solves the feasible sets by scipy on dense rows.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import brentq, minimize, nnls
-
-from megatron_dr.projection import CountSketch, key_of
 
 from . import _data
 from ._data import Layout
+from ._problem import Parameters, Problem, project, sketch_error
 
 HIDDEN, HEADS, GROUPS, HEAD, FFN, LAYERS = 32, 4, 2, 8, 48, 4
 EXPERTS, EXPERT_FFN, PADDED = 4, 24, 64
-Parameters = dict[str, torch.Tensor]
 
 
 def shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -200,161 +196,23 @@ def _tokens(batches: list[dict], layout: Layout) -> float | None:
     return float(sum(b["loss_mask"].sum() for b in batches)) if layout.per_token else None
 
 
-# -- the projection ------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Problem:
-    """What is solved: the names as in DRConfig."""
-
-    set: str = "cone"
-    fraction: float = 0.5
-    ridge: float = 0.3
-    radius: float = 0.5
-    alpha: float = 0.1
-    alpha_style: str = "constant"
-    end_alpha: float = 0.0
-    alpha_steps: int = 1
-    norm: str = "general"
-    blocks: str = "model"
-    gram: str = "exact"
-    sketch_size: int = 256
-    seed: int = 3
-
-
-def block(name: str, kind: str) -> str:
-    if kind == "matrix":
-        return name
-    if kind == "model":
-        return ""
-    parts = name.split(".")
-    return ".".join(parts[:3]) if parts[1] == "layers" else ".".join(parts[:-1])
-
-
-def solve(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """argmin_w 1/2 |J^T w - t|^2 + (rho/2) tr(G)/M |w - 1/M|^2 over the set; J [M, N]."""
-    m = len(j)
-    mean = np.full(m, 1.0 / m)
-    if problem.set == "mean":
-        return mean
-    if problem.set == "target":
-        return np.zeros(m)
-    if problem.set in ("topk", "greedy"):
-        k = max(1, round(problem.fraction * m))
-        chosen: list[int] = []
-        while len(chosen) < k:
-            others = [i for i in range(m) if i not in chosen]
-            if problem.set == "topk":
-                chosen.append(max(others, key=lambda i: j[i] @ t))
-            else:
-                chosen.append(
-                    min(others, key=lambda i: np.sum((j[chosen + [i]].sum(0) / k - t) ** 2))  # noqa: B023
-                )
-        return np.isin(np.arange(m), chosen) / k
-    if problem.set == "filter":
-        order = np.argsort(j @ t)
-        dropped = order[: round(problem.fraction * np.sum(j @ t < 0))]
-        kept = ~np.isin(np.arange(m), dropped)
-        return kept / max(kept.sum(), 1)
-    if problem.set == "halfspace":
-        step = -min(0.0, float(t @ j.mean(0))) / float(j.mean(0) @ j.mean(0))
-        return step * mean
-    if problem.set == "ball":
-        return _ball(problem, j, t)
-    root = math.sqrt(problem.ridge * (j * j).sum() / m)
-    a = np.vstack([j.T, root * np.eye(m)])
-    b = np.concatenate([t, root * CENTRE[problem.set] * mean])
-    if problem.set == "span":
-        return np.linalg.lstsq(a, b, rcond=None)[0]
-    if problem.set == "cone":
-        return nnls(a, b)[0] if j.any() else mean
-    upper = 1.0 if problem.set == "hull" else 1.0 / (problem.fraction * m)
-    h, c = a.T @ a, a.T @ b
-    scale = 1.0 / np.trace(h)
-    result = minimize(
-        lambda w: scale * (0.5 * w @ h @ w - c @ w),
-        mean,
-        jac=lambda w: scale * (h @ w - c),
-        bounds=[(0.0, upper)] * m,
-        constraints={"type": "eq", "fun": lambda w: w.sum() - 1.0, "jac": lambda w: np.ones(m)},
-        options={"ftol": 1e-16, "maxiter": 1000},
-    )
-    return result.x
-
-
-def _ball(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """w = 1/M + (s G + rho)^-1 (c - G/M), s >= 1 the least that keeps |d - mean| <= r |mean|."""
-    m, g = len(j), j @ j.T
-    rho, b = problem.ridge * np.trace(g) / m, j @ (t - j.mean(0))
-    away = lambda s: np.linalg.solve(s * g + rho * np.eye(m), b)  # noqa: E731
-    excess = lambda s: (  # noqa: E731
-        np.linalg.norm(j.T @ away(s)) / np.linalg.norm(j.mean(0)) - problem.radius
-    )
-    s = 1.0 if excess(1.0) <= 0 else brentq(excess, 1.0, 1e9, xtol=1e-12, rtol=1e-14)
-    return 1.0 / m + away(s)
-
-
-CENTRE = {"span": 1.0, "cone": 1.0, "hull": 1.0, "capped": 1.0}
-
-
-def project(
-    problem: Problem, general: list[Parameters], t: Parameters, step: int = 0
-) -> tuple[Parameters, dict[str, np.ndarray]]:
-    """The update, and the weights of each block."""
-    update, weights = {}, {}
-    alpha = 1.0 if problem.set == "target" else _alpha(problem, step)
-    for name in sorted({block(n, problem.blocks) for n in t}):
-        members = [n for n in t if block(n, problem.blocks) == name]
-        flat = lambda g: torch.cat([g[n].reshape(-1) for n in members]).numpy()  # noqa: B023, E731
-        j, target = np.stack([flat(g) for g in general]), flat(t)
-        seen = np.vstack([j, target])  # what the plugin multiplies: whole rows, or sketches
-        if problem.gram == "sketch":
-            seen = _sketch(problem, [{n: g[n] for n in members} for g in [*general, t]], step)
-        w = solve(problem, seen[:-1], seen[-1])
-        own = 1.0 if problem.set in ("target", "halfspace") else 0.0
-        d, seen_d = j.T @ w + own * target, seen[:-1].T @ w + own * seen[-1]
-        length = np.linalg.norm(seen_d)
-        if problem.norm != "none" and length > 0:
-            wanted = seen[:-1].mean(0) if problem.norm == "general" else seen[-1]
-            d = d * np.linalg.norm(wanted) / length
-        d = torch.from_numpy((1 - alpha) * d + alpha * target)
-        weights[name] = w
-        for n, part in zip(members, d.split([t[n].numel() for n in members])):
-            update[n] = part.view(t[n].shape)
-    return update, weights
-
-
-def _alpha(problem: Problem, step: int) -> float:
-    """From alpha to end_alpha over the run, as the style says."""
-    done = min(1.0, step / problem.alpha_steps)
-    if problem.alpha_style == "constant":
-        return problem.alpha
-    if problem.alpha_style == "cosine":
-        done = 0.5 * (1.0 - math.cos(math.pi * done))
-    return problem.alpha + done * (problem.end_alpha - problem.alpha)
-
-
-def _sketch(problem: Problem, vectors: list[Parameters], step: int) -> np.ndarray:
-    """CountSketches of dense gradients: the same function that the ranks apply to their pieces."""
-    sketch = CountSketch(problem.sketch_size, problem.seed * 1_000_003 + step)
-    out = torch.zeros(len(vectors), problem.sketch_size, dtype=torch.float64)
-    for name in vectors[0]:
-        values = torch.stack([v[name].reshape(-1) for v in vectors])
-        sketch.add_(out, values, torch.arange(values.shape[1]), key_of(name))
-    return out.numpy()
-
-
 def train(
     layout: Layout, problem: Problem, steps: int, learning_rate: float, clip: float, eps: float
-) -> tuple[Parameters, list[dict[str, np.ndarray]]]:
-    """Parameters after `steps` of clipped AdamW without decay, and each step's weights."""
+) -> tuple[Parameters, list[dict[str, np.ndarray]], list[float]]:
+    """Parameters after `steps` of clipped AdamW without decay; each step's weights and, of a
+    sketched gram, its estimated error."""
     p = {k: v.double().requires_grad_() for k, v in initial(layout).items()}
     optimizer = torch.optim.AdamW(p.values(), lr=learning_rate, eps=eps, weight_decay=0.0,
                                   betas=(0.9, 0.999))  # fmt: skip
-    history = []
+    history, errors = [], []
     for step in range(steps):
-        update, weights = project(problem, *rows(layout, p, step), step)
+        general, target = rows(layout, p, step)
+        update, weights = project(problem, general, target, step)
         norm = math.sqrt(sum(float(u.square().sum()) for u in update.values()))
         for name, value in p.items():
             value.grad = update[name] * min(1.0, clip / (norm + 1e-6))
         optimizer.step()
         history.append(weights)
-    return {k: v.detach() for k, v in p.items()}, history
+        if problem.gram == "sketch":
+            errors.append(sketch_error(problem, general, target, step))
+    return {k: v.detach() for k, v in p.items()}, history, errors

@@ -16,9 +16,10 @@ from megatron_dr.rl.experience import Experience, ExperienceStream
 from megatron_dr.rl.ppo import Estimator
 from megatron_dr.rl_config import RLConfig
 
-from . import _data, _megatron, _oracle
+from . import _data, _megatron, _oracle, _problem
 from ._data import Layout
-from ._oracle import Parameters, Problem
+from ._oracle import Parameters
+from ._problem import Problem
 
 LENGTH, STEPS, HEAD = 12, 2, "value_head."
 RL = RLConfig(algorithm="ppo", reward="a:b", kl=0.3, value_weight=0.5, value_clip=0.4, group=1)
@@ -132,7 +133,7 @@ def expected(problem: Problem) -> tuple[Parameters, list[Parameters], dict[str, 
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in p}
         head = [name for name in p if name.startswith(HEAD)]
         policy = [{k: v for k, v in g.items() if k not in head} for g in (*rows, t)]
-        update, _ = _oracle.project(problem, policy[:-1], policy[-1], step)
+        update, _ = _problem.project(problem, policy[:-1], policy[-1], step)
         updates.append(update | {name: mean[name] for name in head})
         norm = math.sqrt(sum(float(u.square().sum()) for u in updates[-1].values()))
         for name, value in p.items():

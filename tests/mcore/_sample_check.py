@@ -1,5 +1,7 @@
 """A run of sample rows beside its oracle: parameters, and what the log says of each step."""
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,8 +57,16 @@ MODES = {
 
 def check(layout: Layout, case: Case, kind: type[Oracle] = Oracle) -> None:
     ranks = run_ranks(layout.world, _samples.train, layout, case, STEPS, _oracle.initial(layout))
-    expected, log = oracle(layout, case, STEPS, kind)
-    compare(ranks, expected, log, case)
+    where = replace(layout.alone, dp=layout.dp) if kind is Oracle else layout
+    compare(ranks, *expected(where, case, kind), case)
+
+
+@functools.cache
+def expected(
+    layout: Layout, case: Case, kind: type[Oracle] = Oracle
+) -> tuple[Parameters, list[dict[str, float]]]:
+    """The oracle's parameters and log: one for the many layouts that have the same."""
+    return oracle(layout, case, STEPS, kind)
 
 
 def compare(
@@ -68,16 +78,10 @@ def compare(
     for name, value in parameters.items():
         error = float((together[name].double() - value.reshape(-1)).abs().max())
         assert error < 2e-4, f"{name}: {error:.2e}"
-    logs = [reports for _, reports in ranks if reports[0]]  # of the last stage
-    for reports in logs:
-        for step, expected in zip(reports, log, strict=True):
-            _compare_log(_logged(step), expected, case)
-
-
-def _logged(reports: list[dict[str, list[float]]]) -> dict[str, float]:
-    """As Megatron's loop reads the pairs (sum, count) of a step's microbatches."""
-    pairs = {name: [r[name] for r in reports] for name in reports[0] if name.startswith("dr ")}
-    return {name: sum(a for a, _ in p) / sum(n for _, n in p) for name, p in pairs.items()}
+    for _, found in ranks:
+        if found[0]:  # a last stage
+            for values, wanted in zip(found, log, strict=True):
+                _compare_log(values, wanted, case)
 
 
 def _compare_log(found: dict[str, float], expected: dict[str, float], case: Case) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from megatron_dr.projection.kronecker import Kronecker
 
-from . import _megatron, _oracle
+from . import _megatron, _oracle, _problem
 from ._data import Layout
-from ._oracle import Parameters, Problem
+from ._oracle import Parameters
+from ._problem import Problem
 from ._samples import MICROBATCHES, SAMPLES, TARGETS, Case, batch
 
 
@@ -156,8 +157,7 @@ class Oracle:
         """A window's part of the gradient."""
         case, update, t = self.case, {}, window.target
         problem = Problem(set=case.set, fraction=case.fraction, blocks=case.blocks)
-        for block in sorted({_oracle.block(n, case.blocks) for n in t}):
-            members = [n for n in t if _oracle.block(n, case.blocks) == block]
+        for block, members in _problem.blocks(case.blocks, t).items():
             flat = lambda g: torch.cat([g[n].reshape(-1) for n in members]).numpy()  # noqa: B023, E731
             j, target = np.stack([flat(g) for g in window.rows]), flat(t)
             seen_j = np.stack([self._seen(g, members) for g in window.rows])
@@ -165,7 +165,7 @@ class Oracle:
             if case.window == "streaming":
                 w = self._streamed(block, seen_j @ seen_t / (seen_t @ seen_t), window.rank)
             else:
-                w = _oracle.solve(problem, seen_j, seen_t)
+                w = _problem.solve(problem, seen_j, seen_t)
             helper = 1.0 if case.set in ("target", "halfspace") else 0.0
             alpha = 1.0 if case.set == "target" else case.alpha
             scale = self._scale(seen_j, seen_t, w, helper, window.tokens)

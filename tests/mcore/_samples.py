@@ -95,7 +95,7 @@ def train(layout: Layout, case: Case, steps: int, initial: Parameters) -> Any:
             target_data_iterator=t, num_target_microbatches=wanted,
             target_micro_batch_size=TARGETS if case.target_pass == "merged" else size,
         )  # fmt: skip
-        log.append([{k: v.tolist() for k, v in r.items()} for r in reports])
+        log.append(_megatron.logged(reports))
         optimizer.step()
     if layout.overlap_param_gather:
         for chunk in model:

@@ -1,4 +1,4 @@
-"""Flags: one group, each with its unit and default; what they become; what is refused."""
+"""Flags: one group, each with its unit and default; what they become."""
 
 import argparse
 import dataclasses
@@ -7,14 +7,10 @@ from typing import Any
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_dr.config import FEASIBLE_SETS, ROW_KINDS, DRConfig, TargetConfig
-from megatron_dr.mcore.arguments import (
-    _NEEDS,
-    _PARTS,
-    add_arguments,
-    configs_from_args,
-    part_from_args,
-)
+from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.mcore.arguments import _PARTS, add_arguments, configs_from_args, part_from_args
+
+from ._flags import FIELDS, configs, option, parse, refusal
 
 TITLE = "megatron-dr (data-regularised post-training):"
 PARTS = {
@@ -23,21 +19,6 @@ PARTS = {
     for f in dataclasses.fields(config)
     if f.metadata
 }
-FIELDS = {f.name: f for c in (DRConfig, TargetConfig) for f in dataclasses.fields(c) if f.metadata}
-
-
-def option(name: str) -> str:
-    return "--dr-" + name.replace("_", "-")
-
-
-def parse(*flags: str) -> argparse.Namespace:
-    return add_arguments(argparse.ArgumentParser()).parse_args(flags)
-
-
-def configs(*flags: str) -> tuple[DRConfig, TargetConfig]:
-    found = configs_from_args(parse(*flags))
-    assert found is not None
-    return found
 
 
 def test_help_has_all_flags_under_one_title(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +140,8 @@ def test_round_trip(values: dict[str, Any]) -> None:
     assert configs(*flags) == (DRConfig(**values), TargetConfig(**TARGET))
 
 
-OF_SAMPLES = ("score", "kronecker_out", "kronecker_in", "window", "passes", "target_pass",
-              "target_refresh")  # fmt: skip
+# What a flag may be given beside: one of these gives each of them a meaning.
+BESIDE = ("", "--dr-set topk", "--dr-set ball", "--dr-alpha-style linear", "--dr-rows sample")
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -168,14 +149,10 @@ def test_the_default_given_is_the_default(name: str) -> None:
     default = FIELDS[name].default
     if default is None or default is False:
         return
-    base = ["--dr-target-data", "t.jsonl"]
-    base += {
-        "fraction": ["--dr-set", "topk"],
-        "radius": ["--dr-set", "ball"],
-        "end_alpha": ["--dr-alpha-style", "linear"],
-        **dict.fromkeys(OF_SAMPLES, ["--dr-rows", "sample"]),
-    }.get(name, [])
-    assert configs(*base, option(name), str(default)) == configs(*base)
+    flag = (option(name), str(default))
+    beside = next(more.split() for more in BESIDE if not refusal(*flag, *more.split()))
+    base = ["--dr-target-data", "t.jsonl", *beside]
+    assert configs(*base, *flag) == configs(*base)
 
 
 def test_target_data_alone_switches_on_with_the_defaults() -> None:
@@ -203,116 +180,8 @@ def test_flag_without_set_or_target_data(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{option(name)} given without --dr-set or --dr-target"):
         configs_from_args(parse(option(name), *value))
 
+
 def test_watching_alone_leaves_the_step_to_megatron() -> None:
     dr, target = configs("--dr-metrics", "m.jsonl", "--dr-target-valid-data", "v.jsonl")
     assert dr.set == "mean" and target.target_data is None
     assert (target.metrics, target.target_valid_data) == ("m.jsonl", "v.jsonl")
-
-
-GIVEN = {
-    "fraction": "0.5", "ridge": "0.5", "radius": "0.25", "end_alpha": "0.5", "slots": "4",
-    "slot_dtype": "bf16", "sketch_size": "64", "sketch_error": "0.1", "gram": "exact",
-    "score": "exact", "kronecker_out": "8", "kronecker_in": "8", "window": "step", "passes": "2",
-    "target_pass": "merged", "target_refresh": "1",
-}  # fmt: skip
-OTHERS: dict[str, tuple[Any, ...]] = {
-    "set": tuple(FEASIBLE_SETS),
-    "rows": ("rank", "slot", "domain", "sample"),
-    "gram": ("auto", "exact", "sketch"),
-    "alpha_style": ("constant", "linear", "cosine", "auto"),
-}
-WHERE_READ: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "fraction": ("set", ("topk", "greedy", "filter", "capped")),
-    "ridge": ("set", ("capped", "hull", "cone", "span", "ball")),
-    "radius": ("set", ("ball",)),
-    "end_alpha": ("alpha_style", ("linear", "cosine")),
-    "slots": ("rows", ("slot",)),
-    "slot_dtype": ("rows", ("slot", "domain")),
-    "sketch_size": ("gram", ("sketch", "auto")),
-    "sketch_error": ("gram", ("sketch", "auto")),
-    "gram": ("rows", ("rank", "slot", "domain")),
-    **dict.fromkeys(OF_SAMPLES, ("rows", ("sample",))),
-}
-PAIRS = [(name, other, v) for name, (other, _) in WHERE_READ.items() for v in OTHERS[other]]
-
-
-def test_this_table_has_every_pair() -> None:
-    assert _NEEDS.items() <= WHERE_READ.items()
-    declared = {f for each in (*FEASIBLE_SETS.values(), *ROW_KINDS.values()) for f in each.dials}
-    assert WHERE_READ.keys() == _NEEDS.keys() | declared
-
-
-@pytest.mark.parametrize("name, other, value", PAIRS)
-def test_flag_that_needs_a_value_of_another(name: str, other: str, value: Any) -> None:
-    flags = ["--dr-target-data", "t.jsonl", option(name), GIVEN[name]]
-    flags += [option(other), value]
-    if value in WHERE_READ[name][1]:
-        assert str(getattr(configs(*flags)[0], name)) == GIVEN[name]
-        return
-    message = f"^{option(name)} has no meaning with {option(other)} {value}: drop one of them"
-    with pytest.raises(ValueError, match=message):
-        configs_from_args(parse(*flags))
-
-
-NEEDING_TARGET = [n for n in FEASIBLE_SETS if n != "mean"]
-CONTRADICTIONS = [
-    (
-        "--dr-set target --dr-target-data t --dr-alpha-style linear",
-        "--dr-alpha-style has no meaning with --dr-set target",
-    ),
-    (
-        "--dr-target-data t --dr-alpha-style auto --dr-alpha 0.5",
-        "--dr-alpha has no meaning with --dr-alpha-style auto",
-    ),
-    (
-        "--dr-target-data t --dr-sketch-size 64 --dr-sketch-error 0.1",
-        "--dr-sketch-error sets the sketch's size, and so does --dr-sketch-size",
-    ),
-    (
-        "--dr-set mean --dr-alpha-style auto",
-        "--dr-set mean with --dr-alpha-style auto needs --dr-target-data",
-    ),
-    (
-        "--dr-set target --dr-target-data t --dr-alpha 0.5",
-        "--dr-alpha has no meaning with --dr-set target",
-    ),
-    ("--dr-set mean --dr-target-batch-size 4", "--dr-target-batch-size needs --dr-target-data"),
-    ("--dr-set cone --dr-target-batch-size 4", "--dr-target-batch-size needs --dr-target-data"),
-    ("--dr-set mean --dr-alpha 0.5", "--dr-alpha needs --dr-target-data"),
-    *[(f"--dr-set {n}", f"--dr-set {n} needs --dr-target-data") for n in NEEDING_TARGET],
-]
-
-
-@pytest.mark.parametrize("flags, message", CONTRADICTIONS)
-def test_contradiction_is_refused(flags: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}: .*\\.$"):
-        configs_from_args(parse(*flags.split()))
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--dr-alpha 2", "alpha must be in"),
-        ("--dr-slots 0", "slots must be at least 1"),
-        ("--dr-ridge -1", "ridge must be finite"),
-        ("--dr-set sphere", "set must be one of mean, .* not 'sphere'"),
-        ("--dr-sketch-size 100", "sketch_size must be a power of two"),
-        ("--dr-target-batch-size 0", "target_batch_size must be at least 1"),
-    ],
-)
-def test_out_of_range_is_refused(flags: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        configs_from_args(parse("--dr-target-data", "t.jsonl", *flags.split()))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--dr-norm sphere", "--dr-rows corpus", "--dr-slots two", "--dr-alpha x",
-        "--dr-log-blocks 1",
-    ],  # fmt: skip
-)
-def test_what_is_no_value_of_a_flag_ends_the_parser(flags: str) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse(*flags.split())
-    assert end.value.code == 2

@@ -8,10 +8,10 @@ import torch
 
 import megatron_dr
 
-from . import _megatron, _oracle
+from . import _megatron, _oracle, _problem
 from ._data import ROWS, Layout
 from ._layouts import CONE, check, config
-from ._oracle import Problem
+from ._problem import Problem
 from ._ranks import run_ranks
 
 LAYOUTS = {
@@ -106,7 +106,7 @@ def test_combined_gradient(layout: Layout, tolerance: float) -> None:
     initial = {k: v.bfloat16().float() for k, v in _oracle.initial(layout).items()}
     ranks = run_ranks(layout.world, first_gradient, layout, initial)
     parameters = {k: v.double().requires_grad_() for k, v in initial.items()}
-    expected, weights = _oracle.project(CONE, *_oracle.rows(layout, parameters, 0))
+    expected, weights = _problem.project(CONE, *_oracle.rows(layout, parameters, 0))
     found = _megatron.whole([pieces for pieces, _ in ranks])
     clip = min(1.0, _megatron.CLIP / math.sqrt(sum(v.square().sum() for v in expected.values())))
     for name, value in expected.items():

@@ -15,7 +15,7 @@ from . import _data, _lora, _megatron, _oracle, _sample_oracle, _samples
 from ._data import Layout
 from ._layouts import config as dr_config
 from ._lora import LORA
-from ._oracle import Problem
+from ._problem import Problem
 from ._ranks import run_ranks
 
 STEPS = 3

@@ -18,10 +18,10 @@ import megatron_dr
 from megatron_dr.mcore.meso import check, note, use_meso
 from megatron_dr.optim import MesoAdamW, MesoSGD, Subspaces
 
-from . import _data, _megatron, _oracle
+from . import _data, _megatron, _oracle, _problem
 from ._data import Layout
 from ._layouts import config as dr_config
-from ._oracle import Problem
+from ._problem import Problem
 from ._ranks import run_ranks
 
 STEPS, SIZE, REFRESH, SEED, DECAY, CLIP = 5, 12, 2, 4, 0.1, 0.5
@@ -62,7 +62,7 @@ def oracle(layout: Layout, form: str, problem: Problem) -> dict[str, torch.Tenso
     else:
         optimizer = MesoSGD(p.values(), momentum=0.9, **common)
     for step in range(STEPS):
-        update, _ = _oracle.project(problem, *_oracle.rows(layout, p, step), step)
+        update, _ = _problem.project(problem, *_oracle.rows(layout, p, step), step)
         norm = math.sqrt(sum(float(u.square().sum()) for u in update.values()))
         assert norm > CLIP
         for name, value in p.items():

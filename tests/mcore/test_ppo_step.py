@@ -10,7 +10,7 @@ from megatron_dr.config import DRConfig
 
 from . import _megatron
 from ._data import Layout
-from ._oracle import Parameters, Problem
+from ._oracle import Parameters
 from ._ppo_step import (
     GENERAL,
     HEAD,
@@ -23,6 +23,7 @@ from ._ppo_step import (
     train,
     with_head,
 )
+from ._problem import Problem
 from ._ranks import run_ranks
 
 _SP = {"tp": 2, "sequence_parallel": True}

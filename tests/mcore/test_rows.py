@@ -4,7 +4,7 @@ import pytest
 
 from ._data import Layout
 from ._layouts import check
-from ._oracle import Problem
+from ._problem import Problem
 
 DOMAINS = {
     "world1": Layout(domains=3, sequences=4),

@@ -4,7 +4,7 @@ import pytest
 
 from ._data import Layout
 from ._layouts import check
-from ._oracle import Problem
+from ._problem import Problem
 
 TWO_RANKS = Layout(dp=2, distributed_optimizer=True)
 
@@ -31,7 +31,10 @@ def test_set_and_blocks(name: str, blocks: str) -> None:
         Problem(set="ball", radius=0.01, ridge=0.1),
         Problem(set="halfspace", norm="target", alpha=0.3),
         Problem(alpha=0.4, alpha_style="linear", end_alpha=0.1, alpha_steps=2),
-        Problem(alpha=0.0, alpha_style="cosine", end_alpha=0.6, alpha_steps=3, gram="sketch"),
+        Problem(
+            alpha=0.0, alpha_style="cosine", end_alpha=0.6, alpha_steps=3, gram="sketch",
+            blocks="layer",
+        ),  # fmt: skip
     ],
     ids=str,
 )

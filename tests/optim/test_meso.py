@@ -7,58 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_dr.optim import Meso, MesoAdamW, MesoSGD, Shard, Subspaces
-from megatron_dr.optim.forms import transport_square
+from megatron_dr.optim import MesoAdamW, MesoSGD, Shard, Subspaces
 
-OUT, IN, K_OUT, K_IN = 24, 16, 6, 5
-FORMS = [
-    pytest.param(MesoAdamW, {"betas": (0.9, 0.95), "eps": 1e-6}, id="adamw"),
-    pytest.param(MesoSGD, {"momentum": 0.9}, id="sgd"),
-]
-
-
-class Same(Subspaces):
-    """The same subspaces in every epoch."""
-
-    def _make(self, side: Any, length: int, size: int, epoch: int, like: Tensor) -> Tensor:
-        return super()._make(side, length, size, 0, like)
-
-
-class FirstAxes(Subspaces):
-    """The first K axes."""
-
-    def _make(self, side: Any, length: int, size: int, epoch: int, like: Tensor) -> Tensor:
-        return torch.eye(length, dtype=like.dtype)[:size]
-
-
-def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
-    """A matrix, a vector, a matrix that is short on one side, and one on both."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(OUT, IN), (IN,), (OUT, 4), (3, 4)]
-    return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64))
-        for s in shapes
-    ]
-
-
-def gradients(step: int, like: list[torch.nn.Parameter]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1000 + step)
-    return [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in like]
-
-
-def train(optimizer: Any, own: list[torch.nn.Parameter], first: int, last: int) -> None:
-    for step in range(first, last):
-        for parameter, gradient in zip(own, gradients(step, own)):
-            parameter.grad = gradient
-        optimizer.step()
-
-
-def assert_equal(first: list[Any], second: list[Any], **tolerance: float) -> None:
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-12, "atol": 1e-13}))
-
+from ._meso import (
+    FORMS,
+    IN,
+    K_IN,
+    K_OUT,
+    OUT,
+    FirstAxes,
+    Same,
+    assert_equal,
+    dense,
+    gradients,
+    make,
+    parameters,
+    train,
+)
 
 TORCHS = [
     pytest.param(
@@ -98,18 +64,6 @@ def test_subspace_of_axes_is_torchs_on_them(form: Any, stock: Any, options: Any)
         theirs[0].grad = gradients(step, theirs)[0] * corner
         twin.step()
     assert_equal(ours, theirs)
-
-
-def dense(step: int, optimizer: Meso) -> tuple[Tensor, Tensor]:
-    """P and Q of the matrix in a step (from 0)."""
-    like, epoch = optimizer.param_groups[0]["params"][0], step // optimizer.refresh
-    rows = optimizer.subspaces.rows
-    return rows("out", OUT, K_OUT, epoch, like), rows("in", IN, K_IN, epoch, like)
-
-
-def make(form: Any, own: Any, options: Any = None, **changes: Any) -> Any:
-    sizes = {"size_out": K_OUT, "size_in": K_IN, "refresh": 4, "weight_decay": 0.2, "lr": 0.05}
-    return form(own, **{**sizes, **(options or {}), **changes})
 
 
 @pytest.mark.parametrize("form, options", FORMS)
@@ -156,44 +110,6 @@ def test_refresh_changes_the_subspace(form: Any, options: Any) -> None:
     train(make(form, never, options, refresh=0), never, 0, 2)
     assert not torch.allclose(always[0], never[0])
     torch.testing.assert_close(always[1], never[1])  # a vector has none
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_transported_square_is_a_mean(seed: int) -> None:
-    """Between V's extremes; v 1 stays v 1; to the same subspace it stays V."""
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.rand(K_OUT, K_IN, generator=generator, dtype=torch.float64) + 0.1
-    subspaces = Subspaces(seed)
-    t = subspaces.transport("out", OUT, K_OUT, 0, 1, v)
-    r = subspaces.transport("in", IN, K_IN, 0, 1, v)
-    moved = transport_square(v, t, r)
-    assert v.min() <= moved.min() and moved.max() <= v.max()
-    ones = torch.full_like(v, 3.0)
-    torch.testing.assert_close(transport_square(ones, t, r), ones)
-    eye = torch.eye(K_OUT, dtype=v.dtype), torch.eye(K_IN, dtype=v.dtype)
-    torch.testing.assert_close(transport_square(v, *eye), v)
-
-
-def test_rows_are_orthonormal_and_uniform() -> None:
-    """Q Q^T = I, and the mean of Q^T Q over seeds is (K/N) I: no direction is preferred."""
-    like = torch.zeros(1, dtype=torch.float64)
-    total = torch.zeros(8, 8, dtype=torch.float64)
-    for seed in range(4000):
-        q = Subspaces(seed).rows("out", 8, 3, 0, like)
-        total += q.T @ q
-    torch.testing.assert_close(q @ q.T, torch.eye(3, dtype=like.dtype))
-    expected = 3 / 8 * torch.eye(8, dtype=like.dtype)
-    torch.testing.assert_close(total / 4000, expected, atol=0.02, rtol=0)
-
-
-def test_sides_lengths_epochs_and_seeds_have_their_own_rows() -> None:
-    like, made = torch.zeros(1), []
-    for seed, side, length, epoch in [
-        (0, "out", 9, 0), (0, "in", 9, 0), (0, "out", 10, 0), (0, "out", 9, 1), (1, "out", 9, 0)
-    ]:  # fmt: skip
-        made.append(Subspaces(seed).rows(side, length, 3, epoch, like)[:, :9])
-    for n, first in enumerate(made):
-        assert not any(torch.allclose(first, second, atol=0.05) for second in made[:n])
 
 
 def test_gradient_in_the_subspace_is_reproduced() -> None:

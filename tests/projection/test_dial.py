@@ -49,9 +49,9 @@ def gram_with_halves(J_BMN: Tensor, a_BN: Tensor, b_BN: Tensor) -> Tensor:
     return gram_of(torch.cat([J_BMN, (a_BN + b_BN)[:, None] / 2, (a_BN - b_BN)[:, None] / 2], 1))
 
 
-def halves(blocks: int = 3, count: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    J = rows("generic", blocks, count, elements=9)
-    return J, *rows("generic", 2, blocks, seed=5, elements=9)
+def halves(count: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    J = rows("generic", 3, count, elements=9)
+    return J, *rows("generic", 2, 3, seed=5, elements=9)
 
 
 def direction(

@@ -1,0 +1,153 @@
+"""The training entry with each kind of rows, alpha by agreement, MeSO: log, resume, refusals."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_dr.report import metrics
+
+from ._train import cone, data, flags, losses, run
+
+__all__ = ["data"]
+
+
+def two_corpora(data: dict[str, str], tmp_path: Path) -> str:
+    lines = Path(data["general"]).read_text().splitlines(keepends=True)
+    paths = [tmp_path / "english.jsonl", tmp_path / "german.jsonl"]
+    for number, path in enumerate(paths):
+        path.write_text("".join(lines[number::2]))
+    return f"--train-data-path 0.75 {paths[0]} 0.25 {paths[1]}"
+
+
+def test_domain_rows_are_weighed_and_logged_by_name(data: dict[str, str], tmp_path: Path) -> None:
+    metrics_path = tmp_path / "m.jsonl"
+    more = f"""{two_corpora(data, tmp_path)} --dr-target-data {data["target"]}
+        --dr-target-batch-size 4 --dr-rows domain --dr-blocks layer --dr-log-blocks
+        --dr-metrics {metrics_path}"""
+    code, out, error = run(flags(data, more))[1]
+    assert code == 0, error
+    assert "2 rows a step (domain)" in run(flags(data, more))[0][1]
+    assert re.search(r"iteration +6/.*dr weight english: .*dr weight german: ", out)
+    assert re.search(r"iteration 6 \| decoder.layers.1 \| dr cos general: ", out)
+    for line in metrics.read(metrics_path, "train"):
+        assert line["dr weight english"] >= 0 and line["dr weight german"] >= 0
+
+
+def test_target_ranks_train_and_report_both_roles(data: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    more = f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-rows rank
+        --dr-target-ranks 1 --dr-target-valid-data {data["held_out"]} --dr-metrics {path}"""
+    results = run(flags(data, more))
+    assert [code for code, _, _ in results] == [0, 0], results[0][2]
+    assert "exact gram (auto: fewer bytes)" in results[0][1]
+    trained = metrics.read(path, "train")
+    assert len(trained) == 6
+    for line in trained:
+        assert 0 < line["lm loss"] < 7 and 0 < line["target loss"] < 7
+    assert trained[-1]["target loss"] < trained[0]["target loss"]
+
+
+def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_path: Path) -> None:
+    auto = cone(data) + " --dr-alpha-style auto"
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    code, _, error = run(flags(data, f"{auto} --dr-metrics {whole}"))[0]
+    assert code == 0, error
+    saved = f"{auto} --dr-metrics {parts} --save {tmp_path / 'save'} --save-interval 3"
+    assert run(flags(data, saved + " --exit-interval 3"))[0][0] == 0
+    code, _, error = run(flags(data, f"{saved} --load {tmp_path / 'save'}"))[0]
+    assert code == 0, error
+    one, other = metrics.read(whole, "train"), metrics.read(parts, "train")
+    assert len(one) == len(other) == 6
+    for a, b in zip(one, other):
+        assert abs(a["dr alpha"] - b["dr alpha"]) < 1e-5
+        assert abs(a["lm loss"] - b["lm loss"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--dr-rows domain", "--dr-rows domain needs at least two corpora"),
+        ("--dr-rows rank --dr-target-ranks 2", "--dr-target-ranks 2 must be a multiple of 1"),
+        ("--dr-rows rank --dr-target-ranks 1 --dr-alpha-style auto", "must be a multiple of 2"),
+        ("--dr-target-ranks 1", "target_ranks needs rows='rank'"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(data: dict[str, str], more: str, message: str) -> None:
+    target = f"--dr-target-data {data['target']} --dr-target-batch-size 4 "
+    results = run(flags(data, target + more))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert message in results[0][2]
+
+
+SAMPLE_ROWS = {
+    "matrix": "--dr-set topk --dr-fraction 0.5 --dr-norm tokens --dr-blocks matrix",
+    "two passes": "--dr-blocks model --dr-passes 2 --dr-score sketched --dr-window step",
+    "refreshed": "--dr-set filter --dr-norm tokens --dr-blocks matrix --dr-alpha 0 "
+    "--dr-target-refresh 2",
+    "streaming": "--dr-set topk --dr-norm tokens --dr-blocks matrix --dr-window streaming",
+}
+
+
+def samples(data: dict[str, str], mode: str) -> str:
+    return f"""--dr-rows sample --dr-target-data {data["target"]} --dr-target-batch-size 4
+        --micro-batch-size 2 {SAMPLE_ROWS[mode]}"""
+
+
+@pytest.mark.parametrize("mode", SAMPLE_ROWS)
+def test_sample_rows_resume_where_they_stopped(
+    data: dict[str, str], tmp_path: Path, mode: str
+) -> None:
+    paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]
+    checkpoint = f"--save {tmp_path / 'saved'} --save-interval 2"
+    more = [
+        ("", 4, paths[0]),
+        (f"{checkpoint} --exit-interval 2", 4, paths[1]),
+        (f"{checkpoint} --load {tmp_path / 'saved'}", 4, paths[2]),
+    ]
+    for extra, steps, path in more:
+        found = run(flags(data, f"{samples(data, mode)} {extra} --dr-metrics {path}", steps))
+        assert [code for code, _, _ in found] == [0, 0], found[0][2]
+    whole, *parts = [
+        {line["iteration"]: line["lm loss"] for line in metrics.read(path, "train")}
+        for path in paths
+    ]
+    assert len(whole) == 4
+    assert parts[0] | parts[1] == pytest.approx(whole, abs=1e-5)
+
+
+def test_sample_rows_with_the_target_in_the_microbatches(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    """Tensor-parallel ranks get batches of general and target samples from the one that reads."""
+    path = tmp_path / "metrics.jsonl"
+    more = f"""{samples(data, "matrix")} --dr-target-pass merged --tensor-model-parallel-size 2
+        --sequence-parallel --dr-metrics {path}"""
+    code, out, _ = run(flags(data, more, 3))[1]
+    assert code == 0 and "dr zero rows: " in out
+    first, *_, last = metrics.read(path, "train")
+    assert last["lm loss"] < first["lm loss"]
+    code, _, error = run(flags(data, more.replace("batch-size 4", "batch-size 6"), 3))[0]
+    assert code != 0 and "not a multiple of the 4 general microbatches" in error
+
+
+def test_meso_trains_and_resumes(data: dict[str, str], tmp_path: Path) -> None:
+    """The optimizer's moments in a compressed space, beside the plugin's cone."""
+    paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]
+    checkpoint = f"--save {tmp_path / 'saved'} --save-interval 2"
+    more = [("", paths[0]), (f"{checkpoint} --exit-interval 2", paths[1]),
+            (f"{checkpoint} --load {tmp_path / 'saved'}", paths[2])]  # fmt: skip
+    for extra, path in more:
+        argv = flags(data, f"{cone(data)} --dr-meso-size 8 {extra} --dr-metrics {path}", 4)
+        argv.remove("--use-distributed-optimizer")
+        found = run(argv)
+        assert [code for code, _, _ in found] == [0, 0], found[0][2]
+        assert "MeSO" in found[0][1]
+    whole, *parts = [losses(path, "train") for path in paths]
+    assert parts[0] | parts[1] == {step: pytest.approx(v, abs=1e-6) for step, v in whole.items()}
+
+
+def test_meso_refuses_the_distributed_optimizer(data: dict[str, str]) -> None:
+    found = run(flags(data, "--dr-meso-size 8"))
+    assert all(code != 0 for code, _, _ in found)
+    assert "--use-distributed-optimizer" in found[0][2]
