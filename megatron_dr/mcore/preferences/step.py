@@ -17,13 +17,9 @@ Batch = dict[str, torch.Tensor]
 SEQUENCES = 2  # of a pair
 
 
-def forward(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Batch]:
-    """This stage's output for the next microbatch, and the microbatch: [2 P, ...] each.
-
-    Every rank reads the whole microbatch from its own iterator.
-    """
+def forward(model: torch.nn.Module, found: Batch) -> tuple[torch.Tensor, Batch]:
+    """This stage's output for a microbatch, and the microbatch on the device: [2 P, ...] each."""
     device = torch.cuda.current_device()
-    found = next(data_iterator)
     batch = {
         name: value.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
         for name, value in found.items()
@@ -39,7 +35,7 @@ def answers(losses_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class PreferenceStep:
-    """The `forward_step_func` of training and validation."""
+    """The `forward_step_func`; every rank reads the whole microbatch from its own iterator."""
 
     def __init__(self, dpo: PreferenceConfig) -> None:
         self.dpo = dpo
@@ -47,7 +43,7 @@ class PreferenceStep:
     def __call__(
         self, data_iterator: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        output, batch = forward(data_iterator, model)
+        output, batch = forward(model, next(data_iterator))
         return output, partial(loss_func, self.dpo, batch)
 
 
