@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from megatron_dr.data.pairs import Pairs
-from megatron_dr.mcore.preferences.step import SEQUENCES, Batch, answers, forward
+from megatron_dr.mcore.preferences.flags import SEQUENCES
+from megatron_dr.mcore.preferences.step import Batch, answers, forward
 from megatron_dr.mcore.rollouts import passes
 from megatron_dr.mcore.say import say
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from megatron_dr.mcore.preferences.flags import SEQUENCES
 from megatron_dr.preference_config import PreferenceConfig
 from megatron_dr.rl.preference import completion_log_prob, dpo_loss
 
 Batch = dict[str, torch.Tensor]
-SEQUENCES = 2  # of a pair
 
 
 def forward(model: torch.nn.Module, found: Batch) -> tuple[torch.Tensor, Batch]:
