@@ -27,10 +27,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dr.mcore import compat, cpu, errors, packed, step_log
-from megatron_dr.mcore.arguments import add_arguments, configs_from_args, part_from_args
-from megatron_dr.mcore.preferences import flags as preference_flags
-from megatron_dr.mcore.rl import flags, saved
+from megatron_dr.mcore import compat, cpu, errors, parts, step_log
+from megatron_dr.mcore.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.refuse import refuse
 from megatron_dr.mcore.training_run import START, TrainingRun, num_target_microbatches
 
 _run: TrainingRun | None = None
@@ -72,52 +71,29 @@ def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
 def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with errors.refused():
         configs = configs_from_args(args)
-        if configs is not None or part_from_args(args, "lora") is not None:
-            compat.check_flags(args)
-        _check_meso(args)
-        flags.prepare(args)
-        preference_flags.check(args)
+        if configs is not None:
+            refuse(compat.WHO, compat.REFUSED, args)
+        parts.prepare(args)
     result = stock(args, *rest, **kwargs)
     with errors.refused():
-        packed.check(args)
-        _check_meso(args)  # again: Megatron's own checks switch flags on
+        parts.settle(args)
         if configs is not None:
-            flags.check(args, *configs)
-        filters = getattr(args, "dr_rl_filter", None) == "once"  # no target in its steps
-        if configs is not None and configs[1].target_data is not None and not filters:
-            num_target_microbatches(args, *configs)
-        if configs is not None and configs[0].rows == "domain":
-            from megatron_dr.mcore import domain_flags
-
-            domain_flags.check(args)
+            target = parts.step_target(args, *configs)
+            if target is not None:
+                num_target_microbatches(args, configs[0], target)
     return result
-
-
-def _check_meso(args: Namespace) -> None:
-    if part_from_args(args, "meso") is not None:
-        from megatron_dr.mcore import meso
-
-        meso.check(args)
 
 
 def _build_optimizer(
     stock: Callable[..., Any], config: Any, model: list[Any], *rest: Any, **kwargs: Any
 ) -> Any:
-    """Before setup_model_and_optimizer loads a checkpoint: MeSO's state is what it loads into."""
-    from megatron.core.utils import get_model_config
-    from megatron.training import get_args, print_rank_0
+    """Before setup_model_and_optimizer loads a checkpoint: what a part adds is loaded too."""
+    from megatron.training import get_args
 
     optimizer, args = stock(config, model, *rest, **kwargs), get_args()
     with errors.refused():
-        wanted = part_from_args(args, "meso")
-        if wanted is not None:
-            from megatron_dr.mcore import meso
-
-            made = meso.use_meso(
-                optimizer, model, get_model_config(model[0]), size=wanted.size,
-                refresh=wanted.refresh, seed=args.seed,
-            )  # fmt: skip
-            print_rank_0(meso.note(made))
+        for part, own in parts.on(args):
+            part.on_optimizer(own, args, optimizer, model)
     return optimizer
 
 
@@ -127,7 +103,8 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
 
     result, args = stock(checkpoint_args, *rest, **kw), get_args()
     with errors.refused():
-        saved.check_same(args, checkpoint_args)
+        for part, own in parts.on(args):
+            part.resume(own, args, checkpoint_args)
     for name, start in START.items():
         if hasattr(args, name):
             setattr(args, name, getattr(checkpoint_args, name, start))
@@ -150,59 +127,43 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     _run = None
     if configs is not None and optimizer is not None:
         with errors.refused(), errors.agreed():
-            _run = _make_run(model, optimizer, get_model_config(model[0]), args, *configs)
+            dr, target = configs
+            source = parts.source(args, target)
+            dr = dataclasses.replace(dr, **parts.known(args))
+            _run = TrainingRun(
+                model, optimizer, get_model_config(model[0]), args, dr,
+                parts.step_target(args, dr, target), source,
+            )  # fmt: skip
     return model, optimizer, scheduler
 
 
-def _make_run(model: Any, optimizer: Any, config: Any, args: Namespace, *configs: Any) -> Any:
-    rl, dpo = part_from_args(args, "rl"), part_from_args(args, "dpo")
-    if rl is not None:
-        from megatron_dr.mcore.rl.run import RLRun
-
-        return RLRun(model, optimizer, config, args, *configs, rl)
-    if dpo is not None:
-        from megatron_dr.mcore.preferences.run import PreferenceRun
-
-        return PreferenceRun(model, optimizer, config, args, *configs, dpo)
-    return TrainingRun(model, optimizer, config, args, *configs)
-
-
-def current_run() -> Any:
+def current_run() -> TrainingRun | None:
     """The run of this process; None before its set-up, and without the plugin."""
     return _run
 
 
 def _adapt(args: Namespace, container: Any) -> None:
-    """With --dr-lora-rank, have Megatron build the model with adapters; for PPO with a head."""
-    lora, rl = part_from_args(args, "lora"), part_from_args(args, "rl")
-    ppo = rl is not None and rl.algorithm == "ppo"
-    if lora is None and not ppo:
-        return
-    from megatron_dr.mcore.lora import adapters_hook
-    from megatron_dr.mcore.rl.value_head import add_value_head
-
-    if getattr(container, "model", None) is None:
-        flag = "--dr-rl-algorithm ppo" if lora is None else "--dr-lora-rank"
-        raise ValueError(
-            f"{flag} needs a training script that gives pretrain the model's configuration, "
-            "as Megatron's pretrain_gpt.py does, not a function that builds the model."
-        )
-    if lora is not None:
-        lora = dataclasses.replace(lora, seed=args.seed)
-        container.model.pre_wrap_hooks.append(adapters_hook(lora))
-    if ppo:  # after the adapters, which freeze what is there
-        container.model.pre_wrap_hooks.append(add_value_head)
+    """Have Megatron change the model that it builds as the parts want it."""
+    for part, own in parts.on(args):
+        hook = part.on_model(own, args)
+        if hook is None:
+            continue
+        if getattr(container, "model", None) is None:
+            raise ValueError(
+                f"{part.flag} needs a training script that gives pretrain the model's "
+                "configuration, as Megatron's pretrain_gpt.py does, not a function that builds "
+                "the model."
+            )
+        container.model.pre_wrap_hooks.append(hook)
 
 
 def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
-    from megatron_dr.mcore import datasets
-
     train, *others = stock(*rest, **kwargs)
-    if getattr(get_args(), "dr_rows", None) == "domain":
-        with errors.refused():
-            train = datasets.by_domain(get_args(), train)
+    with errors.refused():
+        for part, _ in parts.on(get_args()):
+            train = part.on_data(get_args(), train)
     return train, *others
 
 
@@ -230,7 +191,7 @@ def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any
 
 def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
     if _run is not None:
-        _run.save(iteration)
+        _run.source.save(iteration)
     return stock(iteration, *rest, **kwargs)
 
 

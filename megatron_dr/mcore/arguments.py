@@ -7,11 +7,7 @@ import os
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_dr.config import DRConfig, TargetConfig
-from megatron_dr.lora_config import LoRAConfig
-from megatron_dr.mcore import cpu
-from megatron_dr.meso_config import MesoConfig
-from megatron_dr.preference_config import PreferenceConfig
-from megatron_dr.rl_config import RLConfig
+from megatron_dr.mcore import cpu, parts
 
 # Flags that mean something only with some values of another: {flag: (other, values)}. Those that
 # depend on the set or on the rows are declared there.
@@ -19,18 +15,6 @@ _NEEDS = {
     "end_alpha": ("alpha_style", ("linear", "cosine")),
     "sketch_size": ("gram", ("sketch", "auto")),
     "sketch_error": ("gram", ("sketch", "auto")),
-}
-
-
-_OF_THE_RUN = ("dr_device", "dr_pack")  # flags that switch no plugin on
-
-# Parts of their own: flags --dr-NAME-FIELD; the named field's flag switches one on.
-_Part = type[LoRAConfig] | type[MesoConfig] | type[RLConfig] | type[PreferenceConfig]
-_PARTS: dict[str, tuple[_Part, str]] = {
-    "lora": (LoRAConfig, "rank"),
-    "meso": (MesoConfig, "size"),
-    "rl": (RLConfig, "algorithm"),
-    "dpo": (PreferenceConfig, "beta"),
 }
 
 
@@ -42,18 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if field.name == "set":  # no flag of ours: the plugin is off
             default = f"off; with --dr-target-data {field.default}"
         _add(group, field.name, field, default)
-    for part, (config, switch) in _PARTS.items():
-        for field in dataclasses.fields(config):
+    for part in parts.PARTS:
+        for field in dataclasses.fields(part.config) if part.config else ():
             default = "none" if field.default is None else field.default
-            default = "off" if field.name == switch else default
-            _add(group, f"{part}_{field.name}", field, default)
-    group.add_argument(
-        "--dr-pack",
-        action="store_true",
-        default=None,
-        help="put several samples into each sequence, with attention inside each alone; both "
-        "roles; a batch then counts packs [flag] (default: off)",
-    )
+            default = "off" if field.name == part.switch else default
+            _add(group, f"{part.name}_{field.name}", field, default)
+        for flag, options in part.flags.items():
+            group.add_argument(flag, **options)
     group.add_argument(
         "--dr-device",
         choices=("cuda", "cpu"),
@@ -103,17 +82,12 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     Raises:
         ValueError: flags out of range or against one another.
     """
-    given = {
-        name[3:]: value
-        for name, value in vars(args).items()
-        if name.startswith("dr_") and name not in _OF_THE_RUN and value is not None
-        and name.split("_")[1] not in _PARTS
-    }
-    rl = part_from_args(args, "rl")
-    if rl is not None:
-        _add_rl_defaults(given, rl)
-    elif not given and part_from_args(args, "dpo") is not None:
-        given["set"] = "mean"
+    fields = (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig))
+    values = {f.name: getattr(args, f"dr_{f.name}", None) for f in fields if f.metadata}
+    given = {name: value for name, value in values.items() if value is not None}
+    found = parts.on(args)
+    for part, its in found:
+        part.defaults(its, given)
     if not given:
         return None
     if "set" not in given and not given.keys() - {"metrics", "target_valid_data"}:
@@ -124,65 +98,8 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     own = {f.name for f in dataclasses.fields(TargetConfig)}
     dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
     target = TargetConfig(**{k: v for k, v in given.items() if k in own})
-    _check_together(given, dr, target, itself=rl is not None and rl.target == "self")
+    _check_together(given, dr, target, any(part.is_target(its) for part, its in found))
     return dr, target
-
-
-def _add_rl_defaults(given: dict[str, Any], rl: RLConfig) -> None:
-    """Training by rewards: the set of the paper (arXiv 2605.07063) where there is a target."""
-    if rl.target == "self":
-        for name in ("target_data", "target_batch_size"):
-            if name in given:
-                raise ValueError(
-                    f"--dr-{name.replace('_', '-')} has no meaning with --dr-rl-target self: drop "
-                    "one of them."
-                )
-    if rl.filter == "once":
-        _add_filter_defaults(given, rl)
-    if "set" in given:
-        return
-    if rl.target == "self" or "target_data" in given:
-        given.update({"set": "filter", "fraction": 1.0, "alpha": 0.0} | given)
-    elif not given.keys() - {"metrics", "target_valid_data"}:
-        given["set"] = "mean"
-
-
-def _add_filter_defaults(given: dict[str, Any], rl: RLConfig) -> None:
-    """A rollout that is filtered once: its steps are plain."""
-    flag = "--dr-rl-filter once"
-    if rl.target != "self" and "target_data" not in given:
-        raise ValueError(f"{flag} needs a target: give --dr-target-data, or --dr-rl-target self.")
-    if given.setdefault("set", "mean") != "mean":
-        raise ValueError(
-            f"{flag} is followed by plain training, and does not go with --dr-set {given['set']}: "
-            "drop one of them."
-        )
-    for name in ("alpha", "alpha_style", "target_batch_size"):
-        if name in given:
-            raise ValueError(
-                f"--dr-{name.replace('_', '-')} has no meaning with {flag}, whose steps have no "
-                "target in them: drop it."
-            )
-
-
-def part_from_args(args: argparse.Namespace, name: str) -> Any:
-    """The configuration of a part of its own (`lora`, `meso`, `rl`, `dpo`); None where it is off.
-
-    Raises:
-        ValueError: flags out of range, or without the one that switches it on.
-    """
-    config, switch = _PARTS[name]
-    fields = [f.name for f in dataclasses.fields(config) if f.metadata]
-    given = {f: getattr(args, f"dr_{name}_{f}", None) for f in fields}
-    given = {f: value for f, value in given.items() if value is not None}
-    if switch in given:
-        return config(**given)
-    if given:
-        first = next(iter(given)).replace("_", "-")
-        raise ValueError(
-            f"--dr-{name}-{first} needs --dr-{name}-{switch}: give it, or drop the flag."
-        )
-    return None
 
 
 def _check_together(

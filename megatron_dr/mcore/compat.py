@@ -8,6 +8,8 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from megatron_dr.mcore.refuse import SWITCH_OFF, Rule, refuse, rules, single
+
 # what get_forward_backward_func() chooses from, in megatron.core.pipeline_parallel.schedules
 SCHEDULES = (
     "forward_backward_no_pipelining",
@@ -18,7 +20,8 @@ SCHEDULES = (
 OLDEST, NEWEST = (0, 19), (0, 19)  # minor versions that the tests ran with
 
 # Configuration that no test of ours covers: refused at attach, with what to change.
-_UNSUPPORTED_MODEL = {
+WHO = "megatron_dr does not support"
+_MODEL = rules({
     "overlap_moe_expert_parallel_comm": "its combined schedule runs two microbatches at once",
     "defer_embedding_wgrad_compute": "it computes weight gradients after the microbatch",
     "delay_wgrad_compute": "it computes weight gradients after the microbatch",
@@ -26,26 +29,30 @@ _UNSUPPORTED_MODEL = {
     "mtp_num_layers": "multi-token prediction ties the embedding on more than two stages",
     "moe_paged_stash": "it reruns steps",
     "flextron": "its routers are reduced over pipeline stages",
-}
-_UNSUPPORTED_DDP = {
+})  # fmt: skip
+_DDP = rules({
     "use_megatron_fsdp": "Megatron-FSDP keeps gradients in its own sharded buffers",
     "reuse_grad_buf_for_mxfp8_param_ag": "parameters and gradients share a buffer",
     "param_name_patterns_for_fp32_local_accumulation": "it keeps gradients beside the buffers",
-}
-
-_UNSUPPORTED_FLAGS = {
+})  # fmt: skip
+_FLAGS = rules({
     "use_torch_fsdp2": "torch FSDP2 reduces gradients by itself",
     "rampup_batch_size": "slots need the same number of microbatches in every step",
     "step_batch_size_schedule": "slots need the same number of microbatches in every step",
     "sft": "JSONL with 'prompt' and 'response' goes to --data-path as it is, and --dr-pack packs "
     "both roles' samples",
-}
-# Sizes that must be 1.
-_SINGLE = (
+})  # fmt: skip
+_SINGLE = tuple(map(single, (
     "num_distributed_optimizer_instances",
     "gtp_weight_remat_size",
     "expert_gtp_weight_remat_size",
+)))  # fmt: skip
+_GRAPHS = Rule(
+    "cuda_graph_impl",
+    when=lambda kind, _: kind not in (None, "none"),
+    says="{who} CUDA graphs: drop {flag}.",
 )
+REFUSED = (*_MODEL, *_DDP, *_FLAGS, *_SINGLE)  # of Megatron's flags: before it builds anything
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -67,24 +74,6 @@ def model_group() -> torch.distributed.ProcessGroup:
     return group
 
 
-def check_flags(args: Any) -> None:
-    """As `check_contract`, from Megatron's flags alone: before it builds anything."""
-    for table in (_UNSUPPORTED_MODEL, _UNSUPPORTED_DDP, _UNSUPPORTED_FLAGS):
-        for name, why in table.items():
-            if getattr(args, name, None):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"megatron_dr does not support {flag} ({why}): drop it.")
-    _check_single(args)
-
-
-def _check_single(holder: Any) -> None:
-    for name in _SINGLE:
-        size = getattr(holder, name, 1) or 1
-        if size > 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"megatron_dr does not support {flag} {size}: set {flag} 1.")
-
-
 def check_contract(model: Any, config: Any) -> None:
     """Raise ValueError, in one sentence that says what to change, where the plugin can't work."""
     if not isinstance(model, (list, tuple)) or not model:
@@ -102,14 +91,9 @@ def check_contract(model: Any, config: Any) -> None:
             "get_model_config(model[0]): a copy's finalize_model_grads_func is never called."
         )
     _check_version()
-    ddp = model[0].ddp_config
-    for holder, table in ((config, _UNSUPPORTED_MODEL), (ddp, _UNSUPPORTED_DDP)):
-        for name, why in table.items():
-            if getattr(holder, name, None):
-                raise ValueError(f"megatron_dr does not support {name} ({why}): switch it off.")
-        _check_single(holder)
-    if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
-        raise ValueError("megatron_dr does not support CUDA graphs: drop --cuda-graph-impl.")
+    refuse(WHO, (*_MODEL, *_SINGLE), config, SWITCH_OFF)
+    refuse(WHO, (*_DDP, *_SINGLE), model[0].ddp_config, SWITCH_OFF)
+    refuse(WHO, [_GRAPHS], config)
     _check_experts()
 
 

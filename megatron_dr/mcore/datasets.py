@@ -54,15 +54,9 @@ def general_datasets(
 ) -> tuple[Any, Any, Any]:
     """Train, validation and test sets of the general role, blended as Megatron blends them.
 
-    With domain rows the training set has microbatches of one domain.
-
     Raises:
-        ValueError: a path that is not there, JSONL and indexed datasets in one run, or flags that
-            domain rows can't work with.
+        ValueError: a path that is not there, or JSONL and indexed datasets in one run.
     """
-    domain_rows = getattr(args, "dr_rows", None) == "domain"
-    if domain_rows:
-        domain_flags.check(args)
     config = dataset_config(args)
     paths = blended_paths(config)
     for path in paths:
@@ -84,7 +78,7 @@ def general_datasets(
     )
     train, valid, test = (part if part is None or len(part) else None for part in builder.build())
     _settle_validation(args, valid, test)
-    return by_domain(args, train) if domain_rows else train, valid, test
+    return train, valid, test
 
 
 def _settle_validation(args: argparse.Namespace, valid: Any, test: Any) -> None:
@@ -146,9 +140,13 @@ class DomainBlend(torch.utils.data.Dataset[Any]):
 
 
 def by_domain(args: argparse.Namespace, train: Any) -> DomainBlend | None:
-    """Megatron's blended training set in domain order; None where this rank reads none."""
-    if train is None or isinstance(train, DomainBlend):
-        return train
+    """Megatron's blended training set in domain order; None where this rank reads none.
+
+    Raises:
+        ValueError: it is no blend.
+    """
+    if train is None:
+        return None
     if not isinstance(train, BlendedDataset):
         raise ValueError("--dr-rows domain needs Megatron's blend of corpora: give --data-path.")
     unit_size = args.micro_batch_size * domain_flags.data_ranks_per_row()
@@ -241,16 +239,18 @@ def target_streams(
     micro_batch_size: int,
     num_chunks: int,
     ranks: int,
+    everywhere: bool = False,
 ) -> list[TargetStream | None]:
     """One stream per model chunk, all at the same place; None where this rank reads no data.
 
     Args:
         ranks: the first so many data-parallel ranks share the samples.
+        everywhere: no rank is told of a microbatch by another.
     """
     streams: list[TargetStream | None] = []
     for chunk in range(num_chunks):
         packed = isinstance(samples, PackedSamples)
-        reads = _has_data(chunk if num_chunks > 1 else None, packed)
+        reads = everywhere or _has_data(chunk if num_chunks > 1 else None, packed)
         stream = TargetStream(
             samples,
             micro_batch_size=micro_batch_size,

@@ -2,14 +2,76 @@
 
 import argparse
 import os
+from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.utils import Split
-from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_dr.data.domains import DomainPlan
+from megatron_dr.data.domains import DomainPlan, domains_of_step
 from megatron_dr.data.records import SUFFIXES
 from megatron_dr.mcore import compat
+from megatron_dr.mcore.part import Part
+from megatron_dr.mcore.refuse import Rule
+
+
+class DomainPart(Part):
+    """--dr-rows domain: a row is a general corpus."""
+
+    flag = "--dr-rows domain"
+    refused = (
+        Rule(
+            "dataloader_type",
+            when=lambda kind, _: kind not in (None, "single"),
+            says="--dr-rows domain needs samples in order, which {flag} {value} does not give: "
+            "drop that flag.",
+        ),
+        Rule(
+            "phase_transition_iterations",
+            says="--dr-rows domain counts microbatches over the whole run, and {flag} starts the "
+            "data anew: drop that flag.",
+        ),
+    )
+
+    def of(self, args: argparse.Namespace) -> bool | None:
+        return getattr(args, "dr_rows", None) == "domain" or None
+
+    def settle(self, own: Any, args: argparse.Namespace) -> None:
+        domain_names(args)
+        DomainPlan(domain_weights(args))
+        together = args.micro_batch_size * args.data_parallel_size
+        if args.consumed_train_samples % together:
+            raise ValueError(
+                f"--dr-rows domain can't resume after {args.consumed_train_samples} samples, not "
+                f"a multiple of --micro-batch-size x data-parallel size = {together}: resume with "
+                "the sizes of the run before."
+            )
+
+    def known(self, args: argparse.Namespace) -> dict[str, Any]:
+        return {"domains": domain_names(args)}
+
+    def on_data(self, args: argparse.Namespace, train: Any) -> Any:
+        from megatron_dr.mcore import datasets
+
+        return datasets.by_domain(args, train)
+
+
+class DomainOrder:
+    """Which domain's microbatch comes when."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.plan = args, DomainPlan(domain_weights(args))
+
+    def of_step(self, num_microbatches: int) -> list[int]:
+        """Domain of each of this rank's general microbatches in the step that is under way."""
+        args, ranks = self.args, self.args.data_parallel_size
+        return domains_of_step(
+            self.plan,
+            args.consumed_train_samples // (args.micro_batch_size * ranks),
+            num_microbatches,
+            mpu.get_data_parallel_rank(),
+            ranks,
+            data_ranks_per_row(),
+        )
 
 
 def domain_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -51,39 +113,14 @@ def domain_weights(args: argparse.Namespace) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError where flags or data can't give microbatches of one domain.
-
-    Args:
-        args: Megatron's arguments, validated by Megatron.
-    """
-    domain_names(args)
-    DomainPlan(domain_weights(args))
-    if args.dataloader_type != "single":
-        raise ValueError(
-            "--dr-rows domain needs samples in order, which --dataloader-type "
-            f"{args.dataloader_type} does not give: drop that flag."
-        )
-    if args.phase_transition_iterations:
-        raise ValueError(
-            "--dr-rows domain counts microbatches over the whole run, and "
-            "--phase-transition-iterations starts the data anew: drop that flag."
-        )
-    together = args.micro_batch_size * args.data_parallel_size
-    if args.consumed_train_samples % together:
-        raise ValueError(
-            f"--dr-rows domain can't resume after {args.consumed_train_samples} samples, not a "
-            f"multiple of --micro-batch-size x data-parallel size = {together}: resume with the "
-            "sizes of the run before."
-        )
-
-
 def data_ranks_per_row() -> int:
     """P: neighbouring data-parallel ranks that form one row, as expert-parallel peers do."""
-    return compat.ranks_per_row() // mpu.get_context_parallel_world_size()
+    return compat.ranks_per_row() // int(mpu.get_context_parallel_world_size())
 
 
 def _training_blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
+    from megatron.training.utils import get_blend_and_blend_per_split
+
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend_per_split is not None:
         blend = blend_per_split[Split.train.value]

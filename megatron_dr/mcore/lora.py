@@ -5,10 +5,12 @@
     ...                                                # DDP, optimizer, attach, training
     merge_lora(chunks)                                 # W + (alpha / r) B A, no adapters
 
-`adapters_hook` is the first step for Megatron's training loop (`pre_wrap_hooks`).
+`LoRAPart` is the first step in Megatron's training loop (`pre_wrap_hooks`).
 What an adapted layer computes is in `lora_layers.py`.
 """
 
+import dataclasses
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +23,30 @@ from megatron.core.utils import get_model_config
 from megatron_dr.lora_config import LoRAConfig
 from megatron_dr.mcore import compat, errors, lora_layers
 from megatron_dr.mcore.ownership import owned_parameters
+from megatron_dr.mcore.part import Part
+from megatron_dr.mcore.say import say
 
 _HOOK = "_megatron_dr_lora_hook"
+
+
+class LoRAPart(Part):
+    """--dr-lora-rank: adapters on a frozen model."""
+
+    name, config, switch, flag = "lora", LoRAConfig, "rank", "--dr-lora-rank"
+    who, refused = compat.WHO, compat.REFUSED
+
+    def on_model(self, own: LoRAConfig, args: Namespace) -> Callable[[list[Any]], list[Any]]:
+        def hook(model: list[Any]) -> list[Any]:
+            with errors.refused():
+                add_lora(
+                    model, dataclasses.replace(own, seed=args.seed), get_model_config(model[0])
+                )
+            return model
+
+        return hook
+
+    def owns(self, key: Any) -> bool:
+        return isinstance(key, str) and any(f".{name}." in key for name in lora_layers.NAMES)
 
 
 def add_lora(
@@ -60,17 +84,6 @@ def add_lora(
     lora_layers.initialize(adapters, lora.seed)
     _say(lora, {a.name: a.global_numel for a in adapters})
     return tuple(targets)
-
-
-def adapters_hook(lora: LoRAConfig) -> Callable[[list[Any]], list[Any]]:
-    """For `pre_wrap_hooks` of Megatron's model configuration; bad input is one sentence."""
-
-    def hook(model: list[Any]) -> list[Any]:
-        with errors.refused():
-            add_lora(model, lora, get_model_config(model[0]))
-        return model
-
-    return hook
 
 
 def merge_lora(model: Sequence[torch.nn.Module]) -> None:
@@ -155,7 +168,7 @@ def _check_all(targets: list[str], layers: list[str], lora: LoRAConfig) -> None:
         )
 
 
-def _freeze(chunk: torch.nn.Module) -> None:
+def _freeze(chunk: Any) -> None:
     """No parameter of the model is trained, and its expert biases stay as they are.
 
     The embedding's output then needs no gradient by itself, and a recomputed layer whose input
@@ -178,9 +191,7 @@ def _say(lora: LoRAConfig, sizes: dict[str, int]) -> None:
     everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, sizes)
     whole = {name: size for part in everyone for name, size in part.items()}
-    if dist.get_rank() == 0:
-        print(
-            f"megatron_dr: LoRA of rank {lora.rank} on {len(whole) // 2} layers: "
-            f"{sum(whole.values()):,} parameters are trained, the model is frozen",
-            flush=True,
-        )
+    say(
+        f"LoRA of rank {lora.rank} on {len(whole) // 2} layers: {sum(whole.values()):,} "
+        "parameters are trained, the model is frozen"
+    )

@@ -1,12 +1,11 @@
-"""Checkpoints of a model without adapters, or a value head, loaded into one with them."""
+"""Checkpoints of a model without what parts add, such as adapters, loaded into one with them."""
 
 from collections.abc import Callable
 from typing import Any
 
 from megatron.core import dist_checkpointing
 
-from megatron_dr.mcore.lora_layers import NAMES
-from megatron_dr.projection import UNPROJECTED
+from megatron_dr.mcore import parts
 
 
 def load(
@@ -27,18 +26,18 @@ def load(
         sharded_state_dict: what is wanted; a model chunk's entries are under a key of their own.
         checkpoint: its folder.
     """
-    parts = [part for part in sharded_state_dict.values() if isinstance(part, dict)]
-    wanted = {kind for kind in _KINDS for part in parts for key in part if kind(key)}
+    chunks = [chunk for chunk in sharded_state_dict.values() if isinstance(chunk, dict)]
+    wanted = {part for part in parts.PARTS for chunk in chunks if any(map(part.owns, chunk))}
     if wanted:
         found = dist_checkpointing.load_tensors_metadata(checkpoint)
-        wanted -= {kind for kind in wanted if any(kind(key) for key in found)}
+        wanted -= {part for part in wanted if any(map(part.owns, found))}
     if not wanted:
         return stock(sharded_state_dict, checkpoint, *rest, **kwargs)
     kept: dict[str, dict[str, Any]] = {}
-    for name, part in sharded_state_dict.items():
-        keys = list(part) if isinstance(part, dict) else []
-        absent = [key for key in keys if any(kind(key) for kind in wanted)]
-        kept[name] = {key: part.pop(key).data for key in absent}
+    for name, chunk in sharded_state_dict.items():
+        keys = list(chunk) if isinstance(chunk, dict) else []
+        absent = [key for key in keys if any(part.owns(key) for part in wanted)]
+        kept[name] = {key: chunk.pop(key).data for key in absent}
     loaded = stock(sharded_state_dict, checkpoint, *rest, **kwargs)
     state = loaded[0] if isinstance(loaded, tuple) else loaded
     for name, values in kept.items():
@@ -46,13 +45,3 @@ def load(
             state[name].update(values)
     return loaded
 
-
-def _is_adapter(key: Any) -> bool:
-    return isinstance(key, str) and any(f".{name}." in key for name in NAMES)
-
-
-def _is_value_head(key: Any) -> bool:
-    return isinstance(key, str) and key.startswith(f"{UNPROJECTED}.")
-
-
-_KINDS = (_is_adapter, _is_value_head)

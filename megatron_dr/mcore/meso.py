@@ -17,38 +17,61 @@ moments have their own: they are taken out while Megatron makes its sharded stat
 it, whole, by the parameter's name in the whole model (so that another layout can load them).
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.utils import get_model_config
 
 from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
+from megatron_dr.mcore.part import Part
+from megatron_dr.mcore.refuse import Rule, rules
+from megatron_dr.mcore.say import say
+from megatron_dr.meso_config import MesoConfig
 from megatron_dr.optim import Meso, MesoAdamW, MesoSGD, Shard, Subspaces
 
-_UNSUPPORTED = {
-    "use_distributed_optimizer": "it cuts matrices into flat shards, to save the moments' memory, "
-    "which MeSO does already",
-    "use_megatron_fsdp": "it cuts matrices into flat shards",
-    "use_torch_fsdp2": "it cuts matrices into shards of its own",
-    "optimizer_cpu_offload": "it has optimizers of its own for the host's part",
-    "use_precision_aware_optimizer": "it keeps moments of the parameters' shapes",
-    "optimizer_cuda_graph": "projections are drawn on the host",
-    "overlap_param_gather_with_optimizer_step": "it needs the distributed optimizer",
-}
+_REFUSED = (
+    *rules({
+        "use_distributed_optimizer": "it cuts matrices into flat shards, to save the moments' "
+        "memory, which MeSO does already",
+        "use_megatron_fsdp": "it cuts matrices into flat shards",
+        "use_torch_fsdp2": "it cuts matrices into shards of its own",
+        "optimizer_cpu_offload": "it has optimizers of its own for the host's part",
+        "use_precision_aware_optimizer": "it keeps moments of the parameters' shapes",
+        "optimizer_cuda_graph": "projections are drawn on the host",
+        "overlap_param_gather_with_optimizer_step": "it needs the distributed optimizer",
+    }),
+    Rule(
+        "optimizer",
+        when=lambda name, _: name not in ("adam", "sgd"),
+        says="MeSO has the forms adam and sgd, not {flag} {value}.",
+    ),
+    Rule(
+        "decoupled_weight_decay",
+        when=lambda decoupled, _: decoupled is False,
+        says="MeSO's weight decay is decoupled: set decoupled_weight_decay=True.",
+    ),
+)  # fmt: skip
 
 
-def check(options: Any) -> None:
-    """Raise ValueError where MeSO can't work with Megatron's arguments or OptimizerConfig."""
-    for name, why in _UNSUPPORTED.items():
-        if getattr(options, name, False):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"MeSO does not support {flag} ({why}): drop it.")
-    if options.optimizer not in ("adam", "sgd"):
-        raise ValueError(f"MeSO has the forms adam and sgd, not --optimizer {options.optimizer}.")
-    if not getattr(options, "decoupled_weight_decay", True):
-        raise ValueError("MeSO's weight decay is decoupled: set decoupled_weight_decay=True.")
+class MesoPart(Part):
+    """--dr-meso-size: an optimizer with compressed moments."""
+
+    name, config, switch, flag = "meso", MesoConfig, "size", "--dr-meso-size"
+    who = "MeSO does not support"
+    refused = _REFUSED
+
+    def on_optimizer(
+        self, own: MesoConfig, args: Namespace, optimizer: Any, model: list[Any]
+    ) -> None:
+        made = use_meso(
+            optimizer, model, get_model_config(model[0]), size=own.size, refresh=own.refresh,
+            seed=args.seed,
+        )  # fmt: skip
+        say(note(made))
 
 
 def use_meso(
@@ -63,7 +86,7 @@ def use_meso(
     Raises:
         ValueError: the optimizer's configuration is one that MeSO doesn't work with.
     """
-    check(optimizer.config)
+    MesoPart().refuse(optimizer.config)
     subspaces, made = Subspaces(seed), []
     owned = {_main(o.parameter): o for o in owned_parameters(model, model_config)}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -88,8 +111,8 @@ def note(made: list[Meso]) -> str:
         kept |= meso.projection_bytes()
     moments, projections, instead = (_size(n) for n in (own, sum(kept.values()), stock))
     return (
-        f"megatron_dr: MeSO keeps {moments} of moments and {projections} of projections on this "
-        f"rank, in place of {instead} of moments"
+        f"MeSO keeps {moments} of moments and {projections} of projections on this rank, in "
+        f"place of {instead} of moments"
     )
 
 

@@ -12,40 +12,62 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dr.mcore import cpu
+from megatron_dr.mcore.part import Part
+from megatron_dr.mcore.refuse import Rule
 
 NAMES = ("cu_seqlens", "max_seqlen")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Settle the flags that packs ask for.
+def _size(name: str) -> Rule:
+    return Rule(
+        name,
+        when=lambda size, _: size not in (None, 1),
+        says="--dr-pack makes a microbatch of one pack, not of {value}: set {flag} 1 and a larger "
+        "--seq-length.",
+    )
 
-    Raises:
-        ValueError: flags with which samples can't be packed.
-    """
-    if not args.dr_pack:
-        return
-    if args.context_parallel_size > 1:
-        raise ValueError(
-            "--dr-pack with --context-parallel-size "
-            f"{args.context_parallel_size} would cut samples over ranks: drop one of them."
-        )
-    for flag in ("micro_batch_size", "eval_micro_batch_size"):
-        size = getattr(args, flag, None)
-        if size not in (None, 1):
-            raise ValueError(
-                f"--dr-pack makes a microbatch of one pack, not of {size}: set "
-                f"--{flag.replace('_', '-')} 1 and a larger --seq-length."
-            )
-    if not cpu.is_enabled() and args.transformer_impl != "transformer_engine":
-        raise ValueError(
-            f"--dr-pack needs attention that tells samples apart, and --transformer-impl "
-            f"{args.transformer_impl} has none: use --transformer-impl transformer_engine."
-        )
-    if args.dr_target_pass == "merged":
-        raise ValueError(
-            "--dr-pack makes a microbatch of one role's samples: use --dr-target-pass own."
-        )
-    args.create_attention_mask_in_dataloader = False  # cu_seqlens say it
+
+class PackPart(Part):
+    """--dr-pack: several samples in each sequence."""
+
+    flag = "--dr-pack"
+    flags = {
+        "--dr-pack": {
+            "action": "store_true",
+            "default": None,
+            "help": "put several samples into each sequence, with attention inside each alone; "
+            "both roles; a batch then counts packs [flag] (default: off)",
+        }
+    }
+    refused = (
+        Rule(
+            "context_parallel_size",
+            when=lambda size, _: (size or 1) > 1,
+            says="--dr-pack with {flag} {value} would cut samples over ranks: drop one of them.",
+        ),
+        _size("micro_batch_size"),
+        _size("eval_micro_batch_size"),
+        Rule(
+            "transformer_impl",
+            when=lambda kind, _: not cpu.is_enabled() and kind != "transformer_engine",
+            says="--dr-pack needs attention that tells samples apart, and {flag} {value} has none: "
+            "use {flag} transformer_engine.",
+        ),
+        Rule(
+            "dr_target_pass",
+            when=lambda how, _: how == "merged",
+            says="--dr-pack makes a microbatch of one role's samples: use {flag} own.",
+        ),
+    )
+
+    def of(self, args: argparse.Namespace) -> bool | None:
+        return getattr(args, "dr_pack", None) or None
+
+    def settle(self, own: Any, args: argparse.Namespace) -> None:
+        args.create_attention_mask_in_dataloader = False  # cu_seqlens say it
+
+    def known(self, args: argparse.Namespace) -> dict[str, Any]:
+        return {"packed": True}
 
 
 def parameters(batch: dict[str, Any]) -> PackedSeqParams:

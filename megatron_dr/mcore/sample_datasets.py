@@ -13,7 +13,6 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
-from megatron.training import print_rank_0
 
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.file_samples import FileSamples, Padded
@@ -21,6 +20,7 @@ from megatron_dr.data.order import EpochOrder
 from megatron_dr.data.packing import PackedSamples
 from megatron_dr.data.records import SUFFIXES
 from megatron_dr.data.sample import Part
+from megatron_dr.mcore.say import say
 
 MASK = "_loss_mask"
 SampleSet = Any  # FileSamples or PreparedSamples
@@ -117,14 +117,14 @@ def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
     else:
         samples = PreparedSamples(path, length, config.tokenizer.eod, attention_mask=mask)
     if samples.num_cut:
-        print_rank_0(
-            f"megatron_dr: note: {path}: {samples.num_cut} of {len(samples)} samples are longer "
-            f"than --seq-length {length} and are cut"
+        say(
+            f"note: {path}: {samples.num_cut} of {len(samples)} samples are longer than "
+            f"--seq-length {length} and are cut"
         )
     return samples
 
 
-class SampleDataset(MegatronDataset):
+class SampleDataset(MegatronDataset):  # type: ignore[misc]
     """A set of samples as a part of Megatron's blends: each sample once per epoch, seeded.
 
     Positions beyond its length go on with the next epochs. With `config.packed`, a position is a
@@ -156,8 +156,8 @@ class SampleDataset(MegatronDataset):
 
     def __len__(self) -> int:
         if self.num_samples is not None:
-            return self.num_samples
-        return len(self.packs if self.packs is not None else self.indices)
+            return int(self.num_samples)
+        return len(self.indices if self.packs is None else self.packs)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         if self.packs is not None:

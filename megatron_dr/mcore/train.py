@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from megatron_dr.hf import assets
 from megatron_dr.mcore import cpu
 
 
-def main(store: torch.distributed.Store | None = None) -> None:
+def main(store: torch.distributed.Store | None = None) -> None:  # type: ignore[name-defined]
     """The entry; flags from the command line.
 
     Args:
@@ -36,10 +35,11 @@ def import_megatron() -> None:
 
     import megatron_dr.mcore.preferences.run  # noqa: F401
     import megatron_dr.mcore.rl.run  # noqa: F401
-    from megatron_dr.mcore import adaptor, datasets  # noqa: F401
+    import megatron_dr.mcore.sft  # noqa: F401
+    from megatron_dr.mcore import adaptor  # noqa: F401
 
 
-def _run(store: torch.distributed.Store | None) -> None:
+def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-defined]
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -91,14 +91,12 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron.training import get_args
 
     from megatron_dr.mcore import adaptor, datasets, errors
-    from megatron_dr.mcore.arguments import part_from_args
 
-    if part_from_args(get_args(), "rl") is not None:  # every step gets its data from a rollout
-        return repeat({}), repeat({}), None
     built: tuple[Any, Any, Any] = (None, None, None)
     with errors.refused():
-        if part_from_args(get_args(), "dpo") is not None:  # the run has read and measured its pairs
-            built = adaptor.current_run().datasets(num_samples)
+        run = adaptor.current_run()
+        if run is not None:
+            built = run.source.datasets(num_samples, vp_stage)
         else:
             built = datasets.general_datasets(get_args(), num_samples, vp_stage)
     return built
@@ -161,7 +159,8 @@ def _batch(data_iterator: Any, vp_stage: int | None, training: bool) -> dict[str
     if packs:
         return {**batch, "packed_seq_params": packed.parameters(batch)}
     group = mpu.get_context_parallel_group()
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return batch
 
 
 def loss_func(

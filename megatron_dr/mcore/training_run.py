@@ -1,4 +1,4 @@
-"""A run of Megatron's loop with the plugin: the handle, the target's streams, where they stand.
+"""A run of Megatron's loop with the plugin: the handle, its source's streams, where they stand.
 
 Megatron calls a schedule for every training step and every validation batch; `TrainingRun.call`
 runs it with the streams of that role. Where a run stands is kept in Megatron's arguments (`START`
@@ -9,12 +9,14 @@ import dataclasses
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
 from megatron_dr.config import DRConfig, TargetConfig
-from megatron_dr.data.domains import DomainPlan, domains_of_step
 from megatron_dr.mcore.attach import Handle, attach
+from megatron_dr.mcore.domain_flags import DomainOrder
+from megatron_dr.mcore.source import Source
 from megatron_dr.report.metrics import MetricsFile
 
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
@@ -28,7 +30,7 @@ def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig)
     Raises:
         ValueError: the target batch can't be divided into them.
     """
-    ranks = dr.target_ranks or args.data_parallel_size
+    ranks: int = dr.target_ranks or args.data_parallel_size
     if dr.rows == "sample" and dr.target_pass == "merged":
         general: int = args.global_batch_size // args.micro_batch_size
         if target.target_batch_size % general:
@@ -38,7 +40,7 @@ def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig)
                 "change it."
             )
         return general // ranks
-    together = args.micro_batch_size * ranks
+    together: int = args.micro_batch_size * ranks
     if target.target_batch_size % together:
         what = "--dr-target-ranks" if dr.target_ranks else "data-parallel size"
         raise ValueError(
@@ -48,101 +50,51 @@ def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig)
     return target.target_batch_size // together
 
 
-def resumes(args: Namespace) -> bool:
-    """Whether the run goes on from a checkpoint's iteration, rather than begins."""
-    return bool(args.load) and args.iteration > 0
-
-
-def new_folder(args: Namespace) -> Path | None:
-    """--save, where what a run keeps beside its checkpoints is not there yet; else None."""
-    if not args.save:
-        return None
-    folder = Path(args.save)
-    return None if resumes(args) and Path(args.load).resolve() == folder.resolve() else folder
-
-
 class TrainingRun:
-    """The plugin in one run of Megatron's loop: the handle, the target's streams, the metrics."""
+    """The plugin in one run of Megatron's loop: the handle, the target's streams, the metrics.
+
+    Args:
+        dr: with what only the run knows, but for the run's length and the target set's.
+        target: as the steps have it; None: no target microbatches in them.
+        source: what is trained on, and by which forward step.
+    """
 
     def __init__(
         self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
-        target: TargetConfig,
+        target: TargetConfig | None, source: Source,
     ) -> None:  # fmt: skip
-        self.args = args
+        self.args, self.source = args, source
         self.num_target = self.num_valid = self.target_size = 0
         self.train_streams: list[Any] = [None] * len(model)
         self.valid_streams: list[Any] = [None] * len(model)
         self.target_ranks = dr.target_ranks or args.data_parallel_size
-        samples = self._training_samples(dr, target)
-        self.plan = None
-        if dr.rows == "domain":
-            from megatron_dr.mcore import domain_flags
-
-            self.plan = DomainPlan(domain_flags.domain_weights(args))
-            dr = dataclasses.replace(dr, domains=domain_flags.domain_names(args))
-        size = None if samples is None else len(samples)
-        dr = dataclasses.replace(
-            dr, alpha_steps=args.train_iters, target_size=size, packed=bool(args.dr_pack)
-        )
+        samples = source.target_samples()
+        size = None if target is None else len(samples)
+        self._order = DomainOrder(args) if dr.rows == "domain" else None
+        dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
         self.handle: Handle = attach(model, optimizer, config, dr)
-        self.file = _metrics_file(target.metrics)
-        if samples is not None:
-            self._open_training(samples, dr, target, len(model))
-        if target.target_valid_data is not None:
-            self._open_validation(target.target_valid_data, len(model))
-        self.handle.check_batch(self._num_general(), self.num_target)
+        self.file = _metrics_file(args.dr_metrics)
+        if target is not None:
+            self.num_target = num_target_microbatches(args, dr, target)
+            self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
+            self.train_streams = source.streams(
+                samples, self.target_size, self.target_ranks, len(model)
+            )
+        self._open_validation(len(model))
+        self.handle.check_batch(get_num_microbatches(), self.num_target)
         self._fresh_validation = True
         self._iteration: int | None = None
         self._before: tuple[int, int, Any] = (0, 0, None)
         self.step_began = 0.0
+        source.begin(self.handle)
 
-    def _num_general(self) -> int:
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-        number: int = get_num_microbatches()
-        return number
-
-    def _training_samples(self, dr: DRConfig, target: TargetConfig) -> Any:
-        """What the target's batches are drawn from; None without a target."""
-        if target.target_data is None:
-            return None
-        from megatron.training import print_rank_0
-
-        samples = self._samples(target.target_data)
-        if target.target_batch_size > len(samples):
-            print_rank_0(
-                f"megatron_dr: note: the target batch ({target.target_batch_size}) is larger than "
-                f"the target set ({len(samples)}): samples repeat within a step"
-            )
-        return samples
-
-    def _samples(self, path: str) -> Any:
-        """The whole target set of a path."""
-        from megatron_dr.mcore import datasets
-
-        return datasets.target_samples(self.args, path)
-
-    def _open_training(
-        self, samples: Any, dr: DRConfig, target: TargetConfig, num_chunks: int
-    ) -> None:
-        from megatron_dr.mcore import datasets
-
-        args = self.args
-        self.num_target = num_target_microbatches(args, dr, target)
-        self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
-        self.train_streams = datasets.target_streams(
-            args, samples, self.target_size, num_chunks, self.target_ranks
-        )
-
-    def _open_validation(self, path: str, num_chunks: int) -> None:
-        from megatron_dr.mcore import datasets
-
-        args, size = self.args, self.args.eval_micro_batch_size
-        samples = self._samples(path)
-        self.valid_streams = datasets.target_streams(
-            args, samples, size, num_chunks, args.data_parallel_size
-        )
-        self.num_valid = args.eval_global_batch_size // (size * args.data_parallel_size)
+    def _open_validation(self, chunks: int) -> None:
+        samples = self.source.validation_samples()
+        if samples is None:
+            return
+        size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
+        self.valid_streams = self.source.streams(samples, size, ranks, chunks)
+        self.num_valid = self.args.eval_global_batch_size // (size * ranks)
 
     @property
     def steps_done(self) -> int:
@@ -168,17 +120,13 @@ class TrainingRun:
         return self._validate(stock, schedule)
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
+        reports = self.source.validate()
+        if reports is not None:
+            return reports
         if self._fresh_validation:
             self._place(self.valid_streams, 0)  # every validation sees the same samples
         self._fresh_validation = False
         return self._step(stock, self.valid_streams, self.num_valid, schedule)
-
-    def _prepare(self, schedule: dict[str, Any], steps: int) -> dict[str, Any]:
-        """The arguments of a training step's schedule call, after so many steps."""
-        return schedule
-
-    def save(self, iteration: int) -> None:
-        """A checkpoint of this iteration is about to be written."""
 
     def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         args = self.args
@@ -189,7 +137,7 @@ class TrainingRun:
             self._before = (getattr(args, _STEPS), getattr(args, _CONSUMED), getattr(args, _DIAL))
         steps, consumed, dial = self._before  # Megatron may run an iteration again: the same data
         self.handle.load_state_dict({"steps": steps, "dial": dial})
-        schedule = self._prepare(schedule, steps)
+        schedule = self.source.before_step(stock, schedule, steps)
         self._place(self.train_streams, consumed)
         number = self.num_target if self.handle.target_due else 0
         merged = self.handle.dr.rows == "sample" and self.handle.dr.target_pass == "merged"
@@ -204,37 +152,29 @@ class TrainingRun:
         setattr(args, _STEPS, steps + 1)
         setattr(args, _DIAL, self.handle.state_dict()["dial"])
         setattr(args, _CONSUMED, consumed + taken)
-        return reports
+        return self.source.logged(reports)
 
     def _step(
         self, stock: Callable[..., Any], streams: list[Any], number: int, schedule: dict[str, Any]
     ) -> Any:
         training = not schedule.get("forward_only", False)
+        if self.source.forward_step is not None:
+            schedule = {**schedule, "forward_step_func": self.source.forward_step}
+        domains = []
+        if training and self._order is not None:
+            domains = self._order.of_step(schedule["num_microbatches"])
+
+        def of_sequences(**call: Any) -> Any:  # what stages send each other
+            size = call["micro_batch_size"] * self.handle.dr.sequences
+            return stock(**{**call, "micro_batch_size": size})
+
         return self.handle.step(
-            stock,
+            of_sequences,
             target_data_iterator=streams if len(streams) > 1 else streams[0],
             num_target_microbatches=number,
             target_micro_batch_size=self.target_size if training else None,
-            domains=self._domains(schedule),
+            domains=domains,
             **schedule,
-        )
-
-    def _domains(self, schedule: dict[str, Any]) -> list[int]:
-        """Domain of each of this rank's general microbatches in the step that is under way."""
-        if self.plan is None or schedule.get("forward_only", False):
-            return []
-        from megatron.core import mpu
-
-        from megatron_dr.mcore import domain_flags
-
-        args, ranks = self.args, self.args.data_parallel_size
-        return domains_of_step(
-            self.plan,
-            args.consumed_train_samples // (args.micro_batch_size * ranks),
-            schedule["num_microbatches"],
-            mpu.get_data_parallel_rank(),
-            ranks,
-            domain_flags.data_ranks_per_row(),
         )
 
 

@@ -68,7 +68,6 @@ def gae(
     mask_BT: Tensor,
     discount: float,
     decay: float,
-    last_value_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, [B, T] each, 0 at padding (arXiv 1506.02438).
 
@@ -78,8 +77,6 @@ def gae(
     Args:
         mask_BT: completions begin at token 0 and are right-padded.
         discount, decay: gamma and lambda, from 0 to 1.
-        last_value_B: value after the last token, for completions that were cut; by default 0, as
-            for completions that ended.
 
     Raises:
         ValueError: discount or decay lies outside [0, 1]; the mask has a hole.
@@ -93,8 +90,6 @@ def gae(
     value_BT = torch.where(mask_BT, value_BT.detach(), zeros_BT)
     reward_BT = torch.where(mask_BT, reward_BT, zeros_BT)
     next_BT = torch.cat([value_BT[:, 1:], zeros_BT[:, :1]], 1)
-    if last_value_B is not None:
-        next_BT = torch.where(_is_last(mask_BT), last_value_B.detach()[:, None], next_BT)
     delta_BT = reward_BT + discount * next_BT - value_BT
     advantage_BT, following_B = zeros_BT.clone(), zeros_BT.new_zeros(len(zeros_BT))
     for t in reversed(range(delta_BT.shape[1])):  # padding lies behind, and adds 0

@@ -8,15 +8,17 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dr.config import DRConfig, TargetConfig
-from megatron_dr.mcore.arguments import _PARTS, add_arguments, configs_from_args, part_from_args
+from megatron_dr.mcore.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.parts import PARTS as LIST
 
 from ._flags import FIELDS, configs, option, parse, refusal
 
 TITLE = "megatron-dr (data-regularised post-training):"
+WITH_FIELDS = {part.name: part for part in LIST if part.config}
 PARTS = {
-    f"{part}_{f.name}": (f, f.name == switch)
-    for part, (config, switch) in _PARTS.items()
-    for f in dataclasses.fields(config)
+    f"{name}_{f.name}": (f, f.name == part.switch)
+    for name, part in WITH_FIELDS.items()
+    for f in dataclasses.fields(part.config)
     if f.metadata
 }
 
@@ -60,17 +62,16 @@ def test_every_flag_has_a_unit_and_a_default() -> None:
 def test_a_part_of_its_own(name: str) -> None:
     """Its switch turns it on, its other flags need the switch, and the plugin stays off."""
     field, is_switch = PARTS[name]
-    part = name.split("_")[0]
-    switch = next(n for n, (_, switch) in PARTS.items() if switch and n.startswith(part))
+    part = WITH_FIELDS[name.split("_")[0]]
+    switch = f"{part.name}_{part.switch}"
     args = parse(option(switch), "4", *([] if is_switch else [option(name), str(field.default)]))
-    config = part_from_args(args, part)
+    config = part.of(args)
     assert configs_from_args(args) is None and config is not None
     assert getattr(config, field.name) == (4 if is_switch else field.default)
-    others = {other for other in _PARTS if other != part}
-    assert all(part_from_args(args, other) is None for other in others)
+    assert all(other is part or other.of(args) is None for other in LIST)
     if not is_switch:
         with pytest.raises(ValueError, match=f"{option(name)} needs {option(switch)}"):
-            part_from_args(parse(option(name), str(field.default)), part)
+            part.of(parse(option(name), str(field.default)))
 
 
 def test_flags_do_not_disturb_megatrons() -> None:

@@ -85,6 +85,15 @@ def test_resuming_goes_on(ranks: int, peers: int, micro: int, done: int) -> None
     assert read(ranks, peers, micro, done * ranks * micro) == [w[done:] for w in whole]
 
 
+def by_domain(args: Any, numbers: list[int]) -> tuple[Any, Any, Any]:
+    """The general data as a run with domain rows has them."""
+    part = domain_flags.DomainPart()
+    part.refuse(args)
+    part.settle(True, args)
+    train, valid, test = datasets.general_datasets(args, numbers, None)
+    return part.on_data(args, train), valid, test
+
+
 def loaded(
     tp: int, flags: list[str], ep: int, steps: int, consumed: int = 0, cp: int = 1
 ) -> tuple[int, list[list[list[int]]], list[int]]:
@@ -97,7 +106,7 @@ def loaded(
     together = args.micro_batch_size * args.data_parallel_size
     train: Any = None
     with errors.refused():  # as in train.datasets_provider
-        train, _, _ = datasets.general_datasets(args, [steps * together, 0, 0], None)
+        train, _, _ = by_domain(args, [steps * together, 0, 0])
     peers = domain_flags.data_ranks_per_row()
     rank, ranks = parallel_state.get_data_parallel_rank(), args.data_parallel_size
     plan = DomainPlan(domain_flags.domain_weights(args))
@@ -179,7 +188,7 @@ def test_validation_is_blended_as_megatron_blends(tmp_path: Path) -> None:
     def built(tp: int) -> list[bool]:
         args = arguments("--split", "50,50,0", "--data-path", *paths)
         args.dr_rows = "domain"
-        train, valid, test = datasets.general_datasets(args, [8, 8, 0], None)
+        train, valid, test = by_domain(args, [8, 8, 0])
         assert isinstance(train, datasets.DomainBlend) and len(train) == 8
         assert isinstance(valid, BlendedDataset) and test is None
         args.dr_rows = "slot"
@@ -236,11 +245,11 @@ def test_what_domain_rows_refuse(tmp_path: Path) -> None:
             args = arguments(*flags)
             args.dr_rows, args.consumed_train_samples = "domain", 3
             with pytest.raises(ValueError) as error:
-                datasets.general_datasets(args, [4, 0, 0], None)
+                by_domain(args, [4, 0, 0])
             said.append(str(error.value))
         args = arguments(*two)
         args.consumed_train_samples = 3
-        domain_flags.check(args)
+        by_domain(args, [4, 0, 0])
         return said
 
     (said,) = on_ranks(1, refused)

@@ -13,7 +13,8 @@ from megatron_dr.data.pairs import FilePairs
 from megatron_dr.mcore import datasets
 from megatron_dr.mcore.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.preferences import data as preference_data
-from megatron_dr.mcore.preferences import flags, reference
+from megatron_dr.mcore.preferences import reference
+from megatron_dr.mcore.preferences.flags import DPOPart
 from megatron_dr.report import metrics
 
 from ..data import _chat, _prepare
@@ -185,17 +186,22 @@ def parsed(more: str) -> argparse.Namespace:
     return parser.parse_args(more.split())
 
 
+def check(args: argparse.Namespace) -> None:
+    assert DPOPart().of(args) is not None
+    DPOPart().refuse(args)
+
+
 @pytest.mark.parametrize("more, sentence", WRONG.items())
 def test_contradictions_are_refused(more: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        flags.check(parsed(f"--dr-dpo-beta 0.1 {more}"))
+        check(parsed(f"--dr-dpo-beta 0.1 {more}"))
 
 
 def test_its_flags() -> None:
     with pytest.raises(ValueError, match="--dr-dpo-label-smoothing needs --dr-dpo-beta"):
-        flags.check(parsed("--dr-dpo-label-smoothing 0.1"))
+        check(parsed("--dr-dpo-label-smoothing 0.1"))
     args = parsed("--dr-dpo-beta 0.1")
-    flags.check(args)
+    check(args)
     for more, name in (("", "mean"), ("--dr-metrics m", "mean"), ("--dr-target-data t", "cone")):
         found = configs_from_args(parsed(f"--dr-dpo-beta 0.1 {more}"))
         assert found is not None and found[0].set == name

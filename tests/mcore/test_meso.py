@@ -15,7 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import megatron_dr
-from megatron_dr.mcore.meso import check, note, use_meso
+from megatron_dr.mcore.meso import MesoPart, note, use_meso
 from megatron_dr.optim import MesoAdamW, MesoSGD, Subspaces
 
 from . import _data, _megatron, _oracle, _problem
@@ -278,6 +278,6 @@ OPTIONS = {"optimizer": "adam", "use_distributed_optimizer": False}
     ],
 )
 def test_what_cannot_be_compressed_is_refused(changes: dict[str, Any], words: str) -> None:
-    check(SimpleNamespace(**OPTIONS))
+    MesoPart().refuse(SimpleNamespace(**OPTIONS))
     with pytest.raises(ValueError, match=words):
-        check(SimpleNamespace(**{**OPTIONS, **changes}))
+        MesoPart().refuse(SimpleNamespace(**{**OPTIONS, **changes}))

@@ -12,7 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors.torch import load_file
 
-from megatron_dr.mcore.rl import filter_once, flags
+from megatron_dr.mcore import parts
+from megatron_dr.mcore.rl import filter_once
 from megatron_dr.mcore.rl.forward import PolicyStep
 from megatron_dr.report import metrics
 from megatron_dr.rl.experience import Experience, ExperienceStream
@@ -279,4 +280,4 @@ def test_the_set_is_mean() -> None:
     for more in ("--dr-target-data t.jsonl", "--dr-rl-target self --dr-set mean"):
         assert configs("--dr-rl-filter once " + more)[0].set == "mean"
     with pytest.raises(ValueError, match="does not go with --num-experts"):
-        flags.prepare(argparse.Namespace(**vars(parsed("--dr-rl-filter once")), num_experts=4))
+        parts.prepare(argparse.Namespace(**vars(parsed("--dr-rl-filter once")), num_experts=4))

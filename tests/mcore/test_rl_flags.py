@@ -4,9 +4,10 @@ import argparse
 
 import pytest
 
-from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.config import DRConfig
+from megatron_dr.mcore import parts
 from megatron_dr.mcore.arguments import add_arguments
-from megatron_dr.mcore.rl import flags, saved
+from megatron_dr.mcore.rl import flags
 
 from ._rl_flags import RL, configs, parsed
 
@@ -23,7 +24,7 @@ def test_the_set_is_that_of_the_paper_where_there_is_a_target() -> None:
 def test_its_flags_need_the_one_that_switches_it_on() -> None:
     args = add_arguments(argparse.ArgumentParser()).parse_args(["--dr-rl-group", "4"])
     with pytest.raises(ValueError, match="--dr-rl-group needs --dr-rl-algorithm"):
-        flags.prepare(args)
+        parts.prepare(args)
 
 
 WRONG = {
@@ -40,7 +41,7 @@ WRONG = {
 @pytest.mark.parametrize("more, sentence", WRONG.items())
 def test_contradictions_are_refused(more: str, sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
-        flags.prepare(parsed(more))
+        parts.prepare(parsed(more))
     assert sentence in str(caught.value)
 
 
@@ -62,19 +63,24 @@ def parsed_with_batch(more: str) -> argparse.Namespace:
     return parser.parse_args(more.split())
 
 
+def resume(args: argparse.Namespace, before: argparse.Namespace) -> None:
+    for part, own in parts.on(args):
+        part.resume(own, args, before)
+
+
 @pytest.mark.parametrize("more, sentence", OTHER.items())
 def test_a_cycle_goes_on_only_with_its_own_flags(more: str, sentence: str) -> None:
     before = parsed_with_batch(RL)
-    saved.check_same(parsed_with_batch(RL + "--dr-rl-kl 0.1 --dr-rl-max-tokens 9"), before)
+    resume(parsed_with_batch(RL + "--dr-rl-kl 0.1 --dr-rl-max-tokens 9"), before)
     with pytest.raises(ValueError) as caught:
-        saved.check_same(parsed_with_batch(RL + more), before)
+        resume(parsed_with_batch(RL + more), before)
     assert sentence in str(caught.value)
 
 
 def test_a_run_without_rewards_is_not_gone_on_with() -> None:
     with pytest.raises(ValueError, match="is not of a run with --dr-rl-algorithm: give --finetune"):
-        saved.check_same(parsed_with_batch(RL), parsed_with_batch(""))
-    saved.check_same(parsed_with_batch(""), parsed_with_batch(RL))
+        resume(parsed_with_batch(RL), parsed_with_batch(""))
+    resume(parsed_with_batch(""), parsed_with_batch(RL))
 
 
 def test_no_default_is_called_None() -> None:
@@ -83,7 +89,7 @@ def test_no_default_is_called_None() -> None:
 
 def test_megatrons_flags_are_set() -> None:
     args = parsed("--data-path a.jsonl b.jsonl")
-    flags.prepare(args)
+    parts.prepare(args)
     assert flags.prompt_files(args) == ["a.jsonl", "b.jsonl"]
     assert (args.dataloader_type, args.calculate_per_token_loss, args.eval_iters) == (
         "external", True, 0,
@@ -94,4 +100,5 @@ def test_with_the_rollout_as_target_its_batch_is_all_of_it() -> None:
     from megatron_dr.rl_config import RLConfig
 
     rl = RLConfig(reward="a:b", target="self", prompts=3, group=5)
-    assert flags.with_target(rl, TargetConfig()).target_batch_size == 15
+    target = flags.RLPart().step_target(rl, DRConfig(), None)
+    assert target is not None and target.target_batch_size == 15

@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 import megatron_dr
 from megatron_dr import DRConfig
 from megatron_dr.mcore.rollouts.ending import Ending
-from megatron_dr.mcore.rollouts.log_probs import log_probs
 from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
+from megatron_dr.mcore.rollouts.passes import log_probs
 from megatron_dr.rl.rollouts import Completion, SamplingParams
 
 from . import _data, _megatron, _rollouts

@@ -4,12 +4,10 @@ import argparse
 import os
 from typing import Any
 
-from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_dr.data.encode import FORMS
-from megatron_dr.data.order import TargetStream
 from megatron_dr.data.pairs import FilePairs, Pair, Pairs
 from megatron_dr.mcore import datasets
 from megatron_dr.mcore.sample_datasets import (
@@ -105,14 +103,3 @@ def general_datasets(
     builder = BlendedMegatronDatasetBuilder(SampleDataset, num_samples, lambda: True, config)
     train, valid, test = (part if part is None or len(part) else None for part in builder.build())
     return train, valid, test
-
-
-def stream(args: argparse.Namespace, pairs: Pairs, micro_batch_size: int, ranks: int) -> Any:
-    """This rank's target microbatches; the first so many data-parallel ranks share the pairs."""
-    return TargetStream(
-        pairs,
-        micro_batch_size=micro_batch_size,
-        rank=mpu.get_data_parallel_rank(),
-        size=ranks,
-        seed=args.seed,
-    )

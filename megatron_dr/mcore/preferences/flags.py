@@ -1,33 +1,46 @@
-"""Flags that a run on preference pairs refuses."""
+"""DPO as a part of a run: its defaults, and what it refuses."""
 
 from argparse import Namespace
+from typing import Any
 
-from megatron_dr.mcore.arguments import part_from_args
+from megatron_dr.config import TargetConfig
+from megatron_dr.mcore.part import Part
+from megatron_dr.mcore.refuse import Rule, rules, single
+from megatron_dr.mcore.source import Source
+from megatron_dr.preference_config import PreferenceConfig
 
-_REFUSED = {
-    "dr_rl_algorithm": "a run has one loss",
-    "dr_pack": "pairs are not packed",
-    "mock_data": "a preference needs real answers",
-    "skip_train": "validation alone has no reference",
-}
-_SINGLE = ("context_parallel_size", "expert_model_parallel_size")
+SEQUENCES = 2  # of a pair
 
 
-def check(args: Namespace) -> None:
-    """Raise ValueError where flags contradict DPO; without it do nothing."""
-    if part_from_args(args, "dpo") is None:
-        return
-    for name, why in _REFUSED.items():
-        if getattr(args, name, None):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--dr-dpo-beta does not go with {flag} ({why}): drop it.")
-    for name in _SINGLE:
-        size = getattr(args, name, None) or 1
-        if size > 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--dr-dpo-beta does not go with {flag} {size}: set {flag} 1.")
-    if args.dr_rows == "sample" and args.num_experts:
-        raise ValueError(
-            "--dr-dpo-beta with --dr-rows sample does not go with --num-experts: use --dr-rows "
-            "slot."
-        )
+class DPOPart(Part):
+    """--dr-dpo-beta: steps on preference pairs."""
+
+    name, config, switch, flag = "dpo", PreferenceConfig, "beta", "--dr-dpo-beta"
+    who = "--dr-dpo-beta does not go with"
+    refused = (
+        *rules({
+            "dr_rl_algorithm": "a run has one loss",
+            "dr_pack": "pairs are not packed",
+            "mock_data": "a preference needs real answers",
+            "skip_train": "validation alone has no reference",
+        }),
+        single("context_parallel_size"),
+        single("expert_model_parallel_size"),
+        Rule(
+            "num_experts",
+            when=lambda number, args: number and args.dr_rows == "sample",
+            says="--dr-dpo-beta with --dr-rows sample does not go with {flag}: use --dr-rows slot.",
+        ),
+    )  # fmt: skip
+
+    def defaults(self, own: PreferenceConfig, given: dict[str, Any]) -> None:
+        if not given:
+            given["set"] = "mean"
+
+    def known(self, args: Namespace) -> dict[str, Any]:
+        return {"sequences": SEQUENCES}
+
+    def source(self, own: PreferenceConfig, args: Namespace, target: TargetConfig) -> Source:
+        from megatron_dr.mcore.preferences.run import PairSource
+
+        return PairSource(args, target, own)

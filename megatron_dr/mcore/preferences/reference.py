@@ -8,24 +8,22 @@ import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.training import print_rank_0
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from megatron_dr.data.pairs import Pairs
-from megatron_dr.mcore.preferences.step import SEQUENCES, Batch, answers, forward
-from megatron_dr.mcore.rollouts.cache import share_along_pipeline
-from megatron_dr.mcore.rollouts.state import evaluating
+from megatron_dr.mcore.preferences.flags import SEQUENCES
+from megatron_dr.mcore.preferences.step import Batch, answers, forward
+from megatron_dr.mcore.rollouts import passes
+from megatron_dr.mcore.say import say
 
 FILE = "dr_reference_log_probs.safetensors"
 _MICROBATCHES = 16  # of a schedule call, for each pipeline stage
@@ -43,20 +41,16 @@ def measure(model: Sequence[torch.nn.Module], pairs: Pairs, args: Namespace) -> 
     call = size * stages * _MICROBATCHES  # pairs of a rank
     together, said = call * group.size(), time.monotonic()
     shares: list[torch.Tensor] = []
-    with evaluating(model):
-        for start in range(0, len(pairs), together):
-            left = -(-min(together, len(pairs) - start) // group.size())
-            own = min(call, -(-left // (size * stages)) * size * stages)
-            first = start + group.rank() * own
-            numbers = [min(n, len(pairs) - 1) for n in range(first, first + own)]
-            shares.append(_gathered(_log_probs(model, pairs, numbers, size, args), group))
-            if time.monotonic() - said > _PATIENCE:
-                said = time.monotonic()
-                done = min(start + together, len(pairs))
-                print_rank_0(
-                    f"megatron_dr: reference log-probabilities: {done} of {len(pairs)} pairs of "
-                    f"{pairs.path}"
-                )
+    for start in range(0, len(pairs), together):
+        left = -(-min(together, len(pairs) - start) // group.size())
+        own = min(call, -(-left // (size * stages)) * size * stages)
+        first = start + group.rank() * own
+        numbers = [min(n, len(pairs) - 1) for n in range(first, first + own)]
+        shares.append(_gathered(_log_probs(model, pairs, numbers, size, args), group))
+        if time.monotonic() - said > _PATIENCE:
+            said = time.monotonic()
+            done = min(start + together, len(pairs))
+            say(f"reference log-probabilities: {done} of {len(pairs)} pairs of {pairs.path}")
     return torch.cat(shares)[: len(pairs)]
 
 
@@ -64,40 +58,17 @@ def _log_probs(
     model: Sequence[torch.nn.Module], pairs: Pairs, numbers: list[int], size: int, args: Namespace
 ) -> torch.Tensor:
     """Of some pairs [n, 2], on every rank of this copy of the model; one schedule call."""
-    alone = len(model) == 1
     groups = [numbers[n : n + size] for n in range(0, len(numbers), size)]
-    iterators = [_batches(pairs, groups) for _ in model]
-    found = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iterators[0] if alone else iterators,
-        model=model[0] if alone else list(model),
-        num_microbatches=len(groups),
-        seq_length=args.seq_length,
-        micro_batch_size=size * SEQUENCES,
-        forward_only=True,
-        collect_non_loss_data=True,
+    batches = [(default_collate([pairs[n] for n in group]) for group in groups) for _ in model]
+    found_B = passes.forward_only(
+        model, _answers, batches, len(groups), size * SEQUENCES, args.seq_length
     )
-    out_B = torch.zeros(len(numbers) * SEQUENCES, device=torch.cuda.current_device())
-    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        out_B.copy_(torch.cat(found))
-    shared_B = share_along_pipeline(out_B)
-    return shared_B.view(len(groups), SEQUENCES, size).transpose(1, 2).reshape(-1, SEQUENCES)
+    return found_B.view(len(groups), SEQUENCES, size).transpose(1, 2).reshape(-1, SEQUENCES)
 
 
-def _batches(pairs: Pairs, groups: list[list[int]]) -> Iterator[Batch]:
-    for numbers in groups:
-        yield default_collate([pairs[n] for n in numbers])
-
-
-def _forward_step(
-    data_iterator: Iterator[Batch], model: torch.nn.Module
-) -> tuple[torch.Tensor, Callable[..., Any]]:
-    output, batch = forward(data_iterator, model)
-    return output, partial(_answers, batch)
-
-
-def _answers(batch: Batch, losses_BT: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-    return answers(losses_BT, batch)
+def _answers(model: torch.nn.Module, found: Batch) -> passes.Output:
+    output, batch = forward(model, found)
+    return output, lambda losses_BT: answers(losses_BT, batch)
 
 
 def _gathered(own_N2: torch.Tensor, group: Any) -> torch.Tensor:

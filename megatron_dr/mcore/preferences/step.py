@@ -10,20 +10,16 @@ from typing import Any
 
 import torch
 
+from megatron_dr.mcore.preferences.flags import SEQUENCES
 from megatron_dr.preference_config import PreferenceConfig
 from megatron_dr.rl.preference import completion_log_prob, dpo_loss
 
 Batch = dict[str, torch.Tensor]
-SEQUENCES = 2  # of a pair
 
 
-def forward(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Batch]:
-    """This stage's output for the next microbatch, and the microbatch: [2 P, ...] each.
-
-    Every rank reads the whole microbatch from its own iterator.
-    """
+def forward(model: torch.nn.Module, found: Batch) -> tuple[torch.Tensor, Batch]:
+    """This stage's output for a microbatch, and the microbatch on the device: [2 P, ...] each."""
     device = torch.cuda.current_device()
-    found = next(data_iterator)
     batch = {
         name: value.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
         for name, value in found.items()
@@ -39,7 +35,7 @@ def answers(losses_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class PreferenceStep:
-    """The `forward_step_func` of training and validation."""
+    """The `forward_step_func`; every rank reads the whole microbatch from its own iterator."""
 
     def __init__(self, dpo: PreferenceConfig) -> None:
         self.dpo = dpo
@@ -47,7 +43,7 @@ class PreferenceStep:
     def __call__(
         self, data_iterator: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        output, batch = forward(data_iterator, model)
+        output, batch = forward(model, next(data_iterator))
         return output, partial(loss_func, self.dpo, batch)
 
 
@@ -60,11 +56,9 @@ def loss_func(dpo: PreferenceConfig, batch: Batch, losses_BT: torch.Tensor) -> A
     log_prob_B, reference_B = answers(losses_BT, batch), batch["reference_log_prob"]
     chosen_P, rejected_P = log_prob_B.chunk(SEQUENCES)
     chosen_before_P, rejected_before_P = reference_B.chunk(SEQUENCES)
-    valid_P = torch.ones_like(chosen_P, dtype=torch.bool)
     loss, count = dpo_loss(
-        chosen_P, rejected_P, chosen_before_P, rejected_before_P, valid_P, dpo.beta,
-        dpo.label_smoothing,
-    )  # fmt: skip
+        chosen_P, rejected_P, chosen_before_P, rejected_before_P, dpo.beta, dpo.label_smoothing
+    )
     better_P = (chosen_P - chosen_before_P).detach()
     worse_P = (rejected_P - rejected_before_P).detach()
     margin_P = dpo.beta * (better_P - worse_P)

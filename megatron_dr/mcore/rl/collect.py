@@ -12,9 +12,8 @@ from megatron.core import parallel_state
 
 from megatron_dr.mcore.rl.reference import Reference
 from megatron_dr.mcore.rl.scoring import open_scorers, score
-from megatron_dr.mcore.rl.value_head import log_probs_and_values
 from megatron_dr.mcore.rollouts.engine import open_rollouts
-from megatron_dr.mcore.rollouts.log_probs import log_probs
+from megatron_dr.mcore.rollouts.passes import log_probs, log_probs_and_values
 from megatron_dr.rl.advantages import group_advantages, normalised
 from megatron_dr.rl.experience import Experience
 from megatron_dr.rl.ppo import Estimator

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_dr.mcore.handle import Handle
+from megatron_dr.mcore.say import say
 
 
 class Offload:
@@ -38,12 +37,8 @@ class Offload:
             self._handle.restore()
 
     def _say(self, freed: int) -> None:
-        if not self._said and dist.get_rank() == 0:
-            print(
-                f"megatron_dr: {freed:,} bytes of gradient buffers on this rank are free during "
-                "rollouts",
-                flush=True,
-            )
+        if not self._said:
+            say(f"{freed:,} bytes of gradient buffers on this rank are free during rollouts")
         self._said = True
 
 

@@ -1,30 +1,27 @@
-"""A run of Megatron's loop that trains by rewards: cycles of a rollout and steps on it."""
+"""A run's data and forward step where it trains by rewards: cycles of a rollout and steps on it."""
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import mpu, parallel_state
 
-from megatron_dr.config import DRConfig, TargetConfig
+from megatron_dr.config import TargetConfig
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.datasets import dataset_config
+from megatron_dr.mcore.handle import Handle
 from megatron_dr.mcore.rl import filter_once, saved
 from megatron_dr.mcore.rl.collect import Collector, draw
-from megatron_dr.mcore.rl.flags import prompt_files, with_target
+from megatron_dr.mcore.rl.flags import prompt_files
 from megatron_dr.mcore.rl.forward import PolicyStep
 from megatron_dr.mcore.rl.offload import Offload
 from megatron_dr.mcore.rl.reference import Reference
 from megatron_dr.mcore.sample_datasets import chat_of
-from megatron_dr.mcore.training_run import (
-    TrainingRun,
-    new_folder,
-    num_target_microbatches,
-    resumes,
-)
+from megatron_dr.mcore.source import Source, new_folder, resumes
 from megatron_dr.rl.experience import Experience, ExperienceStream
 from megatron_dr.rl.prompts import Prompt, read_prompts
 from megatron_dr.rl_config import RLConfig
@@ -32,7 +29,7 @@ from megatron_dr.rl_config import RLConfig
 GENERAL, TARGET = "general", "target"
 
 
-class RLRun(TrainingRun):
+class RolloutSource(Source):
     """GRPO or PPO with data regularisation.
 
     A cycle begins with a rollout of general prompts, every `target_refresh` cycles also of target
@@ -43,27 +40,43 @@ class RLRun(TrainingRun):
         experiences: by role: what is trained on now.
     """
 
-    def __init__(
-        self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
-        target: TargetConfig, rl: RLConfig,
-    ) -> None:  # fmt: skip
-        self.rl = rl
+    def __init__(self, args: Namespace, target: TargetConfig, rl: RLConfig) -> None:
+        self.args, self.target, self.rl, self.forward_step = args, target, rl, PolicyStep(rl)
         self.tokenizer = dataset_config(args).tokenizer
-        self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(args, prompt_files(args))}
+        self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(prompt_files(args))}
         self.held_out: dict[str, list[Prompt]] = {}
         for role, path in ((GENERAL, rl.valid_data), (TARGET, target.target_valid_data)):
             if path is not None:
-                self.held_out[role] = self._read(args, [path])
-        target = with_target(rl, target)
-        super().__init__(model, optimizer, config, args, dr, target)
-        self.steps_per_cycle = rl.steps_per_cycle(args.global_batch_size)
+                self.held_out[role] = self._read([path])
         self.experiences: dict[str, Experience] = {}
+        self._target: list[ExperienceStream] = []
+
+    def target_samples(self) -> Sequence[Any]:
+        """Target prompts; without any, the rollout's own completions."""
+        if self.target.target_data is None:
+            return range(self.rl.completions)
+        self.prompts[TARGET] = self._read([self.target.target_data])
+        return self.prompts[TARGET]
+
+    def streams(
+        self, samples: Any, micro_batch_size: int, ranks: int, chunks: int
+    ) -> list[ExperienceStream]:
+        """The target's; what they give is shown to them at each rollout."""
+        by_reward = self.rl.target_loss == "reward"
+        self._target = [self._stream(micro_batch_size, by_reward) for _ in range(chunks)]
+        return self._target
+
+    def begin(self, handle: Handle) -> None:
+        args, rl, model = self.args, self.rl, handle.model
+        self.model, self.steps_per_cycle = model, rl.steps_per_cycle(args.global_batch_size)
         self._general = [self._stream(args.micro_batch_size, False) for _ in model]
         self._reference = Reference(model) if rl.kl > 0 else None
         self._collector = Collector(model, self.tokenizer, rl, args, self._reference)
-        self._forward_step = PolicyStep(rl)
-        self._offload = Offload(self.handle, rl.offload)
+        self._offload = Offload(handle, rl.offload)
         self._open()
+
+    def datasets(self, num_samples: list[int], vp_stage: int | None) -> tuple[Any, Any, Any]:
+        return repeat({}), repeat({}), None  # every step gets its data from a rollout
 
     def _open(self) -> None:
         """Go on from a checkpoint's rollouts and reference, or keep a new run's reference."""
@@ -80,55 +93,30 @@ class RLRun(TrainingRun):
         if self._reference is not None and folder is not None:
             self._reference.save(folder)
 
-    def _read(self, args: Namespace, paths: list[str]) -> list[Prompt]:
-        return read_prompts(paths, self.tokenizer, args.seq_length, chat_of(self.tokenizer))
+    def _read(self, paths: list[str]) -> list[Prompt]:
+        return read_prompts(paths, self.tokenizer, self.args.seq_length, chat_of(self.tokenizer))
 
-    # -- seams of TrainingRun --------------------------------------------------------------------
-    def _training_samples(self, dr: DRConfig, target: TargetConfig) -> Sequence[Any] | None:
-        if self.rl.target == "self" and dr.needs_target:
-            return range(self.rl.completions)
-        if target.target_data is None:
-            return None
-        self.prompts[TARGET] = self._read(self.args, [target.target_data])
-        # a filtered rollout's steps are plain: the target has no microbatches in them
-        return None if self.rl.filter == "once" else self.prompts[TARGET]
-
-    def _open_training(
-        self, samples: Any, dr: DRConfig, target: TargetConfig, num_chunks: int
-    ) -> None:
-        self.num_target = num_target_microbatches(self.args, dr, target)
-        self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
-        by_reward = self.rl.target_loss == "reward"
-        self.train_streams = [self._stream(self.target_size, by_reward) for _ in range(num_chunks)]
-
-    def _open_validation(self, path: str, num_chunks: int) -> None:
-        """Held-out prompts are read at the start, and need no streams."""
-
-    def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
-        self._stock = stock
-        return super()._train(stock, schedule)
-
-    def _prepare(self, schedule: dict[str, Any], steps: int) -> dict[str, Any]:
+    # -- a run's steps ---------------------------------------------------------------------------
+    def before_step(
+        self, stock: Callable[..., Any], schedule: dict[str, Any], steps: int
+    ) -> dict[str, Any]:
         cycle, step = divmod(steps, self.steps_per_cycle)
         is_new = self._number(GENERAL) != cycle
         with self._offload.during(is_new):
             self._collect(cycle)
         if is_new and self.rl.filter == "once":
-            self._filter(schedule)
+            self._filter(stock, schedule)
         for stream in self._general:
             stream.consumed = step * self.args.global_batch_size
         iterators = self._general if len(self._general) > 1 else self._general[0]
-        return {**schedule, "data_iterator": iterators, "forward_step_func": self._forward_step}
+        return {**schedule, "data_iterator": iterators}
 
-    def _step(
-        self, stock: Callable[..., Any], streams: list[Any], number: int, schedule: dict[str, Any]
-    ) -> Any:
-        reports = super()._step(stock, streams, number, schedule)
+    def logged(self, reports: Any) -> Any:
         for report in reports:
             report.pop("target value loss", None)  # it has none
         return _with_values(reports, self._values())
 
-    def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
+    def validate(self) -> Any:
         names = {GENERAL: "reward", TARGET: "target reward"}
         with errors.refused(), self._offload.during(bool(self.held_out)):
             values = {
@@ -154,7 +142,7 @@ class RLRun(TrainingRun):
         by_reward = self.rl.target_loss == "reward"
         if TARGET in self.prompts:
             self._refresh(TARGET, refresh, by_reward, self.rl.target_prompts)
-        elif self.num_target and self._number(TARGET) != cycle:
+        elif self._target and self._number(TARGET) != cycle:
             general = self.experiences[GENERAL]
             self._show(TARGET, general.by_reward() if by_reward else general)
 
@@ -176,17 +164,16 @@ class RLRun(TrainingRun):
         if role == TARGET:
             experience = experience.without_returns()
         self.experiences[role] = experience
-        for stream in self._general if role == GENERAL else self.train_streams:
-            if stream is not None:
-                stream.show(experience, self.args.seed)
+        for stream in self._general if role == GENERAL else self._target:
+            stream.show(experience, self.args.seed)
 
-    def _filter(self, schedule: dict[str, Any]) -> None:
+    def _filter(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> None:
         """Drop completions of the new rollout for its whole cycle."""
         general = self.experiences[GENERAL]
         by_reward = self.rl.target_loss == "reward"
         itself = general.by_reward() if by_reward else general
-        target, model = self.experiences.get(TARGET, itself), self.handle.model
-        kept = filter_once.filtered(general, target, self.rl, model, self._stock, schedule)
+        target = self.experiences.get(TARGET, itself)
+        kept = filter_once.filtered(general, target, self.rl, self.model, stock, schedule)
         self._show(GENERAL, kept)
 
     def _stream(self, size: int, by_reward: bool) -> ExperienceStream:

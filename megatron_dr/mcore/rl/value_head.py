@@ -8,7 +8,7 @@ at 0. Its values are computed in fp32 and only where they are asked for (`output
 and the frozen reference the model is the one that it is without the head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_dr.mcore.compat import unwrap
-from megatron_dr.mcore.rollouts.log_probs import as_it_is, by_token
 from megatron_dr.projection import UNPROJECTED
 
 NAME = UNPROJECTED  # of the module in its chunk, and the first part of its parameters' names
@@ -93,20 +92,3 @@ def _losses_and_values(
     )
     losses = compute_language_model_loss(labels, scale_logits(logits))
     return torch.stack([losses.float(), context(hidden_states)], -1)
-
-
-def log_probs_and_values(
-    model: Sequence[torch.nn.Module], tokens: torch.Tensor, mask: torch.Tensor,
-    micro_batch_size: int,
-) -> torch.Tensor:  # fmt: skip
-    """`log_probs`, and the values at the token before, of one pass: [n, s, 2], float32."""
-    found = by_token(model, tokens, mask, micro_batch_size, _forward_step, (2,))
-    return found * found.new_tensor([-1.0, 1.0])
-
-
-def _forward_step(
-    data_iterator: Iterator[torch.Tensor], model: torch.nn.Module
-) -> tuple[torch.Tensor, Callable[..., Any]]:
-    tokens = next(data_iterator)
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return outputs(model, tokens, positions, tokens.roll(-1, 1)), as_it_is

@@ -1,6 +1,7 @@
 """Forward passes with cached keys and values, through all stages of the pipeline."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -36,7 +37,7 @@ class CachedForward:
         positions = torch.arange(start, start + length, device=tokens.device).expand(rows, length)
         output = None
         for chunk in self.model:
-            bare = unwrap(chunk)
+            bare: Any = unwrap(chunk)
             received = None if bare.pre_process else self._receive(rows, length)
             bare.set_input_tensor(received)
             with InferenceMode.active():  # logits of the last position alone, from all ranks

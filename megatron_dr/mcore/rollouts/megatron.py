@@ -67,7 +67,7 @@ class MegatronRollouts:
         self.stop_tokens = stop_tokens
         self.decode = decode
         self.batch_size = batch_size
-        self.context: int = unwrap(model[0]).max_sequence_length
+        self.context = int(unwrap(model[0]).max_sequence_length)  # type: ignore[arg-type]
 
     def generate(
         self,

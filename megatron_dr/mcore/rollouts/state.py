@@ -18,7 +18,7 @@ def evaluating(model: Sequence[torch.nn.Module]) -> Iterator[None]:
     With --overlap-param-gather the parameters of the last optimizer step are gathered first.
     """
     modes = [(module, module.training) for chunk in model for module in chunk.modules()]
-    hooked = [c for c in model if getattr(c, "remove_forward_pre_hook_handles", None)]
+    hooked: list[Any] = [c for c in model if getattr(c, "remove_forward_pre_hook_handles", None)]
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states, device, host = tracker.get_states(), torch.cuda.get_rng_state(), torch.get_rng_state()
     for chunk in hooked:
