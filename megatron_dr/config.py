@@ -199,6 +199,11 @@ class DRConfig:
         """What the rows are."""
         return ROW_KINDS[self.rows]
 
+    @property
+    def merges_target(self) -> bool:
+        """Whether target samples are in the general microbatches."""
+        return self.row_kind.in_layers and self.target_pass == "merged"
+
     def unread(self) -> dict[str, str]:
         """Dials that some sets or rows read, but not these: {dial: `set` or `rows`}."""
         of_sets = {name for each in FEASIBLE_SETS.values() for name in each.dials}

@@ -31,7 +31,7 @@ def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig)
         ValueError: the target batch can't be divided into them.
     """
     ranks: int = dr.target_ranks or args.data_parallel_size
-    if dr.rows == "sample" and dr.target_pass == "merged":
+    if dr.merges_target:
         general: int = args.global_batch_size // args.micro_batch_size
         if target.target_batch_size % general:
             raise ValueError(
@@ -70,7 +70,7 @@ class TrainingRun:
         self.target_ranks = dr.target_ranks or args.data_parallel_size
         samples = source.target_samples()
         size = None if target is None else len(samples)
-        self._order = DomainOrder(args) if dr.rows == "domain" else None
+        self._order = DomainOrder(args) if dr.row_kind.named else None
         dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
         self.handle: Handle = attach(model, optimizer, config, dr)
         self.file = _metrics_file(args.dr_metrics)
@@ -140,10 +140,9 @@ class TrainingRun:
         schedule = self.source.before_step(stock, schedule, steps)
         self._place(self.train_streams, consumed)
         number = self.num_target if self.handle.target_due else 0
-        merged = self.handle.dr.rows == "sample" and self.handle.dr.target_pass == "merged"
         own = args.micro_batch_size
         try:
-            if merged:  # Megatron's batch functions take the size of a microbatch from here
+            if self.handle.dr.merges_target:  # Megatron's batch functions take the size of a microbatch from here
                 args.micro_batch_size += self.target_size
             reports = self._step(stock, self.train_streams, number, schedule)
         finally:

@@ -132,7 +132,7 @@ class _Step:
         dr, schedule = rows.dr, call.schedule
         self.rows, self.dr, self.call, self.path = rows, dr, call, rows.path
         self.alpha = float(call.alpha(None))
-        self.is_merged = dr.target_pass == "merged"
+        self.is_merged = dr.merges_target
         size = schedule["micro_batch_size"]
         self.batches = Microbatches(
             schedule["data_iterator"], call.target_data, call.num_general, call.num_target,
