@@ -15,10 +15,10 @@ from ._flags import option, parse, refusal
 CHOICES = {f.name: get_args(f.type) for f in dataclasses.fields(DRConfig)}
 # A flag, another one that may take its meaning, and what would then not depend on it any more.
 READ: list[tuple[str, str, str, Callable[[DRConfig], Any]]] = [
-    ("fraction", "0.25", "set", DRConfig.feasible_set),
+    ("fraction", "0.75", "set", DRConfig.feasible_set),
     ("ridge", "0.75", "set", DRConfig.feasible_set),
     ("radius", "0.25", "set", DRConfig.feasible_set),
-    ("slots", "8", "rows", lambda dr: dr.num_slots),
+    ("slots", "6", "rows", lambda dr: dr.num_slots),
     ("end_alpha", "0.5", "alpha_style", lambda dr: alpha_at(dr.alpha_style, 0.1, dr.end_alpha, 1, 2)
      if dr.alpha_style != "auto" else None),
 ]  # fmt: skip

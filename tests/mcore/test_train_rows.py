@@ -151,3 +151,26 @@ def test_meso_refuses_the_distributed_optimizer(data: dict[str, str]) -> None:
     found = run(flags(data, "--dr-meso-size 8"))
     assert all(code != 0 for code, _, _ in found)
     assert "--use-distributed-optimizer" in found[0][2]
+
+
+NAMES = ("cos general", "cos update", "residual", "rows", "zero rows", "bytes", "alpha",
+         "sketch ms", "exchange ms", "solve ms", "combine ms")  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", ["matrix", "model"])
+def test_sample_rows_log_what_other_rows_do(
+    data: dict[str, str], tmp_path: Path, blocks: str
+) -> None:
+    """Weights found in the backward, and at the step's end; each block too."""
+    path = tmp_path / "m.jsonl"
+    more = f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-rows sample
+        --dr-blocks {blocks} --dr-alpha-style linear --dr-log-blocks --dr-metrics {path}"""
+    code, out, error = run(flags(data, more))[1]
+    assert code == 0, error
+    lines = metrics.read(path, "train")
+    assert len(lines) == 6
+    for line in lines:
+        assert {f"dr {name}" for name in NAMES} <= line.keys()
+        assert -1 <= line["dr cos update"] <= 1 and line["dr bytes"] > 0 and line["dr solve ms"] > 0
+    block = "decoder.layers.1.mlp.linear_fc2.weight" if blocks == "matrix" else "model"
+    assert re.search(rf"iteration 6 \| {block} \| dr cos general: ", out)
