@@ -11,8 +11,7 @@ import torch
 
 from megatron_dr.data import records
 from megatron_dr.data.chat import Chat
-from megatron_dr.data.encode import COLUMNS, Encoder
-from megatron_dr.data.jsonl import Tokenizer, parse_line
+from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
 from megatron_dr.data.packing import padded
 from megatron_dr.data.sample import Part
 
@@ -72,10 +71,8 @@ class FileSamples(Padded):
         self._parts: list[Part] = []
         encoder = Encoder("sft", tokenizer, dict(zip(COLUMNS, COLUMNS)), chat)
         for where, record in read(path):
-            try:
+            with records.at(where):
                 self._parts.append(self._cut(encoder(record).parts[0]))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
         if not self._parts:
             raise ValueError(f"{path}: the file has no samples.")
 
@@ -111,7 +108,9 @@ def read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in records.list_files([path]):
         for number, raw in records.read_file(file):
             where = f"{file}:{number}"
-            yield where, parse_line(where, raw) if isinstance(raw, bytes) else raw
+            with records.at(where):
+                record = records.parse(raw)
+            yield where, record
 
 
 def causal_mask(length: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,32 @@ def read_file(path: str) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
         pieces = _table_pieces(0, path, 1 << 20)
     for piece in pieces:
         yield from read(piece)
+
+
+def parse(raw: bytes | dict[str, Any]) -> dict[str, Any]:
+    """The record of a row or of a line of JSONL; ValueError if it is none."""
+    if isinstance(raw, dict):
+        return raw
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason}).") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:  # a huge number, deep nesting
+        raise ValueError(f"JSON that can't be read ({error}).") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a line must be a JSON object, not {type(record).__name__}.")
+    return record
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Let the sentence of a ValueError begin with the place of the record."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _without_nulls(value: Any) -> Any:

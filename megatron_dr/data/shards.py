@@ -4,15 +4,13 @@ import io
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_dr.data import records
 from megatron_dr.data.encode import FORMS, Encoder
-from megatron_dr.data.jsonl import parse_line
 from megatron_dr.data.sample import Sample
 
 SHOWN = 3  # bad lines that a report quotes, per shard
@@ -74,9 +72,9 @@ class Shard:
     lengths: list[np.ndarray]
     lines: np.ndarray
     contents: np.ndarray
-    fields: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    bad_lines: list[str] = field(default_factory=list)
+    fields: list[str]
+    counts: Counter[str]
+    bad_lines: list[str]
 
     def save(self, path: Path) -> None:
         """Write under another name, then rename: a shard under its name is whole."""
@@ -116,7 +114,8 @@ def work(piece: records.Piece, encoder: Encoder, rules: Rules) -> Shard:
     for number, raw in records.read(piece):
         counts["records"] += 1
         try:
-            sample, note = _sample(raw, f"{piece.path}:{number}", encoder, rules)
+            with records.at(f"{piece.path}:{number}"):
+                sample, note = rules.apply(encoder(records.parse(raw)))
         except ValueError as error:
             if not rules.skip_bad:
                 raise
@@ -140,13 +139,3 @@ def work(piece: records.Piece, encoder: Encoder, rules: Rules) -> Shard:
         counts,
         bad,
     )
-
-
-def _sample(
-    raw: bytes | dict[str, Any], where: str, encoder: Encoder, rules: Rules
-) -> tuple[Sample | None, str]:
-    record = parse_line(where, raw) if isinstance(raw, bytes) else raw
-    try:
-        return rules.apply(encoder(record))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
