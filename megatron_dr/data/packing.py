@@ -102,8 +102,8 @@ class PackedSamples:
     def __init__(self, parts: Parts, seed: int, numbers: np.ndarray | None = None) -> None:
         self.parts = parts
         self.numbers = np.arange(len(parts)) if numbers is None else numbers
-        lengths = num_inputs(parts.lengths[self.numbers])
-        self.order = PackOrder(lengths, parts.sequence_length, seed)
+        inputs = np.maximum(parts.lengths[self.numbers] - 1, 1)  # the last token is a label only
+        self.order = PackOrder(inputs, parts.sequence_length, seed)
 
     def __len__(self) -> int:
         """Packs of the first epoch."""
@@ -112,12 +112,6 @@ class PackedSamples:
     def __getitem__(self, places: np.ndarray) -> dict[str, torch.Tensor]:
         found = [self.parts.part(int(self.numbers[place])) for place in places]
         return pack(found, self.parts.sequence_length, self.parts.pad)
-
-
-def num_inputs(tokens: np.ndarray) -> np.ndarray:
-    """Inputs of samples of so many tokens: the last one is a label only."""
-    inputs: np.ndarray = np.maximum(tokens - 1, 1)
-    return inputs
 
 
 def padded(part: Part, length: int, pad: int) -> dict[str, torch.Tensor]:

@@ -77,7 +77,7 @@ class Shard:
     bad_lines: list[str]
 
     def save(self, path: Path) -> None:
-        """Write under another name, then rename: a shard under its name is whole."""
+        """Write it; a shard under its name is whole."""
         arrays = {"lines": self.lines, "contents": self.contents}
         for p in range(len(self.ids)):
             arrays |= {f"ids{p}": self.ids[p], f"mask{p}": self.mask[p]}
@@ -85,9 +85,7 @@ class Shard:
         rest = json.dumps([self.fields, self.counts, self.bad_lines]).encode()
         held = io.BytesIO()
         np.savez(held, rest=np.frombuffer(rest, np.uint8), **arrays)  # type: ignore[arg-type]
-        unfinished = path.with_name(path.name + ".partial")
-        unfinished.write_bytes(held.getvalue())
-        os.replace(unfinished, path)
+        write_whole(path, held.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> "Shard":
@@ -99,6 +97,13 @@ class Shard:
             )
             lines, contents = file["lines"], file["contents"]
         return cls(ids, mask, lengths, lines, contents, fields, Counter(counts), bad)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write under another name, then rename: a file under its name is whole."""
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
 
 
 def work(piece: records.Piece, encoder: Encoder, rules: Rules) -> Shard:
