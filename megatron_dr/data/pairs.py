@@ -11,8 +11,8 @@ import torch
 from megatron_dr.data import records
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
-from megatron_dr.data.file_samples import causal_mask, read
-from megatron_dr.data.packing import padded
+from megatron_dr.data.file_samples import read
+from megatron_dr.data.packing import causal_mask, padded
 from megatron_dr.data.sample import Part
 
 Pair = tuple[Part, Part]  # chosen, rejected
