@@ -99,7 +99,7 @@ def prepare(
         shards.write_whole(plan, json.dumps(job.description()).encode())
     pieces = [piece for file in job.files for piece in file.pieces]
     missing = [n for n in range(len(pieces)) if not _shard(job, n).exists()]
-    progress(sum(p.count for n, p in enumerate(pieces) if n not in set(missing)))
+    progress(sum(p.count for p in pieces) - sum(pieces[n].count for n in missing))
     for piece in _worked(job, [(n, pieces[n]) for n in missing], workers):
         progress(piece.count)
     manifests = _merge(job, pieces, open_dataset, token_type)

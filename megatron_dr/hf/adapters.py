@@ -80,10 +80,9 @@ def find(reader: Reader, alpha: float | None = None) -> Adapters | None:
     Raises:
         ValueError: adapters of several ranks, or an alpha that nobody says.
     """
-    sizes = {size for key, (size, _) in reader.tensors.items() if key.endswith(_MARKS[0])}
-    if not sizes:
+    ranks = {found.size[-2] for key, found in reader.tensors.items() if key.endswith(_MARKS[0])}
+    if not ranks:
         return None
-    ranks = {size[-2] for size in sizes}
     if len(ranks) > 1:
         raise ValueError(f"{reader.folder}: adapters of several ranks, {sorted(ranks)}.")
     arguments = reader.arguments()

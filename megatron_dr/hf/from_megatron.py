@@ -105,15 +105,15 @@ def plan(
     embedding = "embedding.word_embeddings.weight"
     if embedding not in found:
         raise ValueError(f"{reader.folder}: tensor {embedding} is missing.")
-    rows = found[embedding][0][0]
+    rows = found[embedding].size[0]
     if rows < model.vocabulary:
         raise ValueError(
             f"{reader.folder}: the embedding has {rows} rows, but config.json {model.vocabulary}; "
             "train with the --padded-vocab-size that the conversion wrote."
         )
     tensors = mapped_tensors(model, rows)
-    _check(reader.folder, tensors, {key: size for key, (size, _) in found.items()})
-    dtype = dtype or found[embedding][1]
+    _check(reader.folder, tensors, {key: tuple(stored.size) for key, stored in found.items()})
+    dtype = dtype or found[embedding].properties.dtype
     files = _files(tensors, dtype.itemsize, file_size)
     return Export(reader, model, folder, dtype, files, adapters.find(reader, lora_alpha))
 

@@ -161,7 +161,7 @@ class Reader:
     """A torch_dist checkpoint, read tensor by tensor by this process alone.
 
     Attributes:
-        tensors: sizes and dtypes of all tensors by key, the optimizer's too.
+        tensors: what is stored of all tensors by key, the optimizer's too.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -171,25 +171,22 @@ class Reader:
         self.storage = FileSystemReader(folder)
         self.metadata = self.storage.read_metadata()
         self.storage.set_up_storage_reader(self.metadata, is_coordinator=True)
-        self.stored = {
+        self.tensors = {
             key: found
             for key, found in self.metadata.state_dict_metadata.items()
             if isinstance(found, TensorStorageMetadata)
         }
-        self.tensors = {
-            key: (tuple(found.size), found.properties.dtype) for key, found in self.stored.items()
-        }
 
     def has(self, key: str, index: tuple[int, ...]) -> bool:
         """Whether there is anything of a tensor at place `index` on the axes in front of it."""
-        return key in self.stored and any(
+        return key in self.tensors and any(
             all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes))
-            for chunk in self.stored[key].chunks
+            for chunk in self.tensors[key].chunks
         )
 
     def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor [shape] at place `index` on the axes in front of it."""
-        found = self.stored[key]
+        found = self.tensors[key]
         out = torch.empty((*[1] * len(index), *shape), dtype=found.properties.dtype)
         box = ChunkStorageMetadata(torch.Size((*index, *[0] * len(shape))), out.shape)
         items = create_read_items_for_chunk_list(key, found, [box])
