@@ -77,8 +77,8 @@ def prepare(
     job: Job,
     open_dataset: OpenDataset,
     token_type: type,
-    workers: int = 1,
-    progress: Callable[[int], None] = lambda records: None,
+    workers: int,
+    progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Write the outputs; the manifests. What an earlier run finished is not done again.
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     create_default_global_save_plan,
@@ -46,6 +45,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from megatron_dr.hf.output import rank
 
 COMMON = "common_state/shard_0_1"
 
@@ -114,8 +115,7 @@ def write(folder: Path, pieces: list[Piece], objects: dict[str, Any], common: An
 
     `common`: Megatron's common state, written by the first process.
     """
-    distributed = dist.is_initialized()
-    first = not distributed or dist.get_rank() == 0
+    first = rank()[0] == 0
     planner = _SavePlanner(pieces, {COMMON: common, **objects} if first else objects)
     save({}, storage_writer=_Writer(folder), planner=planner)
     if first:
