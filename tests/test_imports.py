@@ -115,7 +115,7 @@ def test_importing_us_imports_no_megatron() -> None:
         import sys
         import megatron_dr
         import megatron_dr.config, megatron_dr.projection
-        import megatron_dr.data.domains, megatron_dr.data.jsonl, megatron_dr.data.order
+        import megatron_dr.data.domains, megatron_dr.data.encode, megatron_dr.data.order
         import megatron_dr.report.metrics
         found = [m for m in sys.modules if m == "megatron" or m.startswith("megatron.")]
         assert not found, found

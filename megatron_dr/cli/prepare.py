@@ -24,7 +24,6 @@ from megatron_dr.cli.main import parser_of
 from megatron_dr.data import prepare, records
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, FORMS, Encoder, form_of
-from megatron_dr.data.jsonl import parse_line
 from megatron_dr.data.shards import Rules
 
 
@@ -96,10 +95,9 @@ def columns(renamed: list[str]) -> dict[str, str]:
 def first_form(files: list[records.InputFile], names: dict[str, str]) -> str:
     """The form of the first record that can be read."""
     for piece in (piece for file in files for piece in file.pieces):
-        for number, raw in records.read(piece):
+        for _, raw in records.read(piece):
             try:
-                where = f"{piece.path}:{number}"
-                return form_of(parse_line(where, raw) if isinstance(raw, bytes) else raw, names)
+                return form_of(records.parse(raw), names)
             except ValueError:  # refused or skipped when its turn comes
                 continue
     return "sft"

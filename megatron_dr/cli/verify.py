@@ -84,7 +84,7 @@ def logits(args: argparse.Namespace, export: from_megatron.Export) -> tuple[floa
     from megatron_dr.mcore import hf_model
 
     hf_model.initialize(args.tp, args.pp)
-    rows = export.reader.tensors["embedding.word_embeddings.weight"][0][0]
+    rows = export.reader.tensors["embedding.word_embeddings.weight"].size[0]
     gpt = hf_model.build(export.model, rows, export.adapters)
     hf_model.load(gpt, export.reader.folder)
     found = hf_model.logits(gpt, tokens)

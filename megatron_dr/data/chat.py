@@ -45,18 +45,14 @@ class Chat:
         Raises:
             ValueError: no assistant turn, or a template that can't be followed.
         """
-        if not any(m.get("role") == "assistant" for m in messages[given:]):
+        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
+        trained = [i for i in turns if i >= given]
+        if not trained:
             raise ValueError("no message of the assistant to train on.")
         if self.marked:
-            skipped = sum(m.get("role") == "assistant" for m in messages[:given])
-            return self._encode_marked(messages, tools, skipped)
+            return self._encode_marked(messages, tools, skipped=len(turns) - len(trained))
         text = self._render(messages, tools)
-        spans = [
-            self._span(messages, i, tools, text)
-            for i in range(given, len(messages))
-            if messages[i].get("role") == "assistant"
-        ]
-        return self._tokens(text, spans)
+        return self._tokens(text, [self._span(messages, i, tools, text) for i in trained])
 
     def prompt(self, messages: list[Message], tools: Any = None) -> np.ndarray:
         """Tokens after which the assistant is to answer; int32 [length]."""
@@ -64,22 +60,16 @@ class Chat:
         return np.asarray(self._ids(text), np.int32)
 
     def _render(self, messages: list[Message], tools: Any, prompt: bool = False) -> str:
+        return str(self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt))
+
+    def _apply(self, messages: list[Message], tools: Any, **how: bool) -> Any:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-                )
-            )
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
         except Exception as error:  # whatever a template's own checks raise
             raise ValueError(f"the chat template refuses the messages ({error}).") from None
 
     def _encode_marked(self, messages: list[Message], tools: Any, skipped: int) -> Part:
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except Exception as error:  # as above
-            raise ValueError(f"the chat template refuses the messages ({error}).") from None
+        encoded = self._apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         mask = np.array(encoded["assistant_masks"], np.uint8)
         if not mask.any():
             raise ValueError("the chat template's {% generation %} marks hold no text.")

@@ -2,17 +2,24 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_dr.data.chat import Chat, Message
-from megatron_dr.data.jsonl import Tokenizer, join, prompt_tokens
 from megatron_dr.data.sample import Part, Sample
 
 COLUMNS = ("text", "prompt", "response", "messages", "chosen", "rejected", "answer", "tools")
 # Of a form, what its sequences' files are called after the output's prefix.
 FORMS = {"sft": ("",), "preference": ("_chosen", "_rejected"), "prompts": ("",)}
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer: Megatron's have it."""
+
+    eod: int
+
+    def tokenize(self, text: str) -> list[int]: ...
 
 
 def form_of(names: Iterable[str], columns: dict[str, str]) -> str:
@@ -36,7 +43,7 @@ class Encoder:
         self, form: str, tokenizer: Tokenizer, columns: dict[str, str], chat: Chat | None
     ) -> None:
         self.form, self.tokenizer, self.columns, self.chat = form, tokenizer, columns, chat
-        self.around = set(tokenizer.tokenize(""))
+        self.around = set(tokenizer.tokenize(""))  # what it puts around every text
 
     def __call__(self, record: dict[str, Any]) -> Sample:
         """The sample of a record.
@@ -89,8 +96,7 @@ class Encoder:
             messages = self._messages(record, "prompt")
             ids = self._chat().prompt(messages, record.get(self.columns["tools"]))
         else:
-            text = self._text(record, "prompt")
-            ids = np.asarray(prompt_tokens(self.tokenizer, self.around, text), np.int32)
+            ids = np.asarray(self._tokens(self._text(record, "prompt")), np.int32)
         fields = {"answer": record[self.columns["answer"]]}
         left = {self.columns["prompt"], self.columns["answer"]}
         fields |= {k: v for k, v in record.items() if k not in left | {"answer", "id"}}
@@ -103,8 +109,20 @@ class Encoder:
         return Sample((Part(ids, np.zeros(len(ids), np.uint8)),), fields)
 
     def _pair(self, prompt: str, text: str) -> Part:
-        ids, num_prompt = join(self.tokenizer, self.around, prompt, text)
-        return Part.of(ids, [0] * num_prompt + [1] * (len(ids) - num_prompt))
+        """Prompt, text and end of document; a loss on the last two."""
+        before = self._tokens(prompt) if prompt else []
+        after = self._tokens(text, start=bool(prompt)) + [self.tokenizer.eod]
+        return Part.of(before + after, [0] * len(before) + [1] * len(after))
+
+    def _tokens(self, text: str, start: bool = False) -> list[int]:
+        """Without the tokens in `around` at the end and, if asked for, at the start."""
+        ids = self.tokenizer.tokenize(text)
+        first, last = 0, len(ids)
+        while start and first < last and ids[first] in self.around:
+            first += 1
+        while last > first + 1 and ids[last - 1] in self.around:
+            last -= 1
+        return list(ids[first:last])
 
     def _chat(self) -> Chat:
         if self.chat is None:

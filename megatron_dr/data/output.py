@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,9 +41,6 @@ class Writer:
     parts: tuple[str, ...]
     open_dataset: OpenDataset
     token_type: type
-    sources: list[np.ndarray] = field(default_factory=list)
-    lengths: list[list[np.ndarray]] = field(default_factory=list)
-    with_loss: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.datasets: dict[str, Dataset] = {}
@@ -52,7 +49,9 @@ class Writer:
                 name = self.prefix.name + part + ending
                 path = str(self.folder / f"{name}.bin")
                 self.datasets[part + ending] = self.open_dataset(path, kind)
-        self.lengths = [[] for _ in self.parts]
+        self.sources: list[np.ndarray] = []
+        self.lengths: dict[str, list[np.ndarray]] = {part: [] for part in self.parts}
+        self.with_loss: Counter[str] = Counter()
         self.answers: Any = None
         self.samples = 0
 
@@ -65,7 +64,7 @@ class Writer:
                 self.datasets[part].add_document(ids[where], [int(lengths[n])])
                 self.datasets[part + "_loss_mask"].add_document(mask[where], [int(lengths[n])])
                 self.with_loss[part] += int(mask[where].sum())
-            self.lengths[self.parts.index(part)].append(lengths[chosen])
+            self.lengths[part].append(lengths[chosen])
         lines = shard.lines[chosen]
         self.sources.append(np.stack([np.full_like(lines, file), lines], 1))
         if shard.fields:
@@ -82,7 +81,7 @@ class Writer:
     def statistics(self) -> dict[str, dict[str, int]]:
         """Per sequence of the form: samples, tokens, tokens with a loss, lengths' quantiles."""
         found = {}
-        for part, held in zip(self.parts, self.lengths):
+        for part, held in self.lengths.items():
             lengths = np.concatenate(held)
             found[part.removeprefix("_") or "tokens"] = {
                 "samples": len(lengths),

@@ -1,11 +1,12 @@
-"""Samples packed into sequences of one length: which samples share a pack, and the pack's tensors.
+"""Samples padded to one length, or packed into it: which share a pack, and the pack's tensors.
 
 A sample of k tokens has k - 1 inputs, each with the next token as its label. A pack of length L
 holds samples of at most L inputs together; what is left is padding, a segment of its own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +17,34 @@ from megatron_dr.data.sample import Part
 _OPEN = 32  # packs that a sample is tried in, oldest first: a sample moves by few packs
 
 
-class Parts(Protocol):
-    """Samples by number, each cut to one token more than `sequence_length`."""
+class Padded(ABC):
+    """Samples as padded sequences.
+
+    Attributes:
+        sequence_length: L.
+        pad: token that fills a sequence.
+        attention_mask: give a causal mask [1, L, L] too, True where attention is forbidden.
+        lengths: tokens of each sample, at most L + 1 [n].
+    """
 
     sequence_length: int
     pad: int
+    attention_mask: bool
+    lengths: np.ndarray
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    def part(self, number: int) -> Part: ...
+    @abstractmethod
+    def part(self, number: int) -> Part:
+        """The sample itself, cut to one token more than the sequence."""
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample, at most one more than `sequence_length` [n]."""
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """tokens, labels, loss_mask, position_ids, each [L], padded on the right."""
+        sample = padded(self.part(number), self.sequence_length, self.pad)
+        if self.attention_mask:
+            sample["attention_mask"] = causal_mask(self.sequence_length)
+        return sample
 
 
 def first_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -99,11 +115,11 @@ class PackedSamples:
         numbers: of the samples that take part; None: all.
     """
 
-    def __init__(self, parts: Parts, seed: int, numbers: np.ndarray | None = None) -> None:
+    def __init__(self, parts: Padded, seed: int, numbers: np.ndarray | None = None) -> None:
         self.parts = parts
         self.numbers = np.arange(len(parts)) if numbers is None else numbers
-        lengths = num_inputs(parts.lengths[self.numbers])
-        self.order = PackOrder(lengths, parts.sequence_length, seed)
+        inputs = np.maximum(parts.lengths[self.numbers] - 1, 1)  # the last token is a label only
+        self.order = PackOrder(inputs, parts.sequence_length, seed)
 
     def __len__(self) -> int:
         """Packs of the first epoch."""
@@ -112,12 +128,6 @@ class PackedSamples:
     def __getitem__(self, places: np.ndarray) -> dict[str, torch.Tensor]:
         found = [self.parts.part(int(self.numbers[place])) for place in places]
         return pack(found, self.parts.sequence_length, self.parts.pad)
-
-
-def num_inputs(tokens: np.ndarray) -> np.ndarray:
-    """Inputs of samples of so many tokens: the last one is a label only."""
-    inputs: np.ndarray = np.maximum(tokens - 1, 1)
-    return inputs
 
 
 def padded(part: Part, length: int, pad: int) -> dict[str, torch.Tensor]:
@@ -133,6 +143,11 @@ def padded(part: Part, length: int, pad: int) -> dict[str, torch.Tensor]:
         "loss_mask": torch.from_numpy(loss_mask),
         "position_ids": torch.arange(length),
     }
+
+
+def causal_mask(length: int) -> torch.Tensor:
+    """[1, length, length], True where attention is forbidden."""
+    return torch.ones(1, length, length, dtype=torch.bool).triu(1)
 
 
 def pack(parts: Sequence[Part], length: int, pad: int) -> dict[str, Any]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_dr.data import records
 from megatron_dr.data.chat import Chat
-from megatron_dr.data.encode import COLUMNS, Encoder
-from megatron_dr.data.file_samples import causal_mask, read
-from megatron_dr.data.jsonl import Tokenizer
-from megatron_dr.data.packing import padded
+from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
+from megatron_dr.data.file_samples import read
+from megatron_dr.data.packing import causal_mask, padded
 from megatron_dr.data.sample import Part
 
 Pair = tuple[Part, Part]  # chosen, rejected
@@ -115,7 +114,9 @@ class FilePairs(Pairs):
         self._origins: list[str] = []
         encoder = Encoder("preference", tokenizer, dict(zip(COLUMNS, COLUMNS)), chat)
         for where, record in read(path):
-            self._pairs.append(_encoded(encoder, where, record))
+            with records.at(where):
+                chosen, rejected = encoder(record).parts
+            self._pairs.append((chosen, rejected))
             self._origins.append(where)
         super().__init__(path, sequence_length, tokenizer.eod, attention_mask)
 
@@ -127,11 +128,3 @@ class FilePairs(Pairs):
 
     def origin(self, number: int) -> str:
         return self._origins[number]
-
-
-def _encoded(encoder: Encoder, where: str, record: dict[str, Any]) -> Pair:
-    try:
-        chosen, rejected = encoder(record).parts
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return chosen, rejected

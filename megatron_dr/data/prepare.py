@@ -77,8 +77,8 @@ def prepare(
     job: Job,
     open_dataset: OpenDataset,
     token_type: type,
-    workers: int = 1,
-    progress: Callable[[int], None] = lambda records: None,
+    workers: int,
+    progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Write the outputs; the manifests. What an earlier run finished is not done again.
 
@@ -96,10 +96,10 @@ def prepare(
     if not plan.exists():
         shutil.rmtree(job.partial, ignore_errors=True)  # shards without a plan say nothing
         job.partial.mkdir(parents=True)
-        _write(plan, job.description())
+        shards.write_whole(plan, json.dumps(job.description()).encode())
     pieces = [piece for file in job.files for piece in file.pieces]
     missing = [n for n in range(len(pieces)) if not _shard(job, n).exists()]
-    progress(sum(p.count for n, p in enumerate(pieces) if n not in set(missing)))
+    progress(sum(p.count for p in pieces) - sum(pieces[n].count for n in missing))
     for piece in _worked(job, [(n, pieces[n]) for n in missing], workers):
         progress(piece.count)
     manifests = _merge(job, pieces, open_dataset, token_type)
@@ -118,12 +118,12 @@ def check_earlier(job: Job) -> list[dict[str, Any]]:
     if plan.exists():
         _refuse_changes(plan, json.loads(plan.read_text(encoding="utf-8")), wanted)
         return []
-    manifests = [path.with_name(path.name + ".json") for path in job.outputs]
-    for path in manifests:
-        if path.exists():
-            _refuse_changes(path, json.loads(path.read_text(encoding="utf-8")), wanted)
-    if all(path.exists() for path in manifests):
-        return [json.loads(path.read_text(encoding="utf-8")) for path in manifests]
+    paths = [path.with_name(path.name + ".json") for path in job.outputs]
+    found = {p: json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()}
+    for path, manifest in found.items():
+        _refuse_changes(path, manifest, wanted)
+    if len(found) == len(paths):
+        return list(found.values())
     for output in job.outputs:
         for part in FORMS[job.encoder.form]:
             path = output.with_name(output.name + part + ".bin")
@@ -166,11 +166,8 @@ def _shard(job: Job, number: int) -> Path:
 
 def _worked(job: Job, todo: list[tuple[int, Piece]], workers: int) -> Iterator[Piece]:
     """Work the pieces through and save their shards; pieces, as they are done, in order."""
-    one = partial(_work_one, job)
     if workers == 1 or len(todo) < 2:
-        for item in todo:
-            one(item)
-            yield item[1]
+        yield from map(partial(_work_one, job), todo)
         return
     # Forked, the workers have the tokenizer at once; the tokenizers library's own threads, which
     # a fork would lose, are off.
@@ -208,13 +205,13 @@ def _end_with_parent(job: Job) -> None:
 
 def _work_in_worker(item: tuple[int, Piece]) -> Piece:
     assert _job is not None
-    _work_one(_job, item)
-    return item[1]
+    return _work_one(_job, item)
 
 
-def _work_one(job: Job, item: tuple[int, Piece]) -> None:
+def _work_one(job: Job, item: tuple[int, Piece]) -> Piece:
     number, piece = item
     shards.work(piece, job.encoder, job.rules).save(_shard(job, number))
+    return piece
 
 
 def _merge(
@@ -250,9 +247,3 @@ def _merge(
     shared = {"counts": dict(sorted(counts.items())), "duplicates": duplicates}
     manifest = job.description() | shared | {"bad_lines": bad_lines}
     return [writer.finish(manifest) for writer in writers]
-
-
-def _write(path: Path, value: Any) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(unfinished, path)

@@ -1,14 +1,16 @@
 """Input files as pieces of records: JSONL, Parquet, and Hugging Face datasets on disk."""
 
 import hashlib
+import itertools
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
-_NEEDS = "{} needs pyarrow: pip install 'megatron_dr[data]'."
 
 
 @dataclass(frozen=True)
@@ -99,17 +101,17 @@ def inspect(number: int, path: str, piece_size: int) -> InputFile:
 
 def _table_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
     """Of Parquet its row groups, of Arrow so many rows."""
+    table = _open(path)
     if path.endswith(".parquet"):
-        metadata = _parquet(path).metadata
+        metadata = table.metadata
         counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
     else:
-        rows = len(_arrow(path))
-        counts = [min(piece_size, rows - start) for start in range(0, rows, piece_size)]
-    pieces, first = [], 1
-    for group, count in enumerate(counts):
-        pieces.append(Piece(number, path, first, count, group))
-        first += count
-    return pieces
+        counts = [min(piece_size, len(table) - n) for n in range(0, len(table), piece_size)]
+    firsts = itertools.accumulate(counts, initial=1)
+    return [
+        Piece(number, path, first, count, group)
+        for group, (first, count) in enumerate(zip(firsts, counts))
+    ]
 
 
 def _inspect_jsonl(number: int, path: str, piece_size: int) -> InputFile:
@@ -136,20 +138,16 @@ def read(piece: Piece) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     if piece.path.endswith(".jsonl"):
         with open(piece.path, "rb") as file:
             file.seek(piece.offset)
-            for number in range(piece.first, piece.first + piece.count):
-                raw = file.readline()
-                if raw.strip():
-                    yield number, raw
+            lines = enumerate(itertools.islice(file, piece.count), piece.first)
+            yield from ((number, raw) for number, raw in lines if raw.strip())
         return
+    table = _open(piece.path)
     if piece.path.endswith(".parquet"):
-        batches = _parquet(piece.path).iter_batches(1024, row_groups=[piece.offset])
+        batches = table.iter_batches(1024, row_groups=[piece.offset])
     else:
-        batches = _arrow(piece.path).slice(piece.first - 1, piece.count).to_batches(1024)
-    number = piece.first
-    for batch in batches:
-        for row in batch.to_pylist():
-            yield number, _without_nulls(row)
-            number += 1
+        batches = table.slice(piece.first - 1, piece.count).to_batches(1024)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from enumerate(map(_without_nulls, rows), piece.first)
 
 
 def read_file(path: str) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
@@ -158,12 +156,37 @@ def read_file(path: str) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     Raises:
         ValueError: a file that pyarrow can't read.
     """
-    if path.endswith(".jsonl"):
-        with open(path, "rb") as file:
-            yield from ((number, raw) for number, raw in enumerate(file, 1) if raw.strip())
-        return
-    for piece in _table_pieces(0, path, 1 << 20):
+    pieces = [Piece(0, path, 1, sys.maxsize, 0)]
+    if not path.endswith(".jsonl"):
+        pieces = _table_pieces(0, path, 1 << 20)
+    for piece in pieces:
         yield from read(piece)
+
+
+def parse(raw: bytes | dict[str, Any]) -> dict[str, Any]:
+    """The record of a row or of a line of JSONL; ValueError if it is none."""
+    if isinstance(raw, dict):
+        return raw
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason}).") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:  # a huge number, deep nesting
+        raise ValueError(f"JSON that can't be read ({error}).") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a line must be a JSON object, not {type(record).__name__}.")
+    return record
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Let the sentence of a ValueError begin with the place of the record."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _without_nulls(value: Any) -> Any:
@@ -174,25 +197,18 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _parquet(path: str) -> Any:
+def _open(path: str) -> Any:
+    """A Parquet file, or the table of an Arrow stream, mapped into memory."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(_NEEDS.format(path)) from None
+        raise ValueError(f"{path} needs pyarrow: pip install 'megatron_dr[data]'.") from None
+    parquet = path.endswith(".parquet")
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file ({error}).") from None
-
-
-def _arrow(path: str) -> Any:
-    """The table of an Arrow stream, mapped into memory."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise ValueError(_NEEDS.format(path)) from None
-    try:
+        if parquet:
+            return pyarrow.parquet.ParquetFile(path)
         with pyarrow.memory_map(path) as source:
             return pyarrow.ipc.open_stream(source).read_all()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not an Arrow stream ({error}).") from None
+        kind = "a Parquet file" if parquet else "an Arrow stream"
+        raise ValueError(f"{path}: not {kind} ({error}).") from None

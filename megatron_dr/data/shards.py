@@ -4,15 +4,13 @@ import io
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_dr.data import records
 from megatron_dr.data.encode import FORMS, Encoder
-from megatron_dr.data.jsonl import parse_line
 from megatron_dr.data.sample import Sample
 
 SHOWN = 3  # bad lines that a report quotes, per shard
@@ -74,12 +72,12 @@ class Shard:
     lengths: list[np.ndarray]
     lines: np.ndarray
     contents: np.ndarray
-    fields: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    bad_lines: list[str] = field(default_factory=list)
+    fields: list[str]
+    counts: Counter[str]
+    bad_lines: list[str]
 
     def save(self, path: Path) -> None:
-        """Write under another name, then rename: a shard under its name is whole."""
+        """Write it; a shard under its name is whole."""
         arrays = {"lines": self.lines, "contents": self.contents}
         for p in range(len(self.ids)):
             arrays |= {f"ids{p}": self.ids[p], f"mask{p}": self.mask[p]}
@@ -87,9 +85,7 @@ class Shard:
         rest = json.dumps([self.fields, self.counts, self.bad_lines]).encode()
         held = io.BytesIO()
         np.savez(held, rest=np.frombuffer(rest, np.uint8), **arrays)  # type: ignore[arg-type]
-        unfinished = path.with_name(path.name + ".partial")
-        unfinished.write_bytes(held.getvalue())
-        os.replace(unfinished, path)
+        write_whole(path, held.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> "Shard":
@@ -101,6 +97,13 @@ class Shard:
             )
             lines, contents = file["lines"], file["contents"]
         return cls(ids, mask, lengths, lines, contents, fields, Counter(counts), bad)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write under another name, then rename: a file under its name is whole."""
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
 
 
 def work(piece: records.Piece, encoder: Encoder, rules: Rules) -> Shard:
@@ -116,7 +119,8 @@ def work(piece: records.Piece, encoder: Encoder, rules: Rules) -> Shard:
     for number, raw in records.read(piece):
         counts["records"] += 1
         try:
-            sample, note = _sample(raw, f"{piece.path}:{number}", encoder, rules)
+            with records.at(f"{piece.path}:{number}"):
+                sample, note = rules.apply(encoder(records.parse(raw)))
         except ValueError as error:
             if not rules.skip_bad:
                 raise
@@ -140,13 +144,3 @@ def work(piece: records.Piece, encoder: Encoder, rules: Rules) -> Shard:
         counts,
         bad,
     )
-
-
-def _sample(
-    raw: bytes | dict[str, Any], where: str, encoder: Encoder, rules: Rules
-) -> tuple[Sample | None, str]:
-    record = parse_line(where, raw) if isinstance(raw, bytes) else raw
-    try:
-        return rules.apply(encoder(record))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

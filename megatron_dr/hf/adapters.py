@@ -42,9 +42,9 @@ class Adapters:
         ]
 
     def pair(self, tensor: Mapped) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A [r, in] and B [out, r] of a weight, as they were saved; None: it has no adapter."""
+        """A [r, in] and B [out, r] of a tensor, as they were saved; None: it has no adapter."""
         keys = [tensor.key.removesuffix(".weight") + mark for mark in _MARKS]
-        if not all(self.reader.has(key, tensor.index) for key in keys):
+        if len(tensor.shape) != 2 or not all(self.reader.has(k, tensor.index) for k in keys):
             return None
         rows, columns = tensor.shape
         shapes = ((self.rank, columns), (rows, self.rank))
@@ -53,7 +53,7 @@ class Adapters:
 
     def merged(self, tensor: Mapped, weight: torch.Tensor) -> torch.Tensor:
         """W + (alpha / r) B A, computed in fp32 and rounded once to W's type."""
-        pair = self.pair(tensor) if len(tensor.shape) == 2 else None
+        pair = self.pair(tensor)
         if pair is None:
             return weight
         a, b = pair
@@ -62,7 +62,7 @@ class Adapters:
 
     def peft(self, tensor: Mapped) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """A and B of each Hugging Face matrix of a weight, by the module's name."""
-        pair = self.pair(tensor) if len(tensor.shape) == 2 else None
+        pair = self.pair(tensor)
         if pair is None:
             return {}
         a, b = pair
@@ -80,10 +80,9 @@ def find(reader: Reader, alpha: float | None = None) -> Adapters | None:
     Raises:
         ValueError: adapters of several ranks, or an alpha that nobody says.
     """
-    sizes = {size for key, (size, _) in reader.tensors.items() if key.endswith(_MARKS[0])}
-    if not sizes:
+    ranks = {found.size[-2] for key, found in reader.tensors.items() if key.endswith(_MARKS[0])}
+    if not ranks:
         return None
-    ranks = {size[-2] for size in sizes}
     if len(ranks) > 1:
         raise ValueError(f"{reader.folder}: adapters of several ranks, {sorted(ranks)}.")
     arguments = reader.arguments()
@@ -136,10 +135,6 @@ def _config(adapters: Adapters, names: list[str], tensors: list[Mapped]) -> dict
 def _targets(names: list[str], tensors: list[Mapped]) -> list[str]:
     """The ends of the modules' names where every layer has them, else their whole names."""
     ends = {name.rsplit(".", 1)[-1] for name in names}
-    everywhere = [
-        part.name.removesuffix(".weight")
-        for tensor in tensors
-        for part in tensor.parts
-        if part.name.removesuffix(".weight").rsplit(".", 1)[-1] in ends
-    ]
-    return sorted(ends) if set(everywhere) == set(names) else sorted(names)
+    modules = {part.name.removesuffix(".weight") for tensor in tensors for part in tensor.parts}
+    everywhere = {module for module in modules if module.rsplit(".", 1)[-1] in ends}
+    return sorted(ends) if everywhere == set(names) else sorted(names)

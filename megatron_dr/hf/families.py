@@ -57,22 +57,6 @@ def _hidden(model: Model) -> int:
     return model.hidden_size
 
 
-def _ffn(model: Model) -> int:
-    return model.ffn_size
-
-
-def _attention(model: Model) -> int:
-    return model.heads * model.head_size
-
-
-def _head(model: Model) -> int:
-    return model.head_size
-
-
-def _vocabulary(model: Model) -> int:
-    return model.vocabulary
-
-
 def _qkv(model: Model) -> list[tuple[int, int, int]]:
     size, query = model.head_size, model.heads // model.groups * model.head_size
     return [
@@ -91,61 +75,50 @@ def _layer(key: str, *names: str, **more: Any) -> Entry:
     return Entry("decoder.layers." + key, names, stage="layers", **more)
 
 
-def _ends() -> tuple[Entry, ...]:
-    vocabulary = _one(_vocabulary)
-    return (
-        Entry(
-            "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary,
-            _hidden, 0, "first",
-        ),
-        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), _one(_hidden), None, None,
-              "last"),
-        Entry("output_layer.weight", ("lm_head.weight",), vocabulary, _hidden, 0, "last",
-              when=lambda model: not model.tied),
-    )  # fmt: skip
+# What tensors of one kind have in common.
+_NORM: dict[str, Any] = dict(rows=_one(_hidden), columns=None, split=None)
+_QK_NORM: dict[str, Any] = _NORM | dict(rows=_one(lambda m: m.head_size), when=lambda m: m.qk_norm)
+_FC1: dict[str, Any] = dict(rows=_gate_up, columns=_hidden, split=0, stacked=2, extra=True)
+_FC2: dict[str, Any] = dict(rows=_one(_hidden), columns=lambda m: m.ffn_size, split=1, extra=True)
+_VOCABULARY: dict[str, Any] = dict(rows=_one(lambda m: m.vocabulary), columns=_hidden, split=0)
+_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
+_SHARED = (
+    Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), stage="first",
+          **_VOCABULARY),
+    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last", **_NORM),
+    Entry("output_layer.weight", ("lm_head.weight",), stage="last",
+          when=lambda model: not model.tied, **_VOCABULARY),
+    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", **_NORM),
+    _layer("self_attention.linear_qkv.weight", *(f"{p}.weight" for p in _PROJECTIONS),
+           rows=_qkv, columns=_hidden, split=0, extra=True),
+    _layer("self_attention.linear_qkv.bias", *(f"{p}.bias" for p in _PROJECTIONS),
+           rows=_qkv, columns=None, split=0, when=lambda model: model.qkv_bias),
+    _layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", **_QK_NORM),
+    _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", **_QK_NORM),
+    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight",
+           rows=_one(_hidden), columns=lambda m: m.heads * m.head_size, split=1, extra=True),
+)  # fmt: skip
 
-def _attention_entries() -> tuple[Entry, ...]:
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    qk_norm = dict(rows=_one(_head), columns=None, split=None, when=lambda m: m.qk_norm)
-    return (
-        _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight",
-               rows=_one(_hidden), columns=None, split=None),
-        _layer("self_attention.linear_qkv.weight", *(f"{p}.weight" for p in projections),
-               rows=_qkv, columns=_hidden, split=0, extra=True),
-        _layer("self_attention.linear_qkv.bias", *(f"{p}.bias" for p in projections),
-               rows=_qkv, columns=None, split=0, when=lambda model: model.qkv_bias),
-        _layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", **qk_norm),
-        _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", **qk_norm),
-        _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight",
-               rows=_one(_hidden), columns=_attention, split=1, extra=True),
-    )  # fmt: skip
-
-
-def _dense() -> tuple[Entry, ...]:
-    return (
-        _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight",
-               rows=_one(_hidden), columns=None, split=None),
-        _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
-               rows=_gate_up, columns=_hidden, split=0, stacked=2, extra=True),
-        _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight",
-               rows=_one(_hidden), columns=_ffn, split=1, extra=True),
-    )  # fmt: skip
+_DENSE = (
+    *_SHARED,
+    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", **_NORM),
+    _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", **_FC1),
+    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", **_FC2),
+)
 
 
 def _moe(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
     expert = f"{block}.experts.{{expert}}"
     return (
-        _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight",
-               rows=_one(_hidden), columns=None, split=None,
+        *_SHARED,
+        _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", **_NORM,
                alias="decoder.layers.mlp.linear_fc1.layer_norm_weight"),
         _layer("mlp.router.weight", f"{block}.gate.weight",
                rows=_one(lambda m: m.experts), columns=_hidden, split=None),
         _layer("mlp.experts.experts.linear_fc1.weight", f"{expert}.{gate}.weight",
-               f"{expert}.{up}.weight", rows=_gate_up, columns=_hidden, split=0, stacked=2,
-               extra=True),
-        _layer("mlp.experts.experts.linear_fc2.weight", f"{expert}.{down}.weight",
-               rows=_one(_hidden), columns=_ffn, split=1, extra=True),
+               f"{expert}.{up}.weight", **_FC1),
+        _layer("mlp.experts.experts.linear_fc2.weight", f"{expert}.{down}.weight", **_FC2),
     )  # fmt: skip
 
 
@@ -174,7 +147,6 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-_DENSE = (*_ends(), *_attention_entries(), *_dense())
 _NO_BIAS = {"attention_bias": False}  # Megatron can't have it without biases in the MLP
 
 FAMILIES = {
@@ -186,13 +158,11 @@ FAMILIES = {
         Family("Qwen3ForCausalLM", _DENSE, qk_norm=True, head_size=128, window_switch=True,
                fixed=_NO_BIAS),
         Family(
-            "MixtralForCausalLM",
-            (*_ends(), *_attention_entries(), *_moe("block_sparse_moe", "w1", "w3", "w2")),
+            "MixtralForCausalLM", _moe("block_sparse_moe", "w1", "w3", "w2"),
             rope_base=1e6, experts_key="num_local_experts",
         ),
         Family(
-            "Qwen3MoeForCausalLM",
-            (*_ends(), *_attention_entries(), *_moe("mlp", "gate_proj", "up_proj", "down_proj")),
+            "Qwen3MoeForCausalLM", _moe("mlp", "gate_proj", "up_proj", "down_proj"),
             qk_norm=True, window_switch=True, ffn_key="moe_intermediate_size",
             experts_key="num_experts", fixed=_NO_BIAS,
         ),

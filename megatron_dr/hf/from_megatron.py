@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_dr.hf import adapters, assets
 from megatron_dr.hf.adapters import Adapters
 from megatron_dr.hf.config import check_agreement, parse, read_config
-from megatron_dr.hf.mapping import Mapped, hf_shapes, mapped_tensors, split
+from megatron_dr.hf.mapping import Mapped, check_shapes, hf_shapes, mapped_tensors, split
 from megatron_dr.hf.model import Model
 from megatron_dr.hf.output import complete, rank, wait
 from megatron_dr.hf.torch_dist import Reader
@@ -105,28 +105,21 @@ def plan(
     embedding = "embedding.word_embeddings.weight"
     if embedding not in found:
         raise ValueError(f"{reader.folder}: tensor {embedding} is missing.")
-    rows = found[embedding][0][0]
+    rows = found[embedding].size[0]
     if rows < model.vocabulary:
         raise ValueError(
             f"{reader.folder}: the embedding has {rows} rows, but config.json {model.vocabulary}; "
             "train with the --padded-vocab-size that the conversion wrote."
         )
     tensors = mapped_tensors(model, rows)
-    _check(reader.folder, tensors, {key: size for key, (size, _) in found.items()})
-    dtype = dtype or found[embedding][1]
+    _check(reader.folder, tensors, {key: tuple(stored.size) for key, stored in found.items()})
+    dtype = dtype or found[embedding].properties.dtype
     files = _files(tensors, dtype.itemsize, file_size)
     return Export(reader, model, folder, dtype, files, adapters.find(reader, lora_alpha))
 
 
 def _check(folder: Path, tensors: list[Mapped], found: dict[str, tuple[int, ...]]) -> None:
-    for tensor in tensors:
-        key, size = _found(tensor, found), (*tensor.counts, *tensor.shape)
-        if key not in found:
-            raise ValueError(f"{folder}: tensor {key} is missing.")
-        if found[key] != size:
-            raise ValueError(
-                f"{folder}: {key} has shape {list(found[key])}, but config.json means {list(size)}."
-            )
+    check_shapes(folder, {_found(t, found): (*t.counts, *t.shape) for t in tensors}, found)
     known = {key for tensor in tensors for key in tensor.keys}
     known |= {key.removesuffix("weight") + f"{name}.weight" for key in known for name in _LORA}
     for key in found:

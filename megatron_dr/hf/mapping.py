@@ -6,6 +6,7 @@ Megatron's vocabulary beyond the model's own are zero on the way there and left 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -120,6 +121,24 @@ def hf_shapes(tensors: list[Mapped]) -> dict[str, tuple[int, ...]]:
             rows[part.name] = max(rows.get(part.name, 0), part.start + part.length)
             columns[part.name] = tensor.shape[1:]
     return {name: (rows[name], *columns[name]) for name in rows}
+
+
+def check_shapes(
+    folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> None:
+    """That a checkpoint has the expected tensors, of their shapes.
+
+    Raises:
+        ValueError: the first tensor that is missing or of another shape.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{folder}: tensor {name} is missing.")
+        if found[name] != shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {list(found[name])}, but config.json means "
+                f"{list(shape)}."
+            )
 
 
 def take(tensor: Mapped, box: Box, dtype: torch.dtype, read: Read) -> torch.Tensor:

@@ -62,7 +62,6 @@ def read_rope(config: Mapping[str, Any], default_base: float) -> Rope:
     """
     found = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     kind = str(found.pop("rope_type", found.pop("type", "default")))
-    found.pop("type", None)
     base = found.pop("rope_theta", config.get("rope_theta") or default_base)
     partial = found.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megatron_dr.hf.mapping import Box
+from megatron_dr.hf.mapping import Box, check_shapes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # buffers that some checkpoints carry and config.json says as well
@@ -65,19 +65,12 @@ class Source:
                 self.files[file] = safe_open(path, "pt")
         return self.files[file]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name."""
-        return {name: self._about(name)[0] for name in self.places}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor.
+    def about(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor.
 
         Raises:
             ValueError: a quantised or integer tensor.
         """
-        return self._about(name)[1]
-
-    def _about(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         file = self._open(self.places[name])
         if self.pickled:
             return tuple(file[name].shape), file[name].dtype
@@ -102,29 +95,21 @@ def check_tensors(expected: dict[str, tuple[int, ...]], source: Source, tied: bo
     Raises:
         ValueError: the first tensor that is missing, unknown, or of another shape.
     """
-    found = source.shapes()
-    for name, shape in expected.items():
-        if name not in found:
-            raise ValueError(f"{source.folder}: tensor {name} is missing.")
-        if found[name] != shape:
-            raise ValueError(
-                f"{source.folder}: {name} has shape {list(found[name])}, but config.json means "
-                f"{list(shape)}."
-            )
-    for name in found:
-        if name in expected:
-            continue
+    found = {name: source.about(name)[0] for name in source.places}
+    check_shapes(source.folder, expected, found)
+    for name in (name for name in found if name not in expected):
         if not (tied and name == "lm_head.weight"):
             raise ValueError(f"{source.folder}: tensor {name} is unknown to this architecture.")
-        _check_tied(source, found[name])
+        _check_tied(source)
 
 
-def _check_tied(source: Source, shape: tuple[int, ...]) -> None:
-    same = "model.embed_tokens.weight"
-    if source.shapes()[same] == shape:
+def _check_tied(source: Source) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    shape, other = (source.about(name)[0] for name in names)
+    if shape == other:
         rows = range(0, shape[0], 4096)
         boxes = [((row, min(row + 4096, shape[0])), (0, shape[1])) for row in rows]
-        if all(source.read(same, b).equal(source.read("lm_head.weight", b)) for b in boxes):
+        if all(torch.equal(*(source.read(name, box) for name in names)) for box in boxes):
             return
     raise ValueError(
         f"{source.folder}: config.json ties the output layer to the embedding, but lm_head.weight "

@@ -40,12 +40,12 @@ class Layout:
         Raises:
             ValueError: the model can't be divided so.
         """
-        for size, count, what in (
-            (self.pp, model.layers, "layers"), (self.ep, model.experts or 1, "experts"),
-            (self.tp, model.heads, "heads"),
-        ):  # fmt: skip
+        for flag, size, count, what in (
+            ("--pp", self.pp, model.layers, "layers"),
+            ("--ep", self.ep, model.experts or 1, "experts"),
+            ("--tp", self.tp, model.heads, "heads"),
+        ):
             if size < 1 or count % size:
-                flag = {"layers": "--pp", "experts": "--ep", "heads": "--tp"}[what]
                 raise ValueError(f"{count} {what} can't be divided into {flag} {size}.")
 
     def shards(self) -> list[Shard]:
@@ -73,11 +73,12 @@ class Plan:
     vocabulary: int
     tensors: list[Mapped]
 
+    def _held(self, shard: Shard) -> list[Mapped]:
+        return [t for t in self.tensors if self.layout.holds(t, self.model, shard)]
+
     def pieces(self, shard: Shard) -> Iterator[Piece]:
         """What one shard writes."""
-        for tensor in self.tensors:
-            if not self.layout.holds(tensor, self.model, shard):
-                continue
+        for tensor in self._held(shard):
             boxes = tensor.shards(shard[1], self.layout.tp)
             for key, box in itertools.product(tensor.keys, boxes):
                 ones = [1] * len(tensor.index)
@@ -96,10 +97,8 @@ class Plan:
             torch_dist.object_key(
                 tensor.key.removesuffix("weight") + "_extra_state", tensor.index, tensor.counts
             ): None
-            for tensor in self.tensors
-            if tensor.entry.extra
-            and shard[1] == 0
-            and self.layout.holds(tensor, self.model, shard)
+            for tensor in self._held(shard)
+            if tensor.entry.extra and shard[1] == 0
         }
 
     def describe(self, processes: int) -> str:
@@ -150,7 +149,7 @@ def plan(
     check_tensors(hf_shapes(tensors), source, model.tied)
     for tensor in tensors:
         tensor.shards(0, layout.tp)
-    dtypes = {source.dtype(name) for name in source.places}
+    dtypes = {source.about(name)[1] for name in source.places}
     if dtype is None and len(dtypes) > 1:
         names = ", ".join(sorted(str(found)[6:] for found in dtypes))
         raise ValueError(f"{folder}: tensors are {names}; choose one with --dtype.")

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
@@ -33,8 +35,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
-    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
@@ -42,10 +42,11 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from megatron_dr.hf.output import rank
 
 COMMON = "common_state/shard_0_1"
 
@@ -114,8 +115,7 @@ def write(folder: Path, pieces: list[Piece], objects: dict[str, Any], common: An
 
     `common`: Megatron's common state, written by the first process.
     """
-    distributed = dist.is_initialized()
-    first = not distributed or dist.get_rank() == 0
+    first = rank()[0] == 0
     planner = _SavePlanner(pieces, {COMMON: common, **objects} if first else objects)
     save({}, storage_writer=_Writer(folder), planner=planner)
     if first:
@@ -146,85 +146,59 @@ class _Writer(FileSystemWriter):
         return future
 
 
-class _LoadPlanner(LoadPlanner):
-    """One box of one tensor, or one object."""
+class _Into(DefaultLoadPlanner):
+    """Puts all that is read into one tensor."""
 
-    def __init__(self, key: str, offset: tuple[int, ...], out: torch.Tensor) -> None:
-        self.key, self.offset, self.out = key, offset, out
+    def __init__(self, out: torch.Tensor) -> None:
+        super().__init__()
+        self.out = out
 
-    def set_up_planner(
-        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        assert metadata is not None
-        found = metadata.state_dict_metadata[self.key]
-        assert isinstance(found, TensorStorageMetadata)
-        self.found = found
-
-    def create_local_plan(self) -> LoadPlan:
-        box = ChunkStorageMetadata(torch.Size(self.offset), self.out.shape)
-        return LoadPlan(create_read_items_for_chunk_list(self.key, self.found, [box]))
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError("a tensor has no bytes")
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        place = zip(read_item.dest_offsets, read_item.lengths)
-        return self.out[tuple(slice(start, start + length) for start, length in place)]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass  # read in place
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.out
 
 
 class Reader:
     """A torch_dist checkpoint, read tensor by tensor by this process alone.
 
     Attributes:
-        tensors: sizes and dtypes of all tensors by key, the optimizer's too.
+        tensors: what is stored of all tensors by key, the optimizer's too.
     """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / ".metadata").exists() or not (folder / "metadata.json").exists():
             raise ValueError(f"{folder}: no torch_dist checkpoint.")
         self.folder = folder
-        self.metadata = _Storage(folder).read_metadata()
+        self.storage = FileSystemReader(folder)
+        self.metadata = self.storage.read_metadata()
+        self.storage.set_up_storage_reader(self.metadata, is_coordinator=True)
         self.tensors = {
-            key: (tuple(found.size), found.properties.dtype)
+            key: found
             for key, found in self.metadata.state_dict_metadata.items()
             if isinstance(found, TensorStorageMetadata)
         }
 
     def has(self, key: str, index: tuple[int, ...]) -> bool:
         """Whether there is anything of a tensor at place `index` on the axes in front of it."""
-        if key not in self.tensors:
-            return False
-        found = self.metadata.state_dict_metadata[key]
-        assert isinstance(found, TensorStorageMetadata)
-        return any(
+        return key in self.tensors and any(
             all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes))
-            for chunk in found.chunks
+            for chunk in self.tensors[key].chunks
         )
 
     def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor [shape] at place `index` on the axes in front of it."""
-        dtype = self.tensors[key][1]
-        out = torch.empty((*[1] * len(index), *shape), dtype=dtype)
-        planner = _LoadPlanner(key, (*index, *[0] * len(shape)), out)
-        storage = _Storage(self.folder, self.metadata)
-        load({}, storage_reader=storage, planner=planner, no_dist=True)
+        found = self.tensors[key]
+        out = torch.empty((*[1] * len(index), *shape), dtype=found.properties.dtype)
+        box = ChunkStorageMetadata(torch.Size((*index, *[0] * len(shape))), out.shape)
+        items = create_read_items_for_chunk_list(key, found, [box])
+        self.storage.read_data(LoadPlan(items), _Into(out)).wait()
         return out.view(shape)
 
     def common(self) -> dict[str, Any]:
         """Megatron's common state: `args`, `iteration`, ..."""
-        if (self.folder / "common.pt").exists():  # before megatron.core 0.19
-            path = self.folder / "common.pt"
+        path = self.folder / "common.pt"
+        if path.exists():  # before megatron.core 0.19
             return dict(torch.load(path, weights_only=False, pickle_module=_Lenient))
-        place = self.metadata.storage_data[MetadataIndex(COMMON)]
+        place = self.storage.storage_data[MetadataIndex(COMMON)]
         with open(self.folder / place.relative_path, "rb") as file:
             file.seek(place.offset)
             data = io.BytesIO(file.read(place.length))
@@ -233,17 +207,6 @@ class Reader:
     def arguments(self) -> dict[str, Any]:
         """Megatron's arguments by name; empty if it was saved without."""
         return dict(vars(self.common().get("args", argparse.Namespace())))
-
-
-class _Storage(FileSystemReader):
-    """A reader that reads the metadata once."""
-
-    def __init__(self, folder: Path, metadata: Metadata | None = None) -> None:
-        super().__init__(folder)
-        self.known = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.known or super().read_metadata(*args, **kwargs)
 
 
 class _Unknown:

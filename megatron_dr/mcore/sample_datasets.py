@@ -15,9 +15,9 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_dr.data.chat import Chat
-from megatron_dr.data.file_samples import FileSamples, Padded
+from megatron_dr.data.file_samples import FileSamples
 from megatron_dr.data.order import EpochOrder
-from megatron_dr.data.packing import PackedSamples
+from megatron_dr.data.packing import PackedSamples, Padded
 from megatron_dr.data.records import SUFFIXES
 from megatron_dr.data.sample import Part
 from megatron_dr.mcore.say import say

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dr.data.chat import Chat, Message
-from megatron_dr.data.encode import COLUMNS, Encoder
+from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
 from megatron_dr.data.file_samples import read
-from megatron_dr.data.jsonl import Tokenizer
 
 
 @dataclass(frozen=True)

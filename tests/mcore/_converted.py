@@ -73,7 +73,7 @@ def megatron_logits(checkpoint: Path, tp: int, pp: int, config: Path | None = No
     """On a rank: logits on TOKENS, on the last stage."""
     export = from_megatron.plan(checkpoint, config)
     hf_model.initialize(tp, pp)
-    rows = export.reader.tensors["embedding.word_embeddings.weight"][0][0]
+    rows = export.reader.tensors["embedding.word_embeddings.weight"].size[0]
     gpt = hf_model.build(export.model, rows, export.adapters)
     hf_model.load(gpt, export.reader.folder)
     found = hf_model.logits(gpt, TOKENS)
