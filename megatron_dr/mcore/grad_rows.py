@@ -13,6 +13,7 @@ microbatch runs.
 Legend: B blocks, L = S + target buffers of this rank, N elements, K sketch size.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +76,6 @@ class GradRows:
         ]
 
     @property
-    def target(self) -> int:
-        """The number of the target's first buffer."""
-        return self.num_slots
-
-    @property
     def num_local(self) -> int:
         """L: buffers of this rank."""
         return self.num_slots + self.num_targets
@@ -92,7 +88,8 @@ class GradRows:
     @property
     def target_bytes(self) -> int:
         """Bytes of the target's buffers, allocated with the first target batch."""
-        return self.num_targets * sum(b.grad_data.nbytes for b in self.buffers)
+        each: int = sum(b.grad_data.nbytes for b in self.buffers)
+        return self.num_targets * each
 
     @property
     def device(self) -> torch.device:
@@ -187,13 +184,7 @@ class GradRows:
     def spans(self, blocks: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
         """(buffer, start, stop, block): neighbours of one block are joined, padding included."""
         ordered = sorted(self.pieces, key=lambda p: (p.buffer, p.start))
-        begin = 0
-        for end in range(1, len(ordered) + 1):
-            first = ordered[begin]
-            if end < len(ordered):
-                here = ordered[end]
-                same = (here.buffer, blocks[here.number]) == (first.buffer, blocks[first.number])
-                if same:
-                    continue
-            yield first.buffer, first.start, ordered[end - 1].stop, blocks[first.number]
-            begin = end
+        alike = itertools.groupby(ordered, lambda p: (p.buffer, blocks[p.number]))
+        for (buffer, block), run in alike:
+            pieces = list(run)
+            yield buffer, pieces[0].start, pieces[-1].stop, block
