@@ -88,11 +88,13 @@ class SamplePath:
 
     # -- what the taps call ----------------------------------------------------------------------
     def covers(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the parameter is trained."""
         return id(parameter) in self._covered
 
     def linear(
         self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
     ) -> per_sample.Weighted | None:
+        """The weight gradient's operands, or None for no gradient now."""
         x_LNI, dy_LNO = self._split(parameter, x_LNI), self._split(parameter, dy_LNO)
         decided = self._decide(parameter, (x_LNI.detach(), dy_LNO))
         if decided is None:
@@ -101,12 +103,14 @@ class SamplePath:
             return weighted(self.dr, x_LNI, dy_LNO, decided[0], self._merged, self._alpha)
 
     def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
+        """The gradient [H] of the samples' g_NH, or None for no gradient now."""
         decided = self._decide(parameter, (g_NH, None))
         return None if decided is None else decided[0].to(g_NH) @ g_NH
 
     def embedding(
         self, parameter: torch.nn.Parameter, x_LNH: torch.Tensor, index_LN: torch.Tensor
     ) -> torch.Tensor | None:
+        """The gradient [V, H] of rows index, or None for no gradient now."""
         x_LNH, index_LN = self._split(parameter, x_LNH), self._split(parameter, index_LN, -1)
         decided = self._decide(parameter, (x_LNH, index_LN))
         if decided is None:
