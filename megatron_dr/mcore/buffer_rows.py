@@ -74,7 +74,7 @@ class BufferRows:
     def target_due(self, steps: int) -> bool:
         return True
 
-    def check_batch(self, num_general: int, num_target: int, steps: int) -> None:
+    def check_batch(self, num_general: int, num_target: int) -> None:
         row_groups.check_batch(self.dr, self.layout.row_map, num_general, num_target)
 
     def passes(self, call: Call, log: StepLog) -> Passes:

@@ -55,8 +55,8 @@ class Rows(Protocol):
     device: torch.device
     hold: bool
 
-    def check_batch(self, num_general: int, num_target: int, steps: int) -> None:
-        """Raise ValueError where a step's microbatches can't make what the set needs."""
+    def check_batch(self, num_general: int, num_target: int) -> None:
+        """Raise ValueError where a step's microbatches can't make the rows."""
 
     def target_due(self, steps: int) -> bool:
         """Whether the next step, after so many, needs target microbatches."""

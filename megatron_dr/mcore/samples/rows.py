@@ -85,8 +85,12 @@ class LayerRows:
         """Every `target_refresh` steps, and after a resume."""
         return steps % self.dr.target_refresh == 0 or not self.path.targets.known
 
-    def check_batch(self, num_general: int, num_target: int, steps: int) -> None:
-        support.check_batch(self.dr, num_general, num_target, not self.target_due(steps))
+    def check_batch(self, num_general: int, num_target: int) -> None:
+        if self.dr.target_pass == "merged" and num_target not in (0, num_general):
+            raise ValueError(
+                f"--dr-target-pass merged needs as many target microbatches as general ones, not "
+                f"{num_target} and {num_general}: change --dr-target-batch-size."
+            )
 
     def passes(self, call: Call, log: StepLog) -> Passes:
         self.restore()
@@ -147,20 +151,19 @@ class _Step:
 
     def immediate(self, log: StepLog) -> Pass:
         """Weights inside the backward."""
-        found, batches = self._units(self.own), self.batches
-        scale = [found.scale * s for s in found.row_scale]
+        found = self._units(self.own)
         mode = Immediate(
-            self.dr, self.path.targets, batches.tokens, batches.counts, found.ratio, self.merged,
-            scale, self.alpha, self.rows.thresholds, log,
+            self.dr, self.path.targets, self.batches, found, self.merged, self.alpha,
+            self.rows.thresholds, log,
         )  # fmt: skip
         return self._pass(mode, self.own, self.own > 0, found, _stock)
 
     def deferred(self, log: StepLog) -> Passes:
         """Weights at a call's end: then the kept uses are weighed, or a second call runs."""
-        found, batches, rows = self._units(self.own), self.batches, self.rows
+        found, rows = self._units(self.own), self.rows
         mode = Deferred(
-            self.dr, rows.places, len(rows.names), self.path.targets, batches.tokens,
-            batches.counts, found.ratio, found.row_scale, self.merged, keep=self.dr.passes == 1,
+            self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
+            self.merged, keep=self.dr.passes == 1,
         )  # fmt: skip
 
         def solve(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
