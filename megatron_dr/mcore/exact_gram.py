@@ -44,12 +44,9 @@ class ExactGram:
         for units in self.units.values():
             yield from units
 
+    @meter.part("exchange")
     def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Exchange slices, multiply them, sum the products over all ranks."""
-        with meter.part("exchange"):
-            return self._gram(mix_RP)
-
-    def _gram(self, mix_RP: torch.Tensor) -> Gram:
         num_rows, blocks = len(mix_RP), len(self.layout.names)
         gram_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 1)  # last: what is not finite
         partial: dict[str, list[tuple[int, torch.Tensor]]] = {"tensor": [], "embedding": []}

@@ -21,7 +21,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
@@ -32,6 +31,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dr.lora_config import LoRAConfig
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.ownership import OwnedParameter
 
 NAMES = ("lora_a", "lora_b")
@@ -123,7 +123,7 @@ class AdaptedColumn(Adapted, ColumnParallelLinear):
         return hidden
 
     def lora_whole(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _gather(a, 0, self.tp_group), b
+        return collectives.gathered(a, self.tp_group), b
 
 
 class AdaptedRow(Adapted, RowParallelLinear):
@@ -138,7 +138,7 @@ class AdaptedRow(Adapted, RowParallelLinear):
         return part
 
     def lora_whole(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return a, _gather(b, 1, self.tp_group)
+        return a, collectives.gathered(b.t(), self.tp_group).t().contiguous()
 
 
 KINDS = {ColumnParallelLinear: AdaptedColumn, RowParallelLinear: AdaptedRow}
@@ -203,10 +203,3 @@ def merge(layer: Adapted) -> None:
     for name in (*NAMES, "lora", "lora_gated"):
         delattr(layer, name)
     layer.__class__ = next(kind for kind, adapted in KINDS.items() if type(layer) is adapted)
-
-
-def _gather(shard: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Shards of a tensor-parallel group, concatenated."""
-    parts = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, shard.contiguous(), group=group)
-    return torch.cat(parts, dim)

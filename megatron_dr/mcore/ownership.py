@@ -27,6 +27,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.compat import unwrap
 from megatron_dr.projection import UNPROJECTED, block_of, key_of
 
@@ -198,8 +199,7 @@ def block_names(owned: list[OwnedParameter], kind: str) -> tuple[str, ...]:
 
     One that is not projected is the last.
     """
-    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, [o.name for o in owned])
+    everyone = collectives.of_all_ranks([o.name for o in owned])
     names = {name for part in everyone for name in part}
     blocks = dict.fromkeys(block_of(name, kind) for name in sorted(names, key=_natural))
     return tuple(sorted(blocks, key=lambda name: name == UNPROJECTED))

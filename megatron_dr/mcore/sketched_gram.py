@@ -38,8 +38,7 @@ class SketchedGram:
         )
         with meter.part("sketch"):
             self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
-        with meter.part("exchange"):
-            return self._exchange(local_BLK, mix_RP)
+        return self._exchange(local_BLK, mix_RP)
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """This rank's share of the update into Megatron's buffer."""
@@ -51,6 +50,7 @@ class SketchedGram:
         """Megatron's finalize reduces what was combined."""
         return nullcontext()
 
+    @meter.part("exchange")
     def _exchange(self, local_BLK: torch.Tensor, mix_RP: torch.Tensor) -> Gram:
         """Local sketches -> the gram of all rows on every rank."""
         model_group, data_group = compat.model_group(), compat.data_group()
