@@ -8,6 +8,7 @@ Each replacement says who calls the name and, where the failure is silent, what 
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import os
@@ -80,7 +81,7 @@ def enable() -> None:
 
 def _replace_device() -> None:
     cpu = torch.device("cpu")
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.is_available = lambda: True  # initialize_megatron asserts it
     cuda.device_count = lambda: 1  # 0 skips model-parallel initialisation
     cuda.set_device = lambda device: None  # _initialize_distributed
@@ -95,18 +96,18 @@ def _replace_device() -> None:
     )
     cuda.get_device_name = lambda *args: "cpu"
     # Memory statistics: report_memory, training_log, dist_checkpointing.
-    zero = lambda *args, **kwargs: 0  # noqa: E731
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        setattr(cuda, name, zero)
-    cuda.max_memory_reserved = zero
+    for name in ("allocated", "reserved"):
+        for kind in ("memory", "max_memory"):
+            setattr(cuda, f"{kind}_{name}", lambda *args, **kwargs: 0)
     cuda.reset_peak_memory_stats = lambda *args: None
     cuda.mem_get_info = lambda *args: (1, 1)
-    cuda.memory_stats = lambda *args: _Zeros()
+    cuda.memory_stats = lambda *args: collections.defaultdict(int)
     # The CUDA build's DataLoader asks for a device index when it pins memory.
     if hasattr(torch, "accelerator"):
         torch.accelerator.is_available = lambda: False
     # optimizers and clip_grads compare the type's name with torch.cuda.*Tensor
-    original_type = torch.Tensor.type
+    tensor: Any = torch.Tensor
+    original_type = tensor.type
 
     def type_(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
         if dtype is None:
@@ -115,16 +116,11 @@ def _replace_device() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original_type(self, dtype, **kwargs)
 
-    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    tensor.type = type_
     # rope_utils, get_batch, MoE dispatchers; module moves in get_model
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args: self  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign]
-
-
-class _Zeros(dict[str, int]):
-    def __missing__(self, key: str) -> int:
-        return 0
+    tensor.pin_memory = lambda self, *args: self
 
 
 class _Stream:
@@ -160,16 +156,14 @@ class _Event(_Stream):
 def _replace_streams() -> None:
     """Schedules, DDP's start_grad_sync, MoE dispatchers and timers use streams and events."""
     stream = _Stream()
-    torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
-    torch.cuda.Event = _Event  # type: ignore[misc, assignment]
-    torch.cuda.current_stream = lambda *args: stream
-    torch.cuda.default_stream = lambda *args: stream
-    torch.cuda.set_stream = lambda *args: None
-    torch.cuda.stream = lambda *args: contextlib.nullcontext()
-    torch.cuda.is_current_stream_capturing = lambda: False
-    torch.cuda.nvtx.range_push = lambda *args: None
-    torch.cuda.nvtx.range_pop = lambda *args: None
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *args: stream
+    cuda.set_stream = cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None
+    cuda.stream = lambda *args: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    tensor: Any = torch.Tensor
+    tensor.record_stream = lambda self, stream: None
 
 
 def _replace_factories() -> None:
@@ -192,9 +186,10 @@ def _replace_factories() -> None:
     for name in ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "as_tensor",
                  "zeros_like", "ones_like", "empty_like", "randint", "linspace"):  # fmt: skip
         setattr(torch, name, on_cpu(getattr(torch, name)))
-    original_to = torch.Tensor.to
+    tensor: Any = torch.Tensor
+    original_to = tensor.to
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         args = tuple(
             torch.device("cpu")
             if (isinstance(a, (str, torch.device)) and "cuda" in str(a))
@@ -205,7 +200,7 @@ def _replace_factories() -> None:
             kwargs["device"] = torch.device("cpu")
         return original_to(self, *args, **kwargs)
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
+    tensor.to = to
 
 
 def _replace_process_groups() -> None:
@@ -230,15 +225,13 @@ def _replace_random_state() -> None:
     """
     from megatron.core.tensor_parallel import random as megatron_random
 
-    generator = torch.default_generator
-    torch.cuda.manual_seed = lambda seed: generator.manual_seed(int(seed))
-    torch.cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after its own
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
-    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda: Any = torch.cuda
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after its own
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.random.get_rng_state = megatron_random._get_cuda_rng_state = cuda.get_rng_state
+    cuda.random.set_rng_state = megatron_random._set_cuda_rng_state = cuda.set_rng_state
 
 
 def _replace_moe() -> None:

@@ -125,7 +125,7 @@ class GradRows:
         self._is_bound = row != 0 or chunk is not None
         for number, o in enumerate(self.owned):
             if chunk is None or o.chunk == chunk:
-                o.parameter.main_grad = self.view(row, number)
+                o.parameter.main_grad = self.view(row, number)  # type: ignore[attr-defined]
 
     def end_step(self) -> None:
         """Bind Megatron's own views back. Safe to call twice, also while their memory is freed."""

@@ -46,10 +46,13 @@ class Adapted(torch.nn.Module):
         lora_gated: B's rows are two stacked matrices, gate and up of a gated MLP.
     """
 
-    lora_a: torch.nn.Module
-    lora_b: torch.nn.Module
+    lora_a: ColumnParallelLinear | RowParallelLinear
+    lora_b: ColumnParallelLinear | RowParallelLinear
     lora: LoRAConfig
     lora_gated: bool
+    config: TransformerConfig  # this and the next two are Megatron's layer's own
+    tp_group: collectives.Group
+    weight: torch.nn.Parameter
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         output, bias = super().forward(input_, *args, **kwargs)
@@ -83,7 +86,8 @@ class Adapted(torch.nn.Module):
 
         Gate and up are sharded each by itself, as Megatron's MLP does for the weight.
         """
-        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        stock = super().sharded_state_dict  # type: ignore[misc]
+        state: dict[str, Any] = stock(prefix, sharded_offsets, metadata)
         for name in NAMES:
             matrix = getattr(self, name)
             state.update(
@@ -100,18 +104,12 @@ class Adapted(torch.nn.Module):
             )
         return state
 
-    def lora_product(self) -> torch.Tensor:
-        """(alpha / r) B A in fp32, this rank's shard, shaped as the weight (collective)."""
-        a, b = (getattr(self, name).weight.float() for name in NAMES)
-        a, b = self.lora_whole(a, b)
-        return self.lora.scale * (b @ a)
-
     def lora_whole(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B with the ranks' shards of r put together."""
         raise NotImplementedError
 
 
-class AdaptedColumn(Adapted, ColumnParallelLinear):
+class AdaptedColumn(Adapted, ColumnParallelLinear):  # type: ignore[misc]
     """ColumnParallelLinear with an adapter."""
 
     def lora_hidden(self, input_: torch.Tensor) -> torch.Tensor:
@@ -126,7 +124,7 @@ class AdaptedColumn(Adapted, ColumnParallelLinear):
         return collectives.gathered(a, self.tp_group), b
 
 
-class AdaptedRow(Adapted, RowParallelLinear):
+class AdaptedRow(Adapted, RowParallelLinear):  # type: ignore[misc]
     """RowParallelLinear with an adapter."""
 
     def lora_hidden(self, input_: torch.Tensor) -> torch.Tensor:
@@ -145,15 +143,15 @@ KINDS = {ColumnParallelLinear: AdaptedColumn, RowParallelLinear: AdaptedRow}
 
 
 def adapt(
-    layer: torch.nn.Module, name: str, lora: LoRAConfig, config: TransformerConfig
-) -> None:
+    layer: ColumnParallelLinear | RowParallelLinear, name: str, lora: LoRAConfig,
+    config: TransformerConfig,
+) -> None:  # fmt: skip
     """Give a layer of one of Megatron's two kinds an adapter, in place.
 
     The layer keeps its identity, hooks and parameter names (its class becomes a subclass of its
     own), so checkpoints without adapters have the same names for everything else.
     """
     kind = type(layer)
-    column = kind is ColumnParallelLinear
     shared = copy.copy(config)
     shared.perform_initialization = False  # `initialize` does it, whatever the layout
     whole = copy.copy(shared)
@@ -164,7 +162,7 @@ def adapt(
         "skip_bias_add": False,
         "tp_group": layer.tp_group,
     }
-    if column:
+    if kind is ColumnParallelLinear:
         a = kind(layer.input_size, lora.rank, config=shared, **options)
         b = kind(lora.rank, layer.output_size, config=whole, **options)
     else:
@@ -196,10 +194,10 @@ def initialize(adapters: list[OwnedParameter], seed: int) -> None:
 
 
 @torch.no_grad()
-def merge(layer: Adapted) -> None:
+def merge(layer: AdaptedColumn | AdaptedRow) -> None:
     """W <- W + (alpha / r) B A in fp32, rounded once to W's type; the adapter goes (collective)."""
-    product = layer.lora_product()
-    layer.weight.copy_(layer.weight.float() + product)
+    a, b = layer.lora_whole(layer.lora_a.weight.float(), layer.lora_b.weight.float())
+    layer.weight.copy_(layer.weight.float() + layer.lora.scale * (b @ a))
     for name in (*NAMES, "lora", "lora_gated"):
         delattr(layer, name)
     layer.__class__ = next(kind for kind, adapted in KINDS.items() if type(layer) is adapted)

@@ -73,10 +73,8 @@ def _total(amounts: Sequence[torch.Tensor | int], device: torch.device) -> torch
 
 def _counts_here() -> bool:
     """One rank of a model copy counts: the first tensor-parallel rank of the last stage."""
-    return (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    )
+    last: bool = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return last and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def _as_tensor(value: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:

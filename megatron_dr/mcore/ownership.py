@@ -165,7 +165,7 @@ def _place(
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         return OwnedParameter(
             parameter, name, chunk, 1.0, "embedding" if tied and stages > 1 else "",
-            parameter.partition_dim, stride, shard, shards,
+            parameter.partition_dim, stride, shard, shards,  # type: ignore[attr-defined]
         )  # fmt: skip
     partial: Literal["", "tensor"] = ""
     if getattr(parameter, "average_gradients_across_tp_domain", False):

@@ -59,8 +59,8 @@ def data_group() -> collectives.Group:
 def is_first() -> bool:
     """Whether this rank speaks for those that know the same of an expert."""
     if compat.expert_ranks() == 1:
-        return parallel_state.get_tensor_model_parallel_rank() == 0
-    return parallel_state.get_expert_tensor_parallel_rank() == 0
+        return bool(parallel_state.get_tensor_model_parallel_rank() == 0)
+    return bool(parallel_state.get_expert_tensor_parallel_rank() == 0)
 
 
 def windows(tokens: torch.Tensor, ratio: list[float]) -> tuple[torch.Tensor, list[float]]:

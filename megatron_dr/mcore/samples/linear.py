@@ -38,7 +38,7 @@ def linear(
         fused: add the weight gradient to `main_grad` by Megatron's fused kernel.
         allreduce_dgrad, sequence_parallel, tp_group: as Megatron's layers pass them.
     """
-    output: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+    output: torch.Tensor = _Linear.apply(
         input, weight, weigh, fused, allreduce_dgrad, sequence_parallel, tp_group
     )
     return output
@@ -85,6 +85,7 @@ def _gather(input: torch.Tensor, group: Any) -> tuple[torch.Tensor, Callable[[],
     """The whole sequence from its shares, and a function that waits for it."""
     out = input.new_empty(input.shape[0] * dist.get_world_size(group), *input.shape[1:])
     work = dist.all_gather_into_tensor(out, input.contiguous(), group=group, async_op=True)
+    assert work is not None
     return out, work.wait
 
 

@@ -84,12 +84,12 @@ class Microbatches:
         """One microbatch whose samples are the general ones, then the target's."""
         out = {}
         for name, value in general.items():
-            parts = (value, target.get(name))
-            per_sample = all(
-                isinstance(part, torch.Tensor) and part.dim() > 1 and len(part) == size
-                for part, size in zip(parts, self._sizes, strict=True)
-            )
-            out[name] = torch.cat(parts) if per_sample else value
+            both = zip((value, target.get(name)), self._sizes, strict=True)
+            per_sample = [
+                part for part, size in both
+                if isinstance(part, torch.Tensor) and part.dim() > 1 and len(part) == size
+            ]  # fmt: skip
+            out[name] = torch.cat(per_sample) if len(per_sample) == 2 else value
         return out
 
 

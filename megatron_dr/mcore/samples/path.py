@@ -145,7 +145,8 @@ class SamplePath:
         samples' second ones, so that it is a view."""
         if self.dr.sequences == 1:
             return tokens_LB
-        return tokens_LB.unflatten(1, (self.dr.sequences, -1)).flatten(0, 1)
+        tokens_LSN: torch.Tensor = tokens_LB.unflatten(1, (self.dr.sequences, -1))
+        return tokens_LSN.flatten(0, 1)
 
     def _pack(self, parameter: torch.nn.Parameter) -> tuple[Packs, int] | None:
         """The pack under way, as a role's packs and its number among them."""
