@@ -94,13 +94,17 @@ class SamplePath:
     def linear(
         self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
     ) -> per_sample.Weighted | None:
-        """The weight gradient's operands, or None for no gradient now."""
+        """The weight gradient's operands, without the samples that have no part in it; None: no
+        gradient now."""
         x_LNI, dy_LNO = self._split(parameter, x_LNI), self._split(parameter, dy_LNO)
         decided = self._decide(parameter, (x_LNI.detach(), dy_LNO))
         if decided is None:
             return None
+        coefficient_N, _ = decided
         with meter.part("combine"):
-            return weighted(self.dr, x_LNI, dy_LNO, decided[0], self._merged, self._alpha)
+            keep_N = kept(self.dr, coefficient_N, self._merged, self._alpha)
+            every = len(keep_N) == len(coefficient_N)
+            return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
 
     def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
         """The gradient [H] of the samples' g_NH, or None for no gradient now."""
@@ -179,16 +183,6 @@ class SamplePath:
         with meter.part("sketch"):
             found_N = self._mode.coefficients(place, microbatch - self._num_target, uses)
         return None if found_N is None else (found_N, uses)
-
-
-def weighted(
-    dr: DRConfig, x_LNI: torch.Tensor, dy_LNO: torch.Tensor, coefficient_N: torch.Tensor,
-    targets: int, alpha: float,
-) -> per_sample.Weighted:  # fmt: skip
-    """The weight gradient's operands, without the samples that have no part in it."""
-    keep_N = kept(dr, coefficient_N, targets, alpha)
-    every = len(keep_N) == len(coefficient_N)
-    return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
 
 
 def gradient_of(

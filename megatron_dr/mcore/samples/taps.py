@@ -30,7 +30,7 @@ from megatron.core.transformer.moe.router import Router
 
 from megatron_dr.mcore.samples import experts, te
 from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained
-from megatron_dr.mcore.samples.linear import linear
+from megatron_dr.mcore.samples.linear import Linear
 from megatron_dr.mcore.samples.path import SamplePath
 
 
@@ -106,10 +106,9 @@ def _tap_linear(module: Any, observer: SamplePath, routes: experts.Routes) -> li
         weigh: Callable[..., Any] = functools.partial(observer.linear, weight)
         if module in routes:
             weigh = experts.by_sample(weigh, routes[module])
-        output = linear(
-            weigh, input, weight,
-            fused=gradient_accumulation_fusion, allreduce_dgrad=allreduce_dgrad,
-            sequence_parallel=sequence_parallel, tp_group=tp_group,
+        output: torch.Tensor = Linear.apply(
+            input, weight, weigh, gradient_accumulation_fusion, allreduce_dgrad,
+            sequence_parallel, tp_group,
         )  # fmt: skip
         return output if bias is None else output + bias
 
