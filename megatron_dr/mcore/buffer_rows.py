@@ -46,10 +46,7 @@ class BufferRows:
             ranks_per_row=compat.ranks_per_row(),
             row_map=row_groups.row_map_of(dr),
         )
-        row_map = self.layout.row_map
-        self.buffers = GradRows(
-            owned, model, row_map.slots, _DTYPES[dr.slot_dtype], row_map.num_targets
-        )
+        self.buffers = GradRows(owned, model, self.layout.row_map, _DTYPES[dr.slot_dtype])
         self.names, self.device = names[: self.layout.projected], self.buffers.device
         self.source, why = choose(dr, self.buffers, self.layout, model)
         self.update: Update | None = None
@@ -83,9 +80,8 @@ class BufferRows:
             on_target = self.layout.group < row_map.target_groups
             num_target, num_general = (num_target, 0) if on_target else (0, num_general)
         router = RoleRouter(
-            self.model, self.buffers, num_target, num_general, call.target_data, call.domains,
-            row_map,
-        )  # fmt: skip
+            self.model, self.buffers, num_target, num_general, call.target_data, call.domains
+        )
 
         def finalize(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
             num_tokens = self._project(router, num_tokens, call, log)

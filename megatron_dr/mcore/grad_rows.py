@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_dr.mcore.ownership import OwnedParameter
+from megatron_dr.mcore.row_map import RowMap
 from megatron_dr.projection import Sketch
 
 CHUNK = 1 << 20  # elements that are sketched at a time: bounds the temporaries
@@ -50,12 +51,10 @@ class GradRows:
         self,
         owned: Sequence[OwnedParameter],
         model: Sequence[Any],
-        num_slots: int,
+        row_map: RowMap,
         slot_dtype: torch.dtype,
-        num_targets: int,
     ) -> None:
-        self.owned, self.num_slots, self.num_targets = owned, num_slots, num_targets
-        self.slot_dtype = slot_dtype
+        self.owned, self.row_map, self.slot_dtype = owned, row_map, slot_dtype
         self.buffers = [b for module in model for b in module.buffers]
         self.buffers += [b for module in model for b in module.expert_parallel_buffers]
         number = {id(o.parameter): n for n, o in enumerate(owned)}
@@ -76,11 +75,6 @@ class GradRows:
         ]
 
     @property
-    def num_local(self) -> int:
-        """L: buffers of this rank."""
-        return self.num_slots + self.num_targets
-
-    @property
     def extra_bytes(self) -> int:
         """Bytes of the buffers beside Megatron's own."""
         return sum(flat.nbytes for flats in self._extra.values() for flat in flats)
@@ -89,7 +83,7 @@ class GradRows:
     def target_bytes(self) -> int:
         """Bytes of the target's buffers, allocated with the first target batch."""
         each: int = sum(b.grad_data.nbytes for b in self.buffers)
-        return self.num_targets * each
+        return self.row_map.num_targets * each
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +94,7 @@ class GradRows:
         """Zero the rows; Megatron has zeroed its own."""
         self.restore()
         if with_target:
-            for row in range(self.num_slots, self.num_local):
+            for row in range(self.row_map.slots, self.row_map.local):
                 if row not in self._extra:
                     self._allocate(row, None)
         for flats in self._extra.values():
@@ -143,13 +137,13 @@ class GradRows:
 
     def restore(self) -> None:
         """Allocate the slots that are missing; the target's buffers come with its next batch."""
-        for slot in range(1, self.num_slots):
+        for slot in range(1, self.row_map.slots):
             if slot not in self._extra:
                 self._allocate(slot, self.slot_dtype)
 
     def present(self) -> list[int]:
         """Local buffers that hold something: the target's only once it was used."""
-        return [row for row in range(self.num_local) if row == 0 or row in self._extra]
+        return [row for row in range(self.row_map.local) if row == 0 or row in self._extra]
 
     def sketch_(self, out_BLK: torch.Tensor, sketch: Sketch, blocks: Sequence[int]) -> None:
         """out[b, l] += S g_l, for this rank's pieces, each counted as `ownership` says."""

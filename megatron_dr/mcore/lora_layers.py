@@ -56,13 +56,9 @@ class Adapted(torch.nn.Module):
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         output, bias = super().forward(input_, *args, **kwargs)
-        return output + self.lora_delta(input_), bias
-
-    def lora_delta(self, input_: torch.Tensor) -> torch.Tensor:
-        """(alpha / r) B dropout(A x), laid out as W x is."""
         part = self.lora_scale(self.lora_hidden(input_))
-        delta: torch.Tensor = self.lora_b(self.lora_input_of_b(part))[0]
-        return delta
+        delta, _ = self.lora_b(self.lora_input_of_b(part))  # laid out as W x is
+        return output + delta, bias
 
     def lora_scale(self, part: torch.Tensor) -> torch.Tensor:
         """(alpha / r) dropout(h) for this rank's slice of h; a mask per rank, as in attention."""
@@ -162,13 +158,12 @@ def adapt(
         "skip_bias_add": False,
         "tp_group": layer.tp_group,
     }
-    if kind is ColumnParallelLinear:
-        a = kind(layer.input_size, lora.rank, config=shared, **options)
-        b = kind(lora.rank, layer.output_size, config=whole, **options)
-    else:
+    of_a, of_b = shared, whole
+    if kind is RowParallelLinear:
         options["input_is_parallel"] = True
-        a = kind(layer.input_size, lora.rank, config=whole, **options)
-        b = kind(lora.rank, layer.output_size, config=shared, **options)
+        of_a, of_b = whole, shared
+    a = kind(layer.input_size, lora.rank, config=of_a, **options)
+    b = kind(lora.rank, layer.output_size, config=of_b, **options)
     layer.__class__ = KINDS[kind]
     layer.lora_a, layer.lora_b, layer.lora = a, b, lora
     layer.lora_gated = bool(config.gated_linear_unit) and name.endswith(".linear_fc1")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from megatron_dr.mcore.grad_rows import GradRows
-from megatron_dr.mcore.row_map import RowMap
 
 Report = dict[str, torch.Tensor]
 
@@ -108,7 +107,6 @@ class RoleRouter(MicrobatchRouter):
     Args:
         rows: the buffers.
         domains: domain number of each general microbatch, with domain rows.
-        row_map: which buffers make which rows.
 
     Attributes:
         tokens, microbatches: of each domain (one entry without domain rows) and, last, the target.
@@ -122,11 +120,9 @@ class RoleRouter(MicrobatchRouter):
         num_general: int,
         target_data_iterator: Any,
         domains: Sequence[int],
-        row_map: RowMap,
     ) -> None:
         super().__init__(model, num_target, num_general, target_data_iterator)
-        self.rows = rows
-        self._domains, self._row_map = domains, row_map
+        self.rows, self._domains, row_map = rows, domains, rows.row_map
         kinds = row_map.slots if row_map.by_domain else 1
         self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
         self.microbatches: list[torch.Tensor | int] = [0] * (kinds + 1)
@@ -134,7 +130,7 @@ class RoleRouter(MicrobatchRouter):
             self._check_domains()
 
     def _check_domains(self) -> None:
-        slots = self._row_map.slots
+        slots = self.rows.row_map.slots
         if len(self._domains) != self.num_general or not all(0 <= d < slots for d in self._domains):
             raise ValueError(
                 f"domain rows need a domain number below {slots} for each of the "
@@ -143,14 +139,14 @@ class RoleRouter(MicrobatchRouter):
 
     def row(self, microbatch: int) -> int:
         """Local buffer of a microbatch: the target's, or the slot of a general one."""
-        general = microbatch - self.num_target
-        if general < 0 and self._row_map.target_groups:
+        general, row_map = microbatch - self.num_target, self.rows.row_map
+        if general < 0 and row_map.target_groups:
             return 0
         if general < 0:
-            return self.rows.num_slots + microbatch * self.rows.num_targets // self.num_target
-        if self._row_map.by_domain:
+            return row_map.slots + microbatch * row_map.num_targets // self.num_target
+        if row_map.by_domain:
             return self._domains[general]
-        return general * self.rows.num_slots // self.num_general
+        return general * row_map.slots // self.num_general
 
     def _kind(self, microbatch: int) -> int:
         """Where a microbatch counts: its domain, or -1 for the target."""

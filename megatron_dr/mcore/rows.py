@@ -14,15 +14,9 @@ Passes = Generator[Pass, None, None]
 
 @dataclass(frozen=True)
 class Call:
-    """A training step as the host asks for it.
+    """A training step as the host asks for it, by the arguments of `Handle.step`.
 
     Attributes:
-        function: what `get_forward_backward_func()` returned.
-        schedule: its arguments; `num_microbatches` counts the general ones.
-        target_data: as the schedule's `data_iterator`.
-        num_target: target microbatches of this rank, or of each target rank.
-        target_size: samples in a target microbatch.
-        domains: domain number of each general microbatch, with domain rows.
         step: steps done before.
         alpha: of this step, from its gram where that decides it.
     """

@@ -33,16 +33,15 @@ class SketchedGram:
     def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
         sketch = CountSketch(self.size, self.seed * 1_000_003 + step)
-        local_BLK = torch.zeros(
-            len(self.layout.names), self.rows.num_local, self.size, device=mix_RP.device
-        )
+        shape = (len(self.layout.names), self.layout.row_map.local, self.size)
+        local_BLK = torch.zeros(shape, device=mix_RP.device)
         with meter.part("sketch"):
             self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
         return self._exchange(local_BLK, mix_RP)
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """This rank's share of the update into Megatron's buffer."""
-        local = self.rows.num_local
+        local = self.layout.row_map.local
         mine_BL = coefficients_BP[:, self.layout.group * local : (self.layout.group + 1) * local]
         self.rows.combine_(mine_BL, self.layout.blocks)
 
@@ -76,7 +75,7 @@ def extra_bytes(rows: GradRows, layout: Layout, size: int) -> int:
     num_model = dist.get_world_size(compat.model_group())
     num_data = dist.get_world_size(compat.data_group())
     blocks, each = len(layout.names), -(-len(layout.names) // num_model)
-    row = 4 * rows.num_local * size
+    row = 4 * layout.row_map.local * size
     vectors = layout.row_map.num_vectors
     grams = 8 * blocks * vectors * (vectors + 2)
     return (

@@ -61,15 +61,16 @@ class Deferred:
             return
         b, map_RN = self._samples, self._map(microbatch)
         target = None if self.merged else self.targets.of(place) * self.ratio[microbatch]
-        if self.dr.window == "microbatch":
-            gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr))
-            self._gram[microbatch, place.block] += place.share * gram_RR
+        whole_step = self.dr.window == "step"  # then cross products alone
+        rows_too = needs_rows(self.dr) and not whole_step
+        gram_RR = place.share * scoring.gram(place, uses, map_RN, target, rows_too)
+        if not whole_step:
+            self._gram[microbatch, place.block] += gram_RR
             return
-        gram_RR = scoring.gram(place, uses, map_RN, target, False)  # cross products alone
-        cross_B = place.share * gram_RR[-1] / self._counts[microbatch]  # in units of U, not of M U
-        self._cross[place.block, microbatch * b : (microbatch + 1) * b] += cross_B[:-1]
+        cross_R = gram_RR[-1] / self._counts[microbatch]  # in units of U, not of M U
+        self._cross[place.block, microbatch * b : (microbatch + 1) * b] += cross_R[:-1]
         if microbatch == 0:
-            self._cross[place.block, -1] += place.share * gram_RR[-1, -1]
+            self._cross[place.block, -1] += gram_RR[-1, -1]
 
     def _map(self, microbatch: int) -> torch.Tensor:
         count, ratio = self._counts[microbatch], self.ratio[microbatch]
