@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat, meter, normalisation, notes, row_groups
+from megatron_dr.mcore import meter, normalisation, notes, row_groups
 from megatron_dr.mcore.choice import choose
 from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.layout import Layout
@@ -43,7 +43,6 @@ class BufferRows:
         self.layout = Layout(
             names=names,
             blocks=tuple(number[block_of(o.name, dr.blocks)] for o in owned),
-            ranks_per_row=compat.ranks_per_row(),
             row_map=row_groups.row_map_of(dr),
         )
         self.buffers = GradRows(owned, model, self.layout.row_map, _DTYPES[dr.slot_dtype])

@@ -172,11 +172,14 @@ def _replace_factories() -> None:
     # without, rotary frequencies are left uninitialised
     torch.utils._device._device_constructors()
 
+    def moved(value: Any) -> Any:
+        is_cuda = isinstance(value, (str, torch.device)) and "cuda" in str(value)
+        return torch.device("cpu") if is_cuda else value
+
     def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if "cuda" in str(kwargs.get("device", "")):
-                kwargs["device"] = torch.device("cpu")
+            kwargs = {name: moved(value) for name, value in kwargs.items()}
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
             return factory(*args, **kwargs)
@@ -190,15 +193,8 @@ def _replace_factories() -> None:
     original_to = tensor.to
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(
-            torch.device("cpu")
-            if (isinstance(a, (str, torch.device)) and "cuda" in str(a))
-            else a
-            for a in args
-        )
-        if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = torch.device("cpu")
-        return original_to(self, *args, **kwargs)
+        kwargs = {name: moved(value) for name, value in kwargs.items()}
+        return original_to(self, *map(moved, args), **kwargs)
 
     tensor.to = to
 

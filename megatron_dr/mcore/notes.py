@@ -2,9 +2,9 @@
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
+from megatron_dr.mcore import compat
 from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.layout import Layout
 from megatron_dr.mcore.say import say
@@ -48,8 +48,6 @@ def not_finite(finite_R: torch.Tensor, layout: Layout, dr: DRConfig, step: int) 
             who = f"the general gradient of {dr.domains[row]}"
         else:
             group, slot = divmod(row, row_map.slots)
-            ranks = layout.ranks_per_row
-            first = (row_map.target_groups + group) * ranks
-            first //= parallel_state.get_context_parallel_world_size()
+            first = (row_map.target_groups + group) * compat.data_ranks_per_row()
             who = f"the general gradient of data-parallel rank {first}, slot {slot},"
         say(f"step {step}: {who} has NaN or Inf")

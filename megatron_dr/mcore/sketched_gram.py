@@ -57,7 +57,7 @@ class SketchedGram:
         own = self.layout.own_blocks()
         mine_bLK = local_BLK[own]
         gathered = collectives.gathered(mine_bLK[None], data_group)
-        groups_GbLK = gathered.unflatten(0, (-1, self.layout.ranks_per_row)).sum(1)
+        groups_GbLK = gathered.unflatten(0, (-1, compat.ranks_per_row())).sum(1)
         buffers_bPK = groups_GbLK.transpose(0, 1).flatten(1, 2)
         num_rows, blocks = len(mix_RP), len(local_BLK)
         products_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 2)

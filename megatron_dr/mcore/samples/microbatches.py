@@ -25,7 +25,8 @@ class Microbatches:
             or None on ranks that read nothing.
         num_general, num_target: microbatches of each.
         sizes: samples in a general and in a target microbatch.
-        merged: a target microbatch is appended to each general one, as further samples.
+        merged: a target microbatch is appended to each general one, as further samples; there are
+            as many of both.
         pack_length: tokens of a microbatch that is a pack of samples; None: none is.
 
     Attributes:
@@ -42,11 +43,6 @@ class Microbatches:
         self, general: Any, target: Any, num_general: int, num_target: int, sizes: tuple[int, int],
         merged: bool, device: torch.device, pack_length: int | None = None,
     ) -> None:  # fmt: skip
-        if merged and num_target != num_general:
-            raise ValueError(
-                f"with the target in the general microbatches there must be as many target ones: "
-                f"{num_target} target and {num_general} general microbatches were given."
-            )
         self._sizes, self._merged, self._numbers = sizes, merged, (num_general, num_target)
         self._many = isinstance(general, list)
         self._general = _read(general, num_general)
