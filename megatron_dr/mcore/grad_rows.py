@@ -68,11 +68,11 @@ class GradRows:
         self._is_bound = False  # whether views other than Megatron's own may be
         self.restore()
 
-    def _allocate(self, row: int, dtype: torch.dtype | None) -> None:
-        """dtype None: that of main_grad."""
-        self._extra[row] = [
-            torch.zeros_like(b.grad_data, dtype=dtype or b.grad_data.dtype) for b in self.buffers
-        ]
+    def _allocate(self, rows: range, dtype: torch.dtype | None) -> None:
+        """Those that are missing. dtype None: that of main_grad."""
+        for row in rows:
+            if row not in self._extra:
+                self._extra[row] = [torch.zeros_like(b.grad_data, dtype=dtype) for b in self.buffers]
 
     @property
     def extra_bytes(self) -> int:
@@ -94,9 +94,7 @@ class GradRows:
         """Zero the rows; Megatron has zeroed its own."""
         self.restore()
         if with_target:
-            for row in range(self.row_map.slots, self.row_map.local):
-                if row not in self._extra:
-                    self._allocate(row, None)
+            self._allocate(range(self.row_map.slots, self.row_map.local), None)
         for flats in self._extra.values():
             for flat in flats:
                 flat.zero_()
@@ -137,9 +135,7 @@ class GradRows:
 
     def restore(self) -> None:
         """Allocate the slots that are missing; the target's buffers come with its next batch."""
-        for slot in range(1, self.row_map.slots):
-            if slot not in self._extra:
-                self._allocate(slot, self.slot_dtype)
+        self._allocate(range(1, self.row_map.slots), self.slot_dtype)
 
     def present(self) -> list[int]:
         """Local buffers that hold something: the target's only once it was used."""

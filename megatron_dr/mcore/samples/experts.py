@@ -32,7 +32,7 @@ from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore import collectives, compat
-from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained
+from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained, watch
 from megatron_dr.projection import per_sample
 
 Routes = dict[torch.nn.Module, torch.Tensor]  # an expert's linear layer -> tokens [L, N], -1: none
@@ -186,7 +186,7 @@ def tap_router(router: Any, observer: Any) -> list[Undo]:
     own = trained(router, observer)
     if not own:
         return []
-    stock, gradients = router.gating, Written(own.values())
+    gradients = Written(own.values())
 
     def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
         for name, parameter in own.items():
@@ -197,10 +197,4 @@ def tap_router(router: Any, observer: Any) -> list[Undo]:
                 grad = observer.vector(parameter, observer.per_sample(parameter, dy.float()))
             gradients.put(parameter, grad)
 
-    def gating(input: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = stock(input)
-        if observer.active and logits.requires_grad:
-            logits.register_hook(functools.partial(observe, input.detach()))
-        return logits
-
-    return [put(router, "gating", gating), *gradients.undo]
+    return [watch(router, "gating", observer, observe), *gradients.undo]

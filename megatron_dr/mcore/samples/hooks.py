@@ -24,6 +24,24 @@ def put(owner: Any, name: str, method: Callable[..., Any]) -> Undo:
     return lambda: owner.__dict__.pop(name)
 
 
+def watch(owner: Any, name: str, observer: Any, observe: Callable[..., None]) -> Undo:
+    """In a step, `observe(x, dy)` when the backward has the gradient of a method's output.
+
+    Args:
+        observe: x is the method's first argument; dy is of its output, or of the first of several.
+    """
+    stock = getattr(owner, name)
+
+    def method(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = stock(x, *args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        if observer.active and y.requires_grad:
+            y.register_hook(functools.partial(observe, x.detach()))
+        return out
+
+    return put(owner, name, method)
+
+
 class Written:
     """Gradients that taps found in a backward, in the place of autograd's."""
 

@@ -29,7 +29,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 
 from megatron_dr.mcore.samples import experts, te
-from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained
+from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained, watch
 from megatron_dr.mcore.samples.linear import Linear
 from megatron_dr.mcore.samples.path import SamplePath
 
@@ -160,7 +160,7 @@ def _tap_norm(module: Any, observer: SamplePath) -> list[Undo]:
     own = trained(module, observer)
     if not own:
         return []
-    stock, gradients = module.forward, Written(own.values())
+    gradients = Written(own.values())
 
     def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
         for name, parameter in own.items():
@@ -168,14 +168,7 @@ def _tap_norm(module: Any, observer: SamplePath) -> list[Undo]:
             grad = observer.vector(parameter, observer.per_sample(parameter, per_token))
             gradients.put(parameter, grad)
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = stock(x, *args, **kwargs)
-        y = out[0] if isinstance(out, tuple) else out
-        if observer.active and y.requires_grad:
-            y.register_hook(functools.partial(observe, x.detach()))
-        return out
-
-    return [put(module, "forward", forward), *gradients.undo]
+    return [watch(module, "forward", observer, observe), *gradients.undo]
 
 
 def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -192,7 +185,7 @@ def _tap_embedding(module: Any, observer: SamplePath) -> list[Undo]:
     weight = module.weight
     if not observer.covers(weight):
         return []
-    stock, gradients = module.forward, Written([weight])
+    gradients = Written([weight])
 
     def observe(ids: torch.Tensor, dy: torch.Tensor) -> None:
         if getattr(module, "reduce_scatter_embeddings", False):
@@ -201,13 +194,7 @@ def _tap_embedding(module: Any, observer: SamplePath) -> list[Undo]:
             dy = dy.transpose(0, 1)  # [N, L, H] -> [L, N, H]
         gradients.put(weight, observer.embedding(weight, dy, _rows(module, ids).t()))
 
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = stock(ids)
-        if observer.active and out.requires_grad:
-            out.register_hook(functools.partial(observe, ids))
-        return out
-
-    return [put(module, "forward", forward), *gradients.undo]
+    return [watch(module, "forward", observer, observe), *gradients.undo]
 
 
 def _rows(module: Any, ids: torch.Tensor) -> torch.Tensor:
