@@ -70,9 +70,10 @@ class GradRows:
 
     def _allocate(self, rows: range, dtype: torch.dtype | None) -> None:
         """Those that are missing. dtype None: that of main_grad."""
+        grads = [b.grad_data for b in self.buffers]
         for row in rows:
             if row not in self._extra:
-                self._extra[row] = [torch.zeros_like(b.grad_data, dtype=dtype) for b in self.buffers]
+                self._extra[row] = [torch.zeros_like(grad, dtype=dtype) for grad in grads]
 
     @property
     def extra_bytes(self) -> int:
