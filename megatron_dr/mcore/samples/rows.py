@@ -4,6 +4,7 @@ A step is one schedule call, or two with `passes=2`: the first finds the weights
 each microbatch again with them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ class _Step:
             self.dr, self.path.targets, self.batches, found, self.merged, self.alpha,
             self.rows.thresholds, log,
         )  # fmt: skip
-        return self._pass(mode, self.own, self.own > 0, found, _stock)
+        return self._pass(mode, self.own, self.own > 0, found)
 
     def deferred(self, log: StepLog) -> Passes:
         """Weights at a call's end: then the kept uses are weighed, or a second call runs."""
@@ -166,14 +167,13 @@ class _Step:
             self.merged, keep=self.dr.passes == 1,
         )  # fmt: skip
 
-        def solve(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
+        def solve() -> None:
             rows.coefficients = mode.solve(self.alpha, log)
 
-        def solve_and_write(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
-            solve(stock, num_tokens)
+        def solve_and_write() -> None:
+            solve()
             with meter.part("combine"):
                 mode.write(self._scaled(found))
-            stock(num_tokens)
 
         if self.dr.passes == 1:
             yield self._pass(mode, self.own, self.own > 0, found, solve_and_write)
@@ -184,19 +184,19 @@ class _Step:
         rows.forget_untapped()
         own = self.own if self.alpha > 0 else 0
         found = self._units(own)
-        yield self._pass(Replay(self._scaled(found)), own, False, found, _stock)
+        yield self._pass(Replay(self._scaled(found)), own, False, found)
 
     def _pass(
-        self, mode: Mode, own: int, gather: bool, found: Units, finalize: Any,
-        gradients: bool = True,
+        self, mode: Mode, own: int, gather: bool, found: Units,
+        at_end: Callable[[], None] = lambda: None, gradients: bool = True,
     ) -> Pass:  # fmt: skip
         """One schedule call.
 
         Args:
             own: target microbatches that run by themselves, first.
             gather: whether the target's features are gathered from them.
-            finalize: as `Pass.finalize`, given the tokens that Megatron is to divide by.
-            gradients: whether the target's own gradient enters the update in this pass.
+            at_end: what is done after the backwards, before Megatron's own finalize.
+            gradients: whether this pass leaves gradients, for Megatron to reduce.
         """
         batches, path = self.batches, self.path
         path.targets.begin(gather, found.to_mean)
@@ -210,7 +210,9 @@ class _Step:
                 context = parallel_state.get_context_parallel_world_size()
                 num_tokens = (batches.tokens.sum() / context).float()
             path.end()
-            finalize(stock, num_tokens)
+            at_end()
+            if gradients:
+                stock(num_tokens)
 
         size = self.call.schedule["micro_batch_size"] + self.merged
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
@@ -226,10 +228,6 @@ class _Step:
         assert coefficient_nBN is not None
         scale_n = coefficient_nBN.new_tensor(found.row_scale)
         return coefficient_nBN * (scale_n * found.scale)[:, None, None]
-
-
-def _stock(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
-    stock(num_tokens)
 
 
 class _Router(MicrobatchRouter):

@@ -93,22 +93,16 @@ def _tap_linear(module: Any, observer: SamplePath, routes: experts.Routes) -> li
     stock_impl, stock_forward, bias = module._forward_impl, module.forward, module.bias
 
     def forward_impl(
-        input: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None,
-        gradient_accumulation_fusion: bool = False, allreduce_dgrad: bool = False,
-        sequence_parallel: bool = False, tp_group: Any = None, **rest: Any,
-    ) -> torch.Tensor:  # fmt: skip
+        input: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None, **how: Any
+    ) -> Any:
         if not observer.active or not torch.is_grad_enabled() or not observer.covers(weight):
-            return stock_impl(  # type: ignore[no-any-return]
-                input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
-                gradient_accumulation_fusion=gradient_accumulation_fusion,
-                sequence_parallel=sequence_parallel, tp_group=tp_group, **rest,
-            )  # fmt: skip
+            return stock_impl(input=input, weight=weight, bias=bias, **how)
         weigh: Callable[..., Any] = functools.partial(observer.linear, weight)
         if module in routes:
             weigh = experts.by_sample(weigh, routes[module])
         output: torch.Tensor = Linear.apply(
-            input, weight, weigh, gradient_accumulation_fusion, allreduce_dgrad,
-            sequence_parallel, tp_group,
+            input, weight, weigh, how["gradient_accumulation_fusion"], how["allreduce_dgrad"],
+            how["sequence_parallel"], how["tp_group"],
         )  # fmt: skip
         return output if bias is None else output + bias
 
