@@ -31,16 +31,16 @@ class Deferred:
 
     Args:
         blocks: number of blocks of the whole model.
-        batches: n general microbatches of this rank, of b samples (fewer in packs).
-        merged: q target samples at the end of each microbatch.
+        batches: n general microbatches of this rank, of b samples (fewer in packs), and q of the
+            target where it is merged.
         keep: whether uses are kept for their weight gradients.
     """
 
     def __init__(
         self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
-        batches: Microbatches, units: Units, merged: int, keep: bool,
+        batches: Microbatches, units: Units, keep: bool,
     ) -> None:  # fmt: skip
-        self.dr, self.targets, self.merged, self.keep = dr, targets, merged, keep
+        self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
         self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, units.ratio
         self.row_scale = units.row_scale
         (n, b), device = self.tokens.shape, self.tokens.device

@@ -26,16 +26,15 @@ class Immediate:
     """A mode of `path.SamplePath`.
 
     Args:
-        merged: target samples at the end of each microbatch.
         thresholds: [B] of the streaming window, NaN where there is none yet; changed in place.
         log: of the step.
     """
 
     def __init__(
-        self, dr: DRConfig, targets: Targets, batches: Microbatches, units: Units, merged: int,
-        alpha: float, thresholds: torch.Tensor, log: StepLog,
+        self, dr: DRConfig, targets: Targets, batches: Microbatches, units: Units, alpha: float,
+        thresholds: torch.Tensor, log: StepLog,
     ) -> None:  # fmt: skip
-        self.dr, self.targets, self.merged, self.alpha = dr, targets, merged, alpha
+        self.dr, self.targets, self.merged, self.alpha = dr, targets, batches.merged, alpha
         self.tokens, self.counts, self.ratio = batches.tokens, batches.counts, units.ratio
         self.scale = [units.scale * scale for scale in units.row_scale]
         self.thresholds, self.log = thresholds, log

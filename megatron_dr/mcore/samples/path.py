@@ -13,6 +13,7 @@ from megatron_dr.config import DRConfig
 from megatron_dr.mcore import meter
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.mcore.samples import scoring
+from megatron_dr.mcore.samples.microbatches import Microbatches
 from megatron_dr.mcore.samples.packs import Packs
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
@@ -57,19 +58,16 @@ class SamplePath:
 
     # -- a pass ----------------------------------------------------------------------------------
     def begin(
-        self, mode: Mode, num_target: int, merged: int, alpha: float, target_scale: float,
-        packs: tuple[Packs, Packs] | None,
-    ) -> None:  # fmt: skip
+        self, mode: Mode, num_target: int, batches: Microbatches, alpha: float, target_scale: float
+    ) -> None:
         """Start a schedule call.
 
         Args:
             num_target: the target's own microbatches, which come first.
-            merged: target samples at the end of each general microbatch.
             target_scale: of a target microbatch's gradient in the update, alpha included; 0: none.
-            packs: the general role's and the target's, where a microbatch is a pack.
         """
-        self._packs = packs
-        self._mode, self._num_target, self._merged = mode, num_target, merged
+        self._packs, self._merged = batches.packs, batches.merged
+        self._mode, self._num_target = mode, num_target
         self._alpha, self._target_scale = alpha, target_scale
         self._current.clear()
         self._held.clear()

@@ -135,27 +135,20 @@ class _Step:
 
     def __init__(self, rows: LayerRows, call: Call) -> None:
         dr, schedule = rows.dr, call.schedule
-        self.rows, self.dr, self.call, self.path = rows, dr, call, rows.path
+        self.rows, self.dr, self.path, self.size = rows, dr, rows.path, schedule["micro_batch_size"]
         self.alpha = float(call.alpha(None))
-        self.is_merged = dr.target_pass == "merged"
-        size = schedule["micro_batch_size"]
-        self.batches = Microbatches(
-            schedule["data_iterator"], call.target_data, call.num_general, call.num_target,
-            (size, call.target_size), self.is_merged, rows.device,
-            schedule["seq_length"] if dr.packed else None,
-        )  # fmt: skip
-        self.merged = self.batches.target_tokens.shape[1] if self.is_merged else 0
-        self.own = 0 if self.is_merged else call.num_target  # target microbatches by themselves
+        self.batches = Microbatches(call, dr, rows.device)
+        merged = self.batches.merged
+        self.own = 0 if merged else call.num_target  # target microbatches by themselves
         context = parallel_state.get_context_parallel_world_size()
         length = schedule["seq_length"] * dr.sequences // context
-        self.shape = BatchShape(size, self.merged, length)
+        self.shape = BatchShape(self.size, merged, length)
 
     def immediate(self, log: StepLog) -> Pass:
         """Weights inside the backward."""
         found = self._units(self.own)
         mode = Immediate(
-            self.dr, self.path.targets, self.batches, found, self.merged, self.alpha,
-            self.rows.thresholds, log,
+            self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log
         )  # fmt: skip
         return self._pass(mode, self.own, self.own > 0, found)
 
@@ -164,7 +157,7 @@ class _Step:
         found, rows = self._units(self.own), self.rows
         mode = Deferred(
             self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
-            self.merged, keep=self.dr.passes == 1,
+            keep=self.dr.passes == 1,
         )  # fmt: skip
 
         def solve() -> None:
@@ -201,7 +194,7 @@ class _Step:
         batches, path = self.batches, self.path
         path.targets.begin(gather, found.to_mean)
         target_scale = self.alpha * found.target_scale if gradients else 0.0
-        path.begin(mode, own, self.merged, self.alpha, target_scale, batches.packs)
+        path.begin(mode, own, batches, self.alpha, target_scale)
         router = _Router(path, self.rows.model, own, len(batches.tokens),
                          batches.iterator(of_target=True) if own else None)  # fmt: skip
 
@@ -214,13 +207,13 @@ class _Step:
             if gradients:
                 stock(num_tokens)
 
-        size = self.call.schedule["micro_batch_size"] + self.merged
+        size = self.size + batches.merged
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
         return Pass(router, of_general, changes)
 
     def _units(self, own: int) -> Units:
         per_token = bool(self.rows.config.calculate_per_token_loss)
-        return units(self.batches, own, self.is_merged, per_token, self.dr.window)
+        return units(self.batches, own, per_token, self.dr.window)
 
     def _scaled(self, found: Units) -> torch.Tensor:
         """The coefficients [n, B, N] in the units of Megatron's buffer."""
