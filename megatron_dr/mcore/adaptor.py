@@ -174,11 +174,10 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
         values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
         _run.file.write("train", iteration, values)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
-    log = None if _run is None else _run.handle.log
-    if log is not None and _run.handle.dr.log_blocks:
+    if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:
         from megatron.training.global_vars import get_tensorboard_writer
 
-        step_log.write_blocks(log, iteration, _run.args, get_tensorboard_writer())
+        step_log.write_blocks(_run.handle.log, iteration, _run.args, get_tensorboard_writer())
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_dr.config import DRConfig
-from megatron_dr.mcore import compat, meter, normalisation, notes, row_groups
+from megatron_dr.mcore import meter, normalisation, notes, row_groups
 from megatron_dr.mcore.choice import choose
 from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.layout import Layout
@@ -43,13 +43,9 @@ class BufferRows:
         self.layout = Layout(
             names=names,
             blocks=tuple(number[block_of(o.name, dr.blocks)] for o in owned),
-            ranks_per_row=compat.ranks_per_row(),
             row_map=row_groups.row_map_of(dr),
         )
-        row_map = self.layout.row_map
-        self.buffers = GradRows(
-            owned, model, row_map.slots, _DTYPES[dr.slot_dtype], row_map.num_targets
-        )
+        self.buffers = GradRows(owned, model, self.layout.row_map, _DTYPES[dr.slot_dtype])
         self.names, self.device = names[: self.layout.projected], self.buffers.device
         self.source, why = choose(dr, self.buffers, self.layout, model)
         self.update: Update | None = None
@@ -74,7 +70,7 @@ class BufferRows:
     def target_due(self, steps: int) -> bool:
         return True
 
-    def check_batch(self, num_general: int, num_target: int, steps: int) -> None:
+    def check_batch(self, num_general: int, num_target: int) -> None:
         row_groups.check_batch(self.dr, self.layout.row_map, num_general, num_target)
 
     def passes(self, call: Call, log: StepLog) -> Passes:
@@ -83,9 +79,8 @@ class BufferRows:
             on_target = self.layout.group < row_map.target_groups
             num_target, num_general = (num_target, 0) if on_target else (0, num_general)
         router = RoleRouter(
-            self.model, self.buffers, num_target, num_general, call.target_data, call.domains,
-            row_map,
-        )  # fmt: skip
+            self.model, self.buffers, num_target, num_general, call.target_data, call.domains
+        )
 
         def finalize(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
             num_tokens = self._project(router, num_tokens, call, log)

@@ -139,4 +139,5 @@ def ranks_per_row() -> int:
 
 def data_ranks_per_row() -> int:
     """Of those, the ranks with microbatches of their own: neighbouring data-parallel ranks."""
-    return ranks_per_row() // parallel_state.get_context_parallel_world_size()
+    cp: int = parallel_state.get_context_parallel_world_size()
+    return ranks_per_row() // cp

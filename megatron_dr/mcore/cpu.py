@@ -8,6 +8,7 @@ Each replacement says who calls the name and, where the failure is silent, what 
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import os
@@ -31,11 +32,6 @@ CPU_FLAGS = tuple(
     --no-create-attention-mask-in-dataloader --num-workers 0 --rerun-mode disabled
     """.split()
 )
-
-# What is replaced gets values of other types.
-_cuda: Any = torch.cuda
-_tensor: Any = torch.Tensor
-_module: Any = torch.nn.Module
 
 _enabled = False
 
@@ -85,32 +81,33 @@ def enable() -> None:
 
 def _replace_device() -> None:
     cpu = torch.device("cpu")
-    _cuda.is_available = lambda: True  # initialize_megatron asserts it
-    _cuda.device_count = lambda: 1  # 0 skips model-parallel initialisation
-    _cuda.set_device = lambda device: None  # _initialize_distributed
-    _cuda.current_device = lambda: cpu  # everywhere in megatron.core
-    _cuda.synchronize = lambda *args, **kwargs: None  # batched p2p, timers, checkpoints
-    _cuda.empty_cache = lambda: None  # train loop, set_jit_fusion_options
-    _cuda.ipc_collect = lambda: None  # checkpoint writers
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True  # initialize_megatron asserts it
+    cuda.device_count = lambda: 1  # 0 skips model-parallel initialisation
+    cuda.set_device = lambda device: None  # _initialize_distributed
+    cuda.current_device = lambda: cpu  # everywhere in megatron.core
+    cuda.synchronize = lambda *args, **kwargs: None  # batched p2p, timers, checkpoints
+    cuda.empty_cache = lambda: None  # train loop, set_jit_fusion_options
+    cuda.ipc_collect = lambda: None  # checkpoint writers
     # Argument validation and the fused kernels' gates.
-    _cuda.get_device_capability = lambda *args: (0, 0)
-    _cuda.get_device_properties = lambda *args: types.SimpleNamespace(
+    cuda.get_device_capability = lambda *args: (0, 0)
+    cuda.get_device_properties = lambda *args: types.SimpleNamespace(
         name="cpu", major=0, minor=0, multi_processor_count=1, total_memory=1, uuid="cpu"
     )
-    _cuda.get_device_name = lambda *args: "cpu"
+    cuda.get_device_name = lambda *args: "cpu"
     # Memory statistics: report_memory, training_log, dist_checkpointing.
-    zero = lambda *args, **kwargs: 0  # noqa: E731
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        setattr(_cuda, name, zero)
-    _cuda.max_memory_reserved = zero
-    _cuda.reset_peak_memory_stats = lambda *args: None
-    _cuda.mem_get_info = lambda *args: (1, 1)
-    _cuda.memory_stats = lambda *args: _Zeros()
+    for name in ("allocated", "reserved"):
+        for kind in ("memory", "max_memory"):
+            setattr(cuda, f"{kind}_{name}", lambda *args, **kwargs: 0)
+    cuda.reset_peak_memory_stats = lambda *args: None
+    cuda.mem_get_info = lambda *args: (1, 1)
+    cuda.memory_stats = lambda *args: collections.defaultdict(int)
     # The CUDA build's DataLoader asks for a device index when it pins memory.
     if hasattr(torch, "accelerator"):
         torch.accelerator.is_available = lambda: False
     # optimizers and clip_grads compare the type's name with torch.cuda.*Tensor
-    original_type = torch.Tensor.type
+    tensor: Any = torch.Tensor
+    original_type = tensor.type
 
     def type_(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
         if dtype is None:
@@ -119,16 +116,11 @@ def _replace_device() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original_type(self, dtype, **kwargs)
 
-    _tensor.type = type_
+    tensor.type = type_
     # rope_utils, get_batch, MoE dispatchers; module moves in get_model
-    _tensor.cuda = lambda self, *args, **kwargs: self
-    _module.cuda = lambda self, *args: self
-    _tensor.pin_memory = lambda self, *args: self
-
-
-class _Zeros(dict[str, int]):
-    def __missing__(self, key: str) -> int:
-        return 0
+    tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args: self  # type: ignore[method-assign]
+    tensor.pin_memory = lambda self, *args: self
 
 
 class _Stream:
@@ -164,16 +156,14 @@ class _Event(_Stream):
 def _replace_streams() -> None:
     """Schedules, DDP's start_grad_sync, MoE dispatchers and timers use streams and events."""
     stream = _Stream()
-    _cuda.Stream = _Stream
-    _cuda.Event = _Event
-    _cuda.current_stream = lambda *args: stream
-    _cuda.default_stream = lambda *args: stream
-    _cuda.set_stream = lambda *args: None
-    _cuda.stream = lambda *args: contextlib.nullcontext()
-    _cuda.is_current_stream_capturing = lambda: False
-    _cuda.nvtx.range_push = lambda *args: None
-    _cuda.nvtx.range_pop = lambda *args: None
-    _tensor.record_stream = lambda self, stream: None
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *args: stream
+    cuda.set_stream = cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None
+    cuda.stream = lambda *args: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    tensor: Any = torch.Tensor
+    tensor.record_stream = lambda self, stream: None
 
 
 def _replace_factories() -> None:
@@ -182,11 +172,14 @@ def _replace_factories() -> None:
     # without, rotary frequencies are left uninitialised
     torch.utils._device._device_constructors()
 
+    def moved(value: Any) -> Any:
+        is_cuda = isinstance(value, (str, torch.device)) and "cuda" in str(value)
+        return torch.device("cpu") if is_cuda else value
+
     def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if "cuda" in str(kwargs.get("device", "")):
-                kwargs["device"] = torch.device("cpu")
+            kwargs = {name: moved(value) for name, value in kwargs.items()}
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
             return factory(*args, **kwargs)
@@ -196,20 +189,14 @@ def _replace_factories() -> None:
     for name in ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "as_tensor",
                  "zeros_like", "ones_like", "empty_like", "randint", "linspace"):  # fmt: skip
         setattr(torch, name, on_cpu(getattr(torch, name)))
-    original_to = torch.Tensor.to
+    tensor: Any = torch.Tensor
+    original_to = tensor.to
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        args = tuple(
-            torch.device("cpu")
-            if (isinstance(a, (str, torch.device)) and "cuda" in str(a))
-            else a
-            for a in args
-        )
-        if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = torch.device("cpu")
-        return original_to(self, *args, **kwargs)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: moved(value) for name, value in kwargs.items()}
+        return original_to(self, *map(moved, args), **kwargs)
 
-    _tensor.to = to
+    tensor.to = to
 
 
 def _replace_process_groups() -> None:
@@ -234,15 +221,13 @@ def _replace_random_state() -> None:
     """
     from megatron.core.tensor_parallel import random as megatron_random
 
-    generator = torch.default_generator
-    _cuda.manual_seed = lambda seed: generator.manual_seed(int(seed))
-    _cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after its own
-    _cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    _cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    _cuda.random.get_rng_state = _cuda.get_rng_state
-    _cuda.random.set_rng_state = _cuda.set_rng_state
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda: Any = torch.cuda
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after its own
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.random.get_rng_state = megatron_random._get_cuda_rng_state = cuda.get_rng_state
+    cuda.random.set_rng_state = megatron_random._set_cuda_rng_state = cuda.set_rng_state
 
 
 def _replace_moe() -> None:

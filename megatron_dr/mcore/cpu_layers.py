@@ -43,8 +43,7 @@ class Attention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.config = config
-        collection = kwargs.get("pg_collection")
-        self.cp_group = getattr(collection, "cp", None)
+        self.cp_group = getattr(kwargs.get("pg_collection"), "cp", None)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any,
@@ -65,7 +64,8 @@ class Attention(torch.nn.Module):
         )
         mask = positions[:, None] >= key_positions[None, :]
         if packed:
-            segment = _segments(packed_seq_params.cu_seqlens_q, query.shape[0])
+            token = torch.arange(query.shape[0])
+            segment = torch.bucketize(token, packed_seq_params.cu_seqlens_q, right=True)
             mask &= segment[:, None] == segment[None, :]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -73,11 +73,6 @@ class Attention(torch.nn.Module):
         )
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
-
-
-def _segments(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    """Number of each token's segment [length]."""
-    return torch.bucketize(torch.arange(length), cu_seqlens, right=True)
 
 
 def _positions(length: int, rank: int, size: int) -> torch.Tensor:

@@ -44,12 +44,9 @@ class ExactGram:
         for units in self.units.values():
             yield from units
 
+    @meter.part("exchange")
     def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Exchange slices, multiply them, sum the products over all ranks."""
-        with meter.part("exchange"):
-            return self._gram(mix_RP)
-
-    def _gram(self, mix_RP: torch.Tensor) -> Gram:
         num_rows, blocks = len(mix_RP), len(self.layout.names)
         gram_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 1)  # last: what is not finite
         partial: dict[str, list[tuple[int, torch.Tensor]]] = {"tensor": [], "embedding": []}
@@ -76,7 +73,7 @@ class ExactGram:
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """The weighted sum of the slices: this rank's shard of the reduced gradient."""
-        local = self.rows.num_local
+        local = self.layout.row_map.local
         for unit in self.all_units():
             out_N = unit.out()
             for segment in by_block(unit.segments):
@@ -125,7 +122,7 @@ class ExactGram:
 
     def _buffers(self, unit: Unit, columns: slice, mix_RP: torch.Tensor) -> torch.Tensor:
         """Every group's buffers over some columns of the shard, in float64."""
-        local = self.rows.num_local
+        local = self.layout.row_map.local
         buffers_PN = mix_RP.new_zeros(mix_RP.shape[1], columns.stop - columns.start)
         for row in self.rows.present():
             values_DN = unit.slices(row)[:, columns].double()
@@ -186,13 +183,14 @@ def _multiply_partial(
 
 def extra_bytes(gram: ExactGram) -> int:
     """What this rank will send in a step beyond Megatron's own reduction."""
-    rows, vectors = gram.rows, gram.layout.row_map.num_vectors
+    rows, row_map = gram.rows, gram.layout.row_map
+    vectors = row_map.num_vectors
     slot_bytes = torch.empty([], dtype=rows.slot_dtype).element_size()
     sent = 0
     for unit in gram.all_units():
         numel = unit.ranks * unit.columns
         main = rows.flat(0, unit.buffer).element_size()
-        extra = (rows.num_slots - 1) * slot_bytes + rows.num_targets * main
+        extra = (row_map.slots - 1) * slot_bytes + row_map.num_targets * main
         sent += wire.scatter(numel * (extra + main * unit.remainder), unit.ranks)
     for kind, ranks in (("tensor", parallel_state.get_tensor_model_parallel_group),
                         ("embedding", parallel_state.get_embedding_group)):  # fmt: skip

@@ -8,7 +8,7 @@ Legend: D ranks of a group, N elements of a shard.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ def units_of(model: list[Any], rows: GradRows, layout: Layout) -> dict[int, list
     for group in bucket_groups(model):
         ranks = _ranks(group)
         if id(ranks) not in members:
-            members[id(ranks)] = _members(ranks, layout.group, rows.device)
+            row_groups = collectives.of_all_ranks(layout.group, ranks)
+            members[id(ranks)] = torch.tensor(row_groups, device=rows.device)
         out[id(group)] = [
             unit
             for bucket in group.buckets
@@ -101,16 +102,11 @@ def _ranks(group: Any) -> Any:
     return group.data_parallel_group
 
 
-def _members(ranks: Any, row_group: int, device: torch.device) -> torch.Tensor:
-    """Row group of each of the ranks (collective)."""
-    return torch.tensor(collectives.of_all_ranks(row_group, ranks), device=device)
-
-
 def _units(
     bucket: Any, group: Any, rows: GradRows, layout: Layout, members: torch.Tensor
 ) -> Iterator[Unit]:
     """A bucket's ranges. The distributed optimizer's shards are its own: one range."""
-    ddp, ranks = group.ddp_config, len(members)
+    ddp, peers, ranks = group.ddp_config, _ranks(group), len(members)
     inside = {id(p) for p in bucket.params_list}
     pieces = [p for p in rows.pieces if id(rows.owned[p.number].parameter) in inside]
     pieces.sort(key=lambda p: p.start)
@@ -122,15 +118,13 @@ def _units(
     scale = bucket.gradient_scaling_factor / (ranks if ddp.average_in_collective else 1)
     for start, stop in itertools.pairwise(cuts):
         columns, left = divmod(stop - start, ranks)
-        low = start + dist.get_rank(_ranks(group)) * columns
-        if columns:
-            segments = _segments(pieces, rows, layout, low, low + columns)
-            yield Unit(pieces[0].buffer, start, columns, _ranks(group), members, scale, segments,
-                       remainder=False, buffers=rows)  # fmt: skip
-        if left:
-            segments = _segments(pieces, rows, layout, stop - left, stop)
-            yield Unit(pieces[0].buffer, stop - left, left, _ranks(group), members, scale, segments,
-                       remainder=True, buffers=rows)  # fmt: skip
+        shard, rest = start + dist.get_rank(peers) * columns, stop - left
+        parts = ((start, columns, shard, False), (rest, left, rest, True))
+        for first, size, low, remainder in parts:
+            if size:
+                segments = _segments(pieces, rows, layout, low, low + size)
+                yield Unit(pieces[0].buffer, first, size, peers, members, scale, segments,
+                           remainder, buffers=rows)  # fmt: skip
 
 
 def _segments(
@@ -143,19 +137,16 @@ def _segments(
         if start >= stop:
             continue
         owned, block = rows.owned[piece.number], layout.blocks[piece.number]
-        new = Segment(block, owned.count, owned.partial, start, stop)
-        if out and (out[-1].block, out[-1].count, out[-1].partial) == (
-            new.block, new.count, new.partial,
-        ):  # fmt: skip
-            new = Segment(block, owned.count, owned.partial, out.pop().start, stop)
-        out.append(new)
-    return out
+        out.append(Segment(block, owned.count, owned.partial, start, stop))
+    return _joined(out)
 
 
 def by_block(segments: list[Segment]) -> list[Segment]:
     """Neighbours of one block joined, however they count."""
-    out: list[Segment] = []
-    for segment in segments:
-        start = out.pop().start if out and out[-1].block == segment.block else segment.start
-        out.append(Segment(segment.block, 1.0, "", start, segment.stop))
-    return out
+    return _joined([replace(s, count=1.0, partial="") for s in segments])
+
+
+def _joined(segments: list[Segment]) -> list[Segment]:
+    alike = itertools.groupby(segments, lambda s: (s.block, s.count, s.partial))
+    runs = (list(run) for _, run in alike)
+    return [replace(run[0], stop=run[-1].stop) for run in runs]

@@ -13,6 +13,7 @@ microbatch runs.
 Legend: B blocks, L = S + target buffers of this rank, N elements, K sketch size.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_dr.mcore.ownership import OwnedParameter
+from megatron_dr.mcore.row_map import RowMap
 from megatron_dr.projection import Sketch
 
 CHUNK = 1 << 20  # elements that are sketched at a time: bounds the temporaries
@@ -49,12 +51,10 @@ class GradRows:
         self,
         owned: Sequence[OwnedParameter],
         model: Sequence[Any],
-        num_slots: int,
+        row_map: RowMap,
         slot_dtype: torch.dtype,
-        num_targets: int,
     ) -> None:
-        self.owned, self.num_slots, self.num_targets = owned, num_slots, num_targets
-        self.slot_dtype = slot_dtype
+        self.owned, self.row_map, self.slot_dtype = owned, row_map, slot_dtype
         self.buffers = [b for module in model for b in module.buffers]
         self.buffers += [b for module in model for b in module.expert_parallel_buffers]
         number = {id(o.parameter): n for n, o in enumerate(owned)}
@@ -68,21 +68,12 @@ class GradRows:
         self._is_bound = False  # whether views other than Megatron's own may be
         self.restore()
 
-    def _allocate(self, row: int, dtype: torch.dtype | None) -> None:
-        """dtype None: that of main_grad."""
-        self._extra[row] = [
-            torch.zeros_like(b.grad_data, dtype=dtype or b.grad_data.dtype) for b in self.buffers
-        ]
-
-    @property
-    def target(self) -> int:
-        """The number of the target's first buffer."""
-        return self.num_slots
-
-    @property
-    def num_local(self) -> int:
-        """L: buffers of this rank."""
-        return self.num_slots + self.num_targets
+    def _allocate(self, rows: range, dtype: torch.dtype | None) -> None:
+        """Those that are missing. dtype None: that of main_grad."""
+        grads = [b.grad_data for b in self.buffers]
+        for row in rows:
+            if row not in self._extra:
+                self._extra[row] = [torch.zeros_like(grad, dtype=dtype) for grad in grads]
 
     @property
     def extra_bytes(self) -> int:
@@ -92,7 +83,8 @@ class GradRows:
     @property
     def target_bytes(self) -> int:
         """Bytes of the target's buffers, allocated with the first target batch."""
-        return self.num_targets * sum(b.grad_data.nbytes for b in self.buffers)
+        each: int = sum(b.grad_data.nbytes for b in self.buffers)
+        return self.row_map.num_targets * each
 
     @property
     def device(self) -> torch.device:
@@ -103,9 +95,7 @@ class GradRows:
         """Zero the rows; Megatron has zeroed its own."""
         self.restore()
         if with_target:
-            for row in range(self.num_slots, self.num_local):
-                if row not in self._extra:
-                    self._allocate(row, None)
+            self._allocate(range(self.row_map.slots, self.row_map.local), None)
         for flats in self._extra.values():
             for flat in flats:
                 flat.zero_()
@@ -128,7 +118,7 @@ class GradRows:
         self._is_bound = row != 0 or chunk is not None
         for number, o in enumerate(self.owned):
             if chunk is None or o.chunk == chunk:
-                o.parameter.main_grad = self.view(row, number)
+                o.parameter.main_grad = self.view(row, number)  # type: ignore[attr-defined]
 
     def end_step(self) -> None:
         """Bind Megatron's own views back. Safe to call twice, also while their memory is freed."""
@@ -146,13 +136,11 @@ class GradRows:
 
     def restore(self) -> None:
         """Allocate the slots that are missing; the target's buffers come with its next batch."""
-        for slot in range(1, self.num_slots):
-            if slot not in self._extra:
-                self._allocate(slot, self.slot_dtype)
+        self._allocate(range(1, self.row_map.slots), self.slot_dtype)
 
     def present(self) -> list[int]:
         """Local buffers that hold something: the target's only once it was used."""
-        return [row for row in range(self.num_local) if row == 0 or row in self._extra]
+        return [row for row in range(self.row_map.local) if row == 0 or row in self._extra]
 
     def sketch_(self, out_BLK: torch.Tensor, sketch: Sketch, blocks: Sequence[int]) -> None:
         """out[b, l] += S g_l, for this rank's pieces, each counted as `ownership` says."""
@@ -187,13 +175,7 @@ class GradRows:
     def spans(self, blocks: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
         """(buffer, start, stop, block): neighbours of one block are joined, padding included."""
         ordered = sorted(self.pieces, key=lambda p: (p.buffer, p.start))
-        begin = 0
-        for end in range(1, len(ordered) + 1):
-            first = ordered[begin]
-            if end < len(ordered):
-                here = ordered[end]
-                same = (here.buffer, blocks[here.number]) == (first.buffer, blocks[first.number])
-                if same:
-                    continue
-            yield first.buffer, first.start, ordered[end - 1].stop, blocks[first.number]
-            begin = end
+        alike = itertools.groupby(ordered, lambda p: (p.buffer, blocks[p.number]))
+        for (buffer, block), run in alike:
+            pieces = list(run)
+            yield buffer, pieces[0].start, pieces[-1].stop, block

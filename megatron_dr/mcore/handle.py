@@ -101,7 +101,12 @@ class Handle:
 
     def check_batch(self, num_general: int, num_target: int) -> None:
         """Raise ValueError where a step's microbatches can't make the rows that the set needs."""
-        self.rows.check_batch(num_general, num_target, self.steps)
+        if num_target == 0 and self.dr.needs_target and self.target_due:
+            raise ValueError(
+                f"--dr-set {self.dr.set} needs target data: give a target batch "
+                "(--dr-target-data), or --dr-set mean."
+            )
+        self.rows.check_batch(num_general, num_target)
 
     def step(
         self,

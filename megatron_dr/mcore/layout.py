@@ -17,19 +17,17 @@ class Layout:
     Attributes:
         names: of the B blocks; one that is not projected is the last.
         blocks: block number of each of this rank's parameters.
-        ranks_per_row: neighbours in the data group that form one row group.
         row_map: which buffers make which rows.
     """
 
     names: tuple[str, ...]
     blocks: tuple[int, ...]
-    ranks_per_row: int
     row_map: RowMap
 
     @property
     def group(self) -> int:
         """This rank's row group."""
-        return dist.get_rank(compat.data_group()) // self.ranks_per_row
+        return dist.get_rank(compat.data_group()) // compat.ranks_per_row()
 
     @property
     def projected(self) -> int:

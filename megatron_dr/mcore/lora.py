@@ -96,7 +96,7 @@ def merge_lora(model: Sequence[torch.nn.Module]) -> None:
     for chunk in model:
         bare = compat.unwrap(chunk)
         for layer in list(bare.modules()):
-            if isinstance(layer, lora_layers.Adapted):
+            if isinstance(layer, (lora_layers.AdaptedColumn, lora_layers.AdaptedRow)):
                 lora_layers.merge(layer)
         if hasattr(bare, _HOOK):
             getattr(bare, _HOOK).remove()

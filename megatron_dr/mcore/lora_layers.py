@@ -21,7 +21,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
@@ -32,6 +31,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dr.lora_config import LoRAConfig
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.ownership import OwnedParameter
 
 NAMES = ("lora_a", "lora_b")
@@ -46,23 +46,19 @@ class Adapted(torch.nn.Module):
         lora_gated: B's rows are two stacked matrices, gate and up of a gated MLP.
     """
 
-    lora_a: torch.nn.Module
-    lora_b: torch.nn.Module
+    lora_a: ColumnParallelLinear | RowParallelLinear
+    lora_b: ColumnParallelLinear | RowParallelLinear
     lora: LoRAConfig
     lora_gated: bool
-    weight: torch.nn.Parameter  # this and the rest: Megatron's layer's own
-    config: TransformerConfig
-    tp_group: dist.ProcessGroup
+    config: TransformerConfig  # this and the next two are Megatron's layer's own
+    tp_group: collectives.Group
+    weight: torch.nn.Parameter
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         output, bias = super().forward(input_, *args, **kwargs)
-        return output + self.lora_delta(input_), bias
-
-    def lora_delta(self, input_: torch.Tensor) -> torch.Tensor:
-        """(alpha / r) B dropout(A x), laid out as W x is."""
         part = self.lora_scale(self.lora_hidden(input_))
-        delta: torch.Tensor = self.lora_b(self.lora_input_of_b(part))[0]
-        return delta
+        delta, _ = self.lora_b(self.lora_input_of_b(part))  # laid out as W x is
+        return output + delta, bias
 
     def lora_scale(self, part: torch.Tensor) -> torch.Tensor:
         """(alpha / r) dropout(h) for this rank's slice of h; a mask per rank, as in attention."""
@@ -86,8 +82,8 @@ class Adapted(torch.nn.Module):
 
         Gate and up are sharded each by itself, as Megatron's MLP does for the weight.
         """
-        layer: Any = super()
-        state: dict[str, Any] = layer.sharded_state_dict(prefix, sharded_offsets, metadata)
+        stock = super().sharded_state_dict  # type: ignore[misc]
+        state: dict[str, Any] = stock(prefix, sharded_offsets, metadata)
         for name in NAMES:
             matrix = getattr(self, name)
             state.update(
@@ -103,12 +99,6 @@ class Adapted(torch.nn.Module):
                 dp_group=metadata["dp_cp_group"],
             )
         return state
-
-    def lora_product(self) -> torch.Tensor:
-        """(alpha / r) B A in fp32, this rank's shard, shaped as the weight (collective)."""
-        a, b = (getattr(self, name).weight.float() for name in NAMES)
-        a, b = self.lora_whole(a, b)
-        return self.lora.scale * (b @ a)
 
     def lora_whole(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B with the ranks' shards of r put together."""
@@ -127,7 +117,7 @@ class AdaptedColumn(Adapted, ColumnParallelLinear):  # type: ignore[misc]
         return hidden
 
     def lora_whole(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _gather(a, 0, self.tp_group), b
+        return collectives.gathered(a, self.tp_group), b
 
 
 class AdaptedRow(Adapted, RowParallelLinear):  # type: ignore[misc]
@@ -142,22 +132,22 @@ class AdaptedRow(Adapted, RowParallelLinear):  # type: ignore[misc]
         return part
 
     def lora_whole(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return a, _gather(b, 1, self.tp_group)
+        return a, collectives.gathered(b.t(), self.tp_group).t().contiguous()
 
 
 KINDS = {ColumnParallelLinear: AdaptedColumn, RowParallelLinear: AdaptedRow}
 
 
 def adapt(
-    layer: Any, name: str, lora: LoRAConfig, config: TransformerConfig
-) -> None:
+    layer: ColumnParallelLinear | RowParallelLinear, name: str, lora: LoRAConfig,
+    config: TransformerConfig,
+) -> None:  # fmt: skip
     """Give a layer of one of Megatron's two kinds an adapter, in place.
 
     The layer keeps its identity, hooks and parameter names (its class becomes a subclass of its
     own), so checkpoints without adapters have the same names for everything else.
     """
     kind = type(layer)
-    column = kind is ColumnParallelLinear
     shared = copy.copy(config)
     shared.perform_initialization = False  # `initialize` does it, whatever the layout
     whole = copy.copy(shared)
@@ -168,13 +158,12 @@ def adapt(
         "skip_bias_add": False,
         "tp_group": layer.tp_group,
     }
-    if column:
-        a = kind(layer.input_size, lora.rank, config=shared, **options)
-        b = kind(lora.rank, layer.output_size, config=whole, **options)
-    else:
+    of_a, of_b = shared, whole
+    if kind is RowParallelLinear:
         options["input_is_parallel"] = True
-        a = kind(layer.input_size, lora.rank, config=whole, **options)
-        b = kind(lora.rank, layer.output_size, config=shared, **options)
+        of_a, of_b = whole, shared
+    a = kind(layer.input_size, lora.rank, config=of_a, **options)
+    b = kind(lora.rank, layer.output_size, config=of_b, **options)
     layer.__class__ = KINDS[kind]
     layer.lora_a, layer.lora_b, layer.lora = a, b, lora
     layer.lora_gated = bool(config.gated_linear_unit) and name.endswith(".linear_fc1")
@@ -200,17 +189,10 @@ def initialize(adapters: list[OwnedParameter], seed: int) -> None:
 
 
 @torch.no_grad()
-def merge(layer: Adapted) -> None:
+def merge(layer: AdaptedColumn | AdaptedRow) -> None:
     """W <- W + (alpha / r) B A in fp32, rounded once to W's type; the adapter goes (collective)."""
-    product = layer.lora_product()
-    layer.weight.copy_(layer.weight.float() + product)
+    a, b = layer.lora_whole(layer.lora_a.weight.float(), layer.lora_b.weight.float())
+    layer.weight.copy_(layer.weight.float() + layer.lora.scale * (b @ a))
     for name in (*NAMES, "lora", "lora_gated"):
         delattr(layer, name)
     layer.__class__ = next(kind for kind, adapted in KINDS.items() if type(layer) is adapted)
-
-
-def _gather(shard: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Shards of a tensor-parallel group, concatenated."""
-    parts = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, shard.contiguous(), group=group)
-    return torch.cat(parts, dim)

@@ -55,15 +55,14 @@ def factors(
 
 def general_tokens(router: RoleRouter, like: torch.Tensor) -> torch.Tensor:
     """This rank's tokens of the general role, as Megatron's own count is kept."""
-    return _as_tensor(sum(router.tokens[:-1]), like)
+    return (torch.zeros_like(like) + sum(router.tokens[:-1])).to(like.dtype)
 
 
 def _total(amounts: Sequence[torch.Tensor | int], device: torch.device) -> torch.Tensor:
     """Microbatches, or tokens, by domain and of the target, over all data ranks, float64."""
     counts = torch.stack(
-        [_as_tensor(n, torch.zeros([], dtype=torch.float64, device=device)).to(device)
-         for n in amounts]
-    )  # fmt: skip
+        [torch.as_tensor(n, dtype=torch.float64, device=device) for n in amounts]
+    )
     if not _counts_here():
         counts.zero_()
     collectives.all_reduce(counts, compat.model_group())
@@ -73,13 +72,5 @@ def _total(amounts: Sequence[torch.Tensor | int], device: torch.device) -> torch
 
 def _counts_here() -> bool:
     """One rank of a model copy counts: the first tensor-parallel rank of the last stage."""
-    return (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    )
-
-
-def _as_tensor(value: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.to(like.dtype)
-    return torch.full_like(like, value)
+    last: bool = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return last and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -27,6 +27,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.compat import unwrap
 from megatron_dr.projection import UNPROJECTED, block_of, key_of
 
@@ -164,8 +165,7 @@ def _place(
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         return OwnedParameter(
             parameter, name, chunk, 1.0, "embedding" if tied and stages > 1 else "",
-            parameter.partition_dim,  # type: ignore[attr-defined]
-            stride, shard, shards,
+            parameter.partition_dim, stride, shard, shards,  # type: ignore[attr-defined]
         )  # fmt: skip
     partial: Literal["", "tensor"] = ""
     if getattr(parameter, "average_gradients_across_tp_domain", False):
@@ -199,8 +199,7 @@ def block_names(owned: list[OwnedParameter], kind: str) -> tuple[str, ...]:
 
     One that is not projected is the last.
     """
-    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, [o.name for o in owned])
+    everyone = collectives.of_all_ranks([o.name for o in owned])
     names = {name for part in everyone for name in part}
     blocks = dict.fromkeys(block_of(name, kind) for name in sorted(names, key=_natural))
     return tuple(sorted(blocks, key=lambda name: name == UNPROJECTED))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from megatron_dr.mcore.grad_rows import GradRows
-from megatron_dr.mcore.row_map import RowMap
 
 Report = dict[str, torch.Tensor]
 
@@ -106,9 +105,8 @@ class RoleRouter(MicrobatchRouter):
     """Binds each microbatch's gradient to the buffer of its row.
 
     Args:
-        rows: the buffers; None when gradients are not routed (validation).
+        rows: the buffers.
         domains: domain number of each general microbatch, with domain rows.
-        row_map: which buffers make which rows.
 
     Attributes:
         tokens, microbatches: of each domain (one entry without domain rows) and, last, the target.
@@ -117,25 +115,22 @@ class RoleRouter(MicrobatchRouter):
     def __init__(
         self,
         model: list[torch.nn.Module],
-        rows: GradRows | None,
+        rows: GradRows,
         num_target: int,
         num_general: int,
         target_data_iterator: Any,
         domains: Sequence[int],
-        row_map: RowMap,
     ) -> None:
         super().__init__(model, num_target, num_general, target_data_iterator)
-        self.rows = rows
-        self._domains, self._row_map = domains, row_map
+        self.rows, self._domains, row_map = rows, domains, rows.row_map
         kinds = row_map.slots if row_map.by_domain else 1
         self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
         self.microbatches: list[torch.Tensor | int] = [0] * (kinds + 1)
-        self._check_domains(training=rows is not None)
+        if row_map.by_domain:
+            self._check_domains()
 
-    def _check_domains(self, training: bool) -> None:
-        if not training or not self._row_map.by_domain:
-            return
-        slots = self._row_map.slots
+    def _check_domains(self) -> None:
+        slots = self.rows.row_map.slots
         if len(self._domains) != self.num_general or not all(0 <= d < slots for d in self._domains):
             raise ValueError(
                 f"domain rows need a domain number below {slots} for each of the "
@@ -144,15 +139,14 @@ class RoleRouter(MicrobatchRouter):
 
     def row(self, microbatch: int) -> int:
         """Local buffer of a microbatch: the target's, or the slot of a general one."""
-        assert self.rows is not None
-        general = microbatch - self.num_target
+        general, row_map = microbatch - self.num_target, self.rows.row_map
+        if general < 0 and row_map.target_groups:
+            return 0
         if general < 0:
-            if self._row_map.target_groups:
-                return 0
-            return self.rows.target + microbatch * self.rows.num_targets // self.num_target
-        if self._row_map.by_domain:
+            return row_map.slots + microbatch * row_map.num_targets // self.num_target
+        if row_map.by_domain:
             return self._domains[general]
-        return general * self.rows.num_slots // self.num_general
+        return general * row_map.slots // self.num_general
 
     def _kind(self, microbatch: int) -> int:
         """Where a microbatch counts: its domain, or -1 for the target."""
@@ -162,16 +156,13 @@ class RoleRouter(MicrobatchRouter):
         return self._domains[general] if self._domains else 0
 
     def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
-        if self.rows is not None:
-            self.rows.bind(self.row(microbatch), chunk)
+        self.rows.bind(self.row(microbatch), chunk)
 
     def forwarded(self, chunk: int, microbatch: int, loss_func: Any) -> Any:
-        self.microbatches[self._kind(microbatch)] += 1 if chunk == 0 else 0
-        return self._count_tokens(loss_func, self._kind(microbatch))
-
-    def _count_tokens(self, loss_func: Callable[..., Any], kind: int) -> Callable[..., Any]:
+        kind = self._kind(microbatch)
+        self.microbatches[kind] += 1 if chunk == 0 else 0
         if loss_func is None:
-            return loss_func
+            return None
 
         def counted(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             result = loss_func(output, *args, **kwargs)

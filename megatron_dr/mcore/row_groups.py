@@ -49,11 +49,6 @@ def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int
     Args:
         num_general, num_target: microbatches of a rank that runs them.
     """
-    if num_target == 0 and dr.needs_target:
-        raise ValueError(
-            f"--dr-set {dr.set} needs target data: give a target batch (--dr-target-data), "
-            "or --dr-set mean."
-        )
     if not row_map.by_domain and num_general % dr.num_slots:
         raise ValueError(
             f"{num_general} general microbatches per rank can't be divided into {dr.num_slots} "

@@ -14,15 +14,9 @@ Passes = Generator[Pass, None, None]
 
 @dataclass(frozen=True)
 class Call:
-    """A training step as the host asks for it.
+    """A training step as the host asks for it, by the arguments of `Handle.step`.
 
     Attributes:
-        function: what `get_forward_backward_func()` returned.
-        schedule: its arguments; `num_microbatches` counts the general ones.
-        target_data: as the schedule's `data_iterator`.
-        num_target: target microbatches of this rank, or of each target rank.
-        target_size: samples in a target microbatch.
-        domains: domain number of each general microbatch, with domain rows.
         step: steps done before.
         alpha: of this step, from its gram where that decides it.
     """
@@ -55,8 +49,8 @@ class Rows(Protocol):
     device: torch.device
     hold: bool
 
-    def check_batch(self, num_general: int, num_target: int, steps: int) -> None:
-        """Raise ValueError where a step's microbatches can't make what the set needs."""
+    def check_batch(self, num_general: int, num_target: int) -> None:
+        """Raise ValueError where a step's microbatches can't make the rows."""
 
     def target_due(self, steps: int) -> bool:
         """Whether the next step, after so many, needs target microbatches."""

@@ -33,17 +33,15 @@ class SketchedGram:
     def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
         sketch = CountSketch(self.size, self.seed * 1_000_003 + step)
-        local_BLK = torch.zeros(
-            len(self.layout.names), self.rows.num_local, self.size, device=mix_RP.device
-        )
+        shape = (len(self.layout.names), self.layout.row_map.local, self.size)
+        local_BLK = torch.zeros(shape, device=mix_RP.device)
         with meter.part("sketch"):
             self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
-        with meter.part("exchange"):
-            return self._exchange(local_BLK, mix_RP)
+        return self._exchange(local_BLK, mix_RP)
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """This rank's share of the update into Megatron's buffer."""
-        local = self.rows.num_local
+        local = self.layout.row_map.local
         mine_BL = coefficients_BP[:, self.layout.group * local : (self.layout.group + 1) * local]
         self.rows.combine_(mine_BL, self.layout.blocks)
 
@@ -51,6 +49,7 @@ class SketchedGram:
         """Megatron's finalize reduces what was combined."""
         return nullcontext()
 
+    @meter.part("exchange")
     def _exchange(self, local_BLK: torch.Tensor, mix_RP: torch.Tensor) -> Gram:
         """Local sketches -> the gram of all rows on every rank."""
         model_group, data_group = compat.model_group(), compat.data_group()
@@ -58,7 +57,7 @@ class SketchedGram:
         own = self.layout.own_blocks()
         mine_bLK = local_BLK[own]
         gathered = collectives.gathered(mine_bLK[None], data_group)
-        groups_GbLK = gathered.unflatten(0, (-1, self.layout.ranks_per_row)).sum(1)
+        groups_GbLK = gathered.unflatten(0, (-1, compat.ranks_per_row())).sum(1)
         buffers_bPK = groups_GbLK.transpose(0, 1).flatten(1, 2)
         num_rows, blocks = len(mix_RP), len(local_BLK)
         products_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 2)
@@ -76,7 +75,7 @@ def extra_bytes(rows: GradRows, layout: Layout, size: int) -> int:
     num_model = dist.get_world_size(compat.model_group())
     num_data = dist.get_world_size(compat.data_group())
     blocks, each = len(layout.names), -(-len(layout.names) // num_model)
-    row = 4 * rows.num_local * size
+    row = 4 * layout.row_map.local * size
     vectors = layout.row_map.num_vectors
     grams = 8 * blocks * vectors * (vectors + 2)
     return (

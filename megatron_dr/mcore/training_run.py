@@ -142,7 +142,7 @@ class TrainingRun:
         number = self.num_target if self.handle.target_due else 0
         own = args.micro_batch_size
         try:
-            if self.handle.dr.merges_target:  # Megatron's batch functions take the size of a microbatch from here
+            if self.handle.dr.merges_target:  # where Megatron's batch functions look it up
                 args.micro_batch_size += self.target_size
             reports = self._step(stock, self.train_streams, number, schedule)
         finally:

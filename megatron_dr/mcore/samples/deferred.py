@@ -15,10 +15,12 @@ from megatron.core import parallel_state
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.samples import scoring
+from megatron_dr.mcore.samples.microbatches import Microbatches
 from megatron_dr.mcore.samples.path import gradient_of
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
 from megatron_dr.mcore.samples.targets import Targets
+from megatron_dr.mcore.samples.units import Units
 from megatron_dr.mcore.samples.weigh import needs_rows, sample_map
 from megatron_dr.mcore.step_log import StepLog
 from megatron_dr.projection import Update, project
@@ -29,25 +31,23 @@ class Deferred:
 
     Args:
         blocks: number of blocks of the whole model.
-        tokens: [n, b] of the general samples: n microbatches of this rank.
-        counts: how many of the b samples a microbatch has, the first ones (fewer in packs).
-        ratio, row_scale: see `units`, by general microbatch.
-        merged: q target samples at the end of each microbatch.
+        batches: n general microbatches of this rank, of b samples (fewer in packs), and q of the
+            target where it is merged.
         keep: whether uses are kept for their weight gradients.
     """
 
     def __init__(
         self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
-        tokens: torch.Tensor, counts: list[int], ratio: list[float], row_scale: list[float],
-        merged: int, keep: bool,
+        batches: Microbatches, units: Units, keep: bool,
     ) -> None:  # fmt: skip
-        self.dr, self.places, self.targets, self.tokens = dr, places, targets, tokens
-        self.ratio, self.row_scale, self.merged, self.keep = ratio, row_scale, merged, keep
-        n, b = tokens.shape
-        self._rows, self._counts = b + 1, counts
-        self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=tokens.device)
+        self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
+        self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, units.ratio
+        self.row_scale = units.row_scale
+        (n, b), device = self.tokens.shape, self.tokens.device
+        self._samples = b
+        self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=device)
         self._features: dict[int, list[torch.Tensor]] = {}
-        self._cross: torch.Tensor = torch.zeros(blocks, n * b + 1, device=tokens.device)
+        self._cross: torch.Tensor = torch.zeros(blocks, n * b + 1, device=device)
         self._kept: list[tuple[Place, int, list[Use]]] = []
         self._places = {p.number: p for p in places}
 
@@ -59,22 +59,22 @@ class Deferred:
             feature_NK = scoring.summed(place, scoring.features(place, uses))
             self._features.setdefault(place.number, []).append(feature_NK)
             return
-        b, ratio = self._rows - 1, self.ratio[microbatch]
-        map_RN = self._map(microbatch)
-        target = None if self.merged else self.targets.of(place) * ratio
-        if self.dr.window == "microbatch":
-            gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr))
-            self._gram[microbatch, place.block] += place.share * gram_RR
+        b, map_RN = self._samples, self._map(microbatch)
+        target = None if self.merged else self.targets.of(place) * self.ratio[microbatch]
+        whole_step = self.dr.window == "step"  # then cross products alone
+        rows_too = needs_rows(self.dr) and not whole_step
+        gram_RR = place.share * scoring.gram(place, uses, map_RN, target, rows_too)
+        if not whole_step:
+            self._gram[microbatch, place.block] += gram_RR
             return
-        gram_RR = scoring.gram(place, uses, map_RN, target, False)  # cross products alone
-        cross_B = place.share * gram_RR[-1] / self._counts[microbatch]  # in units of U, not of M U
-        self._cross[place.block, microbatch * b : (microbatch + 1) * b] += cross_B[:-1]
+        cross_R = gram_RR[-1] / self._counts[microbatch]  # in units of U, not of M U
+        self._cross[place.block, microbatch * b : (microbatch + 1) * b] += cross_R[:-1]
         if microbatch == 0:
-            self._cross[place.block, -1] += place.share * gram_RR[-1, -1]
+            self._cross[place.block, -1] += gram_RR[-1, -1]
 
     def _map(self, microbatch: int) -> torch.Tensor:
-        b, ratio = self._rows - 1, self.ratio[microbatch]
-        return sample_map(b, self.merged, ratio, self.tokens.device, self._counts[microbatch])
+        count, ratio = self._counts[microbatch], self.ratio[microbatch]
+        return sample_map(self._samples, self.merged, ratio, self.tokens.device, count)
 
     def _needs_features(self, place: Place) -> bool:
         """Kept to the end: where products need samples of other microbatches, ranks or stages."""
@@ -164,8 +164,7 @@ class Deferred:
         self, place: Place, parts: list[torch.Tensor], group: collectives.Group, M: int
     ) -> torch.Tensor:
         """gram [P + 1, P + 1] of the step's places on all data ranks, M of which are samples."""
-        b = self._rows - 1
-        parts = self._over_stages(place, parts)
+        b, parts = self._samples, self._over_stages(place, parts)
         parts = [f * scale for f, scale in zip(parts, self.row_scale, strict=True)]
         rows_MK = collectives.gathered(torch.cat([f[:b] for f in parts]), group) * float(M)
         if self.merged:
@@ -185,11 +184,7 @@ class Deferred:
         return parts
 
     def _target(self, place: Place) -> torch.Tensor:
-        target = self.targets.of(place)
-        if place.owned.partial == "embedding":
-            target = target.clone()
-            collectives.all_reduce(target, parallel_state.get_embedding_group())
-        return target
+        return self._over_stages(place, [self.targets.of(place).clone()])[0]
 
     def write(self, coefficient_nBN: torch.Tensor) -> None:
         """Add the kept uses' weighted gradients to Megatron's buffer, and let go of them."""

@@ -32,10 +32,10 @@ from megatron.core import parallel_state
 
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore import collectives, compat
+from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained, watch
 from megatron_dr.projection import per_sample
 
 Routes = dict[torch.nn.Module, torch.Tensor]  # an expert's linear layer -> tokens [L, N], -1: none
-Undo = Callable[[], Any]
 
 
 # -- where experts are ---------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def token_groups() -> list[Any]:
     return [tp, cp] if spread == 1 else [cp] if spread == dist.get_world_size(tp) else []
 
 
-def data_group() -> dist.ProcessGroup:
+def data_group() -> collectives.Group:
     """Ranks that hold the same expert and see other samples of the target."""
     if compat.expert_ranks() in (1, parallel_state.get_tensor_model_parallel_world_size()):
         return compat.data_group()
@@ -59,8 +59,8 @@ def data_group() -> dist.ProcessGroup:
 def is_first() -> bool:
     """Whether this rank speaks for those that know the same of an expert."""
     if compat.expert_ranks() == 1:
-        return parallel_state.get_tensor_model_parallel_rank() == 0
-    return parallel_state.get_expert_tensor_parallel_rank() == 0
+        return bool(parallel_state.get_tensor_model_parallel_rank() == 0)
+    return bool(parallel_state.get_expert_tensor_parallel_rank() == 0)
 
 
 def windows(tokens: torch.Tensor, ratio: list[float]) -> tuple[torch.Tensor, list[float]]:
@@ -139,8 +139,7 @@ def tap_dispatcher(layer: Any, observer: Any, routes: Routes) -> list[Undo]:
                 routes[expert.linear_fc1] = routes[expert.linear_fc2] = index_LN
         return stock(hidden_states, routing_map, probs)
 
-    dispatcher.dispatch_preprocess = preprocess
-    return [lambda: dispatcher.__dict__.pop("dispatch_preprocess"), routes.clear]
+    return [put(dispatcher, "dispatch_preprocess", preprocess), routes.clear]
 
 
 @torch.no_grad()
@@ -184,11 +183,10 @@ def rows(x_TI: torch.Tensor, index_LN: torch.Tensor) -> torch.Tensor:
 
 def tap_router(router: Any, observer: Any) -> list[Undo]:
     """A router's weight and bias: X is its input, dY the gradient of the logits."""
-    own = {n: p for n, p in router.named_parameters(recurse=False) if observer.covers(p)}
+    own = trained(router, observer)
     if not own:
         return []
-    stock = router.gating
-    found: dict[str, torch.Tensor] = {}
+    gradients = Written(own.values())
 
     def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
         for name, parameter in own.items():
@@ -197,17 +195,6 @@ def tap_router(router: Any, observer: Any) -> list[Undo]:
                 grad = None if weighted is None else weighted.product()
             else:
                 grad = observer.vector(parameter, observer.per_sample(parameter, dy.float()))
-            found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+            gradients.put(parameter, grad)
 
-    def gating(input: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = stock(input)
-        if observer.active and logits.requires_grad:
-            logits.register_hook(functools.partial(observe, input.detach()))
-        return logits
-
-    router.gating = gating
-    undo: list[Undo] = [lambda: router.__dict__.pop("gating")]
-    for name, parameter in own.items():
-        hook = parameter.register_hook(lambda grad, name=name: found.pop(name, grad))
-        undo.append(hook.remove)
-    return undo
+    return [watch(router, "gating", observer, observe), *gradients.undo]

@@ -10,9 +10,11 @@ import torch
 from megatron_dr.config import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.samples import experts, scoring
+from megatron_dr.mcore.samples.microbatches import Microbatches
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
 from megatron_dr.mcore.samples.targets import Targets
+from megatron_dr.mcore.samples.units import Units
 from megatron_dr.mcore.samples.weigh import needs_rows, sample_map
 from megatron_dr.mcore.step_log import StepLog
 from megatron_dr.projection import project
@@ -24,24 +26,19 @@ class Immediate:
     """A mode of `path.SamplePath`.
 
     Args:
-        tokens: [microbatches, samples] of the general role.
-        counts: how many of the samples a microbatch has, the first ones.
-        ratio: of the target to the rows, by general microbatch.
-        merged: target samples at the end of each microbatch.
-        scale: of every coefficient, by general microbatch.
         thresholds: [B] of the streaming window, NaN where there is none yet; changed in place.
         log: of the step.
     """
 
     def __init__(
-        self, dr: DRConfig, targets: Targets, tokens: torch.Tensor, counts: list[int],
-        ratio: list[float], merged: int, scale: list[float], alpha: float, thresholds: torch.Tensor,
-        log: StepLog,
+        self, dr: DRConfig, targets: Targets, batches: Microbatches, units: Units, alpha: float,
+        thresholds: torch.Tensor, log: StepLog,
     ) -> None:  # fmt: skip
-        self.dr, self.targets, self.tokens, self.ratio = dr, targets, tokens, ratio
-        self.merged, self.scale, self.alpha = merged, scale, alpha
-        self.thresholds, self.log, self.counts = thresholds, log, counts
-        self.peers = experts.windows(tokens, ratio)
+        self.dr, self.targets, self.merged, self.alpha = dr, targets, batches.merged, alpha
+        self.tokens, self.counts, self.ratio = batches.tokens, batches.counts, units.ratio
+        self.scale = [units.scale * scale for scale in units.row_scale]
+        self.thresholds, self.log = thresholds, log
+        self.peers = experts.windows(self.tokens, self.ratio)
 
     def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
         tokens, ratios = self.peers if place.owned.is_expert else (self.tokens, self.ratio)

@@ -19,36 +19,21 @@ from megatron_dr.projection.per_sample import Weighted
 Weigh = Callable[[torch.Tensor, torch.Tensor], Weighted | None]
 
 
-def linear(
-    weigh: Weigh,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    fused: bool,
-    allreduce_dgrad: bool,
-    sequence_parallel: bool,
-    tp_group: dist.ProcessGroup | None,
-) -> torch.Tensor:
+class Linear(torch.autograd.Function):
     """X W^T; in the backward the weight's gradient is what `weigh` returns.
 
     Args:
+        input: [s, N, I]; a share of the sequence where `sequence_parallel`.
         weigh: called once in the backward with X [L, N, I], whole, and dY [L, N, O]. None: the
             weight gets no gradient here.
-        input: [s, N, I]; a share of the sequence where `sequence_parallel`.
         fused: add the weight gradient to `main_grad` by Megatron's fused kernel.
         allreduce_dgrad, sequence_parallel, tp_group: as Megatron's layers pass them.
     """
-    output: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-        input, weight, weigh, fused, allreduce_dgrad, sequence_parallel, tp_group
-    )
-    return output
 
-
-class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, weigh: Weigh, fused: bool,
-        allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any,
+        allreduce_dgrad: bool, sequence_parallel: bool, tp_group: dist.ProcessGroup | None,
     ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(input, weight)
         ctx.weigh, ctx.fused, ctx.tp_group = weigh, fused, tp_group
@@ -85,6 +70,7 @@ def _gather(input: torch.Tensor, group: Any) -> tuple[torch.Tensor, Callable[[],
     """The whole sequence from its shares, and a function that waits for it."""
     out = input.new_empty(input.shape[0] * dist.get_world_size(group), *input.shape[1:])
     work = dist.all_gather_into_tensor(out, input.contiguous(), group=group, async_op=True)
+    assert work is not None
     return out, work.wait
 
 

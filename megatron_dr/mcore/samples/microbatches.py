@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_dr.config import DRConfig
 from megatron_dr.mcore import collectives, compat
+from megatron_dr.mcore.rows import Call
 from megatron_dr.mcore.samples import packs
 from megatron_dr.mcore.samples.packs import Packs
 
@@ -20,15 +22,11 @@ Batch = dict[str, Any]
 class Microbatches:
     """General and target microbatches of a step on this rank.
 
-    Args:
-        general, target: data iterators as the schedule takes them: one, or one per model chunk,
-            or None on ranks that read nothing.
-        num_general, num_target: microbatches of each.
-        sizes: samples in a general and in a target microbatch.
-        merged: a target microbatch is appended to each general one, as further samples.
-        pack_length: tokens of a microbatch that is a pack of samples; None: none is.
+    Where the target is merged, a target microbatch is appended to each general one, as further
+    samples.
 
     Attributes:
+        merged: target samples at the end of each general microbatch; 0: they have their own.
         tokens: [num_general, samples] of each general sample, float64.
         counts: how many of the samples a general microbatch has, the first ones.
         packs: the general role's and the target's, or None.
@@ -38,40 +36,35 @@ class Microbatches:
         ValueError: microbatches without a loss mask, or of unequal numbers of samples.
     """
 
-    def __init__(
-        self, general: Any, target: Any, num_general: int, num_target: int, sizes: tuple[int, int],
-        merged: bool, device: torch.device, pack_length: int | None = None,
-    ) -> None:  # fmt: skip
-        if merged and num_target != num_general:
-            raise ValueError(
-                f"with the target in the general microbatches there must be as many target ones: "
-                f"{num_target} target and {num_general} general microbatches were given."
-            )
-        self._sizes, self._merged, self._numbers = sizes, merged, (num_general, num_target)
+    def __init__(self, call: Call, dr: DRConfig, device: torch.device) -> None:
+        general, num_general = call.schedule["data_iterator"], call.num_general
+        self._sizes = sizes = (call.schedule["micro_batch_size"], call.target_size)
         self._many = isinstance(general, list)
         self._general = _read(general, num_general)
-        self._target = _read(target, num_target)
-        self.counts, self.packs = [sizes[0]] * num_general, self._packs(pack_length, device)
-        if self.packs is not None:
+        self._target = _read(call.target_data, call.num_target)
+        self.counts, self.packs = [sizes[0]] * num_general, None
+        if dr.packed:
+            self.packs = self._packs(call, device)
             self.counts = self.packs[0].counts
             sizes = (self.packs[0].most, self.packs[1].most)
         self.tokens = _counts(self._general, (num_general, sizes[0]), device)
-        self.target_tokens = _counts(self._target, (num_target, sizes[1]), device)
+        self.target_tokens = _counts(self._target, (call.num_target, sizes[1]), device)
+        self.merged = sizes[1] if dr.target_pass == "merged" else 0
 
-    def _packs(self, length: int | None, device: torch.device) -> tuple[Packs, Packs] | None:
-        if length is None:
-            return None
+    def _packs(self, call: Call, device: torch.device) -> tuple[Packs, Packs]:
+        read = ((self._general, call.num_general), (self._target, call.num_target))
         roles = [
-            Packs(next((b for b in chunks if b is not None), None), number, length, device)
-            for chunks, number in zip((self._general, self._target), self._numbers, strict=True)
-        ]
+            Packs(next((b for b in chunks if b is not None), None), number,
+                  call.schedule["seq_length"], device)
+            for chunks, number in read
+        ]  # fmt: skip
         packs.agree(roles, device)
         return roles[0], roles[1]
 
     def iterator(self, of_target: bool = False) -> Any:
         """Fresh data iterators for one schedule call, as they were given."""
         chunks = self._target if of_target else self._general
-        if self._merged:
+        if self.merged:
             pairs = zip(self._general, self._target, strict=True)
             chunks = [None if g is None or t is None else
                       [self._joined(*both) for both in zip(g, t, strict=True)]
@@ -84,12 +77,12 @@ class Microbatches:
         """One microbatch whose samples are the general ones, then the target's."""
         out = {}
         for name, value in general.items():
-            parts = (value, target.get(name))
-            per_sample = all(
-                isinstance(part, torch.Tensor) and part.dim() > 1 and len(part) == size
-                for part, size in zip(parts, self._sizes, strict=True)
-            )
-            out[name] = torch.cat(parts) if per_sample else value
+            both = zip((value, target.get(name)), self._sizes, strict=True)
+            per_sample = [
+                part for part, size in both
+                if isinstance(part, torch.Tensor) and part.dim() > 1 and len(part) == size
+            ]  # fmt: skip
+            out[name] = torch.cat(per_sample) if len(per_sample) == 2 else value
         return out
 
 

@@ -13,6 +13,7 @@ from megatron_dr.config import DRConfig
 from megatron_dr.mcore import meter
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.mcore.samples import scoring
+from megatron_dr.mcore.samples.microbatches import Microbatches
 from megatron_dr.mcore.samples.packs import Packs
 from megatron_dr.mcore.samples.places import Place
 from megatron_dr.mcore.samples.scoring import Use
@@ -57,19 +58,16 @@ class SamplePath:
 
     # -- a pass ----------------------------------------------------------------------------------
     def begin(
-        self, mode: Mode, num_target: int, merged: int, alpha: float, target_scale: float,
-        packs: tuple[Packs, Packs] | None,
-    ) -> None:  # fmt: skip
+        self, mode: Mode, num_target: int, batches: Microbatches, alpha: float, target_scale: float
+    ) -> None:
         """Start a schedule call.
 
         Args:
             num_target: the target's own microbatches, which come first.
-            merged: target samples at the end of each general microbatch.
             target_scale: of a target microbatch's gradient in the update, alpha included; 0: none.
-            packs: the general role's and the target's, where a microbatch is a pack.
         """
-        self._packs = packs
-        self._mode, self._num_target, self._merged = mode, num_target, merged
+        self._packs, self._merged = batches.packs, batches.merged
+        self._mode, self._num_target = mode, num_target
         self._alpha, self._target_scale = alpha, target_scale
         self._current.clear()
         self._held.clear()
@@ -88,25 +86,33 @@ class SamplePath:
 
     # -- what the taps call ----------------------------------------------------------------------
     def covers(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the parameter is trained."""
         return id(parameter) in self._covered
 
     def linear(
         self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
     ) -> per_sample.Weighted | None:
+        """The weight gradient's operands, without the samples that have no part in it; None: no
+        gradient now."""
         x_LNI, dy_LNO = self._split(parameter, x_LNI), self._split(parameter, dy_LNO)
         decided = self._decide(parameter, (x_LNI.detach(), dy_LNO))
         if decided is None:
             return None
+        coefficient_N, _ = decided
         with meter.part("combine"):
-            return weighted(self.dr, x_LNI, dy_LNO, decided[0], self._merged, self._alpha)
+            keep_N = kept(self.dr, coefficient_N, self._merged, self._alpha)
+            every = len(keep_N) == len(coefficient_N)
+            return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
 
     def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
+        """The gradient [H] of the samples' g_NH, or None for no gradient now."""
         decided = self._decide(parameter, (g_NH, None))
         return None if decided is None else decided[0].to(g_NH) @ g_NH
 
     def embedding(
         self, parameter: torch.nn.Parameter, x_LNH: torch.Tensor, index_LN: torch.Tensor
     ) -> torch.Tensor | None:
+        """The gradient [V, H] of rows index, or None for no gradient now."""
         x_LNH, index_LN = self._split(parameter, x_LNH), self._split(parameter, index_LN, -1)
         decided = self._decide(parameter, (x_LNH, index_LN))
         if decided is None:
@@ -141,7 +147,8 @@ class SamplePath:
         samples' second ones, so that it is a view."""
         if self.dr.sequences == 1:
             return tokens_LB
-        return tokens_LB.unflatten(1, (self.dr.sequences, -1)).flatten(0, 1)
+        tokens_LSN: torch.Tensor = tokens_LB.unflatten(1, (self.dr.sequences, -1))
+        return tokens_LSN.flatten(0, 1)
 
     def _pack(self, parameter: torch.nn.Parameter) -> tuple[Packs, int] | None:
         """The pack under way, as a role's packs and its number among them."""
@@ -174,16 +181,6 @@ class SamplePath:
         with meter.part("sketch"):
             found_N = self._mode.coefficients(place, microbatch - self._num_target, uses)
         return None if found_N is None else (found_N, uses)
-
-
-def weighted(
-    dr: DRConfig, x_LNI: torch.Tensor, dy_LNO: torch.Tensor, coefficient_N: torch.Tensor,
-    targets: int, alpha: float,
-) -> per_sample.Weighted:  # fmt: skip
-    """The weight gradient's operands, without the samples that have no part in it."""
-    keep_N = kept(dr, coefficient_N, targets, alpha)
-    every = len(keep_N) == len(coefficient_N)
-    return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
 
 
 def gradient_of(

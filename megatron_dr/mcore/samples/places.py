@@ -68,16 +68,6 @@ class Place:
             return 0.0
         return 1.0 if self.gram_group is not None or self.is_first else 0.0
 
-    @property
-    def features(self) -> int:
-        """Numbers that are kept of a sample (none by `ghost`)."""
-        parameter = self.owned.parameter
-        if self.score == "sketched":
-            out = parameter.shape[0] if self.p_out is None else self.p_out.shape[0]
-            inner = parameter.shape[1] if self.p_in is None else self.p_in.shape[0]
-            return out * inner
-        return parameter.numel()
-
 
 @dataclass(frozen=True)
 class BatchShape:

@@ -4,6 +4,7 @@ A step is one schedule call, or two with `passes=2`: the first finds the weights
 each microbatch again with them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,8 +86,12 @@ class LayerRows:
         """Every `target_refresh` steps, and after a resume."""
         return steps % self.dr.target_refresh == 0 or not self.path.targets.known
 
-    def check_batch(self, num_general: int, num_target: int, steps: int) -> None:
-        support.check_batch(self.dr, num_general, num_target, not self.target_due(steps))
+    def check_batch(self, num_general: int, num_target: int) -> None:
+        if self.dr.target_pass == "merged" and num_target not in (0, num_general):
+            raise ValueError(
+                f"--dr-target-pass merged needs as many target microbatches as general ones, not "
+                f"{num_target} and {num_general}: change --dr-target-batch-size."
+            )
 
     def passes(self, call: Call, log: StepLog) -> Passes:
         self.restore()
@@ -130,47 +135,38 @@ class _Step:
 
     def __init__(self, rows: LayerRows, call: Call) -> None:
         dr, schedule = rows.dr, call.schedule
-        self.rows, self.dr, self.call, self.path = rows, dr, call, rows.path
+        self.rows, self.dr, self.path, self.size = rows, dr, rows.path, schedule["micro_batch_size"]
         self.alpha = float(call.alpha(None))
-        self.is_merged = dr.merges_target
-        size = schedule["micro_batch_size"]
-        self.batches = Microbatches(
-            schedule["data_iterator"], call.target_data, call.num_general, call.num_target,
-            (size, call.target_size), self.is_merged, rows.device,
-            schedule["seq_length"] if dr.packed else None,
-        )  # fmt: skip
-        self.merged = self.batches.target_tokens.shape[1] if self.is_merged else 0
-        self.own = 0 if self.is_merged else call.num_target  # target microbatches by themselves
+        self.batches = Microbatches(call, dr, rows.device)
+        merged = self.batches.merged
+        self.own = 0 if merged else call.num_target  # target microbatches by themselves
         context = parallel_state.get_context_parallel_world_size()
         length = schedule["seq_length"] * dr.sequences // context
-        self.shape = BatchShape(size, self.merged, length)
+        self.shape = BatchShape(self.size, merged, length)
 
     def immediate(self, log: StepLog) -> Pass:
         """Weights inside the backward."""
-        found, batches = self._units(self.own), self.batches
-        scale = [found.scale * s for s in found.row_scale]
+        found = self._units(self.own)
         mode = Immediate(
-            self.dr, self.path.targets, batches.tokens, batches.counts, found.ratio, self.merged,
-            scale, self.alpha, self.rows.thresholds, log,
+            self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log
         )  # fmt: skip
-        return self._pass(mode, self.own, self.own > 0, found, _stock)
+        return self._pass(mode, self.own, self.own > 0, found)
 
     def deferred(self, log: StepLog) -> Passes:
         """Weights at a call's end: then the kept uses are weighed, or a second call runs."""
-        found, batches, rows = self._units(self.own), self.batches, self.rows
+        found, rows = self._units(self.own), self.rows
         mode = Deferred(
-            self.dr, rows.places, len(rows.names), self.path.targets, batches.tokens,
-            batches.counts, found.ratio, found.row_scale, self.merged, keep=self.dr.passes == 1,
+            self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
+            keep=self.dr.passes == 1,
         )  # fmt: skip
 
-        def solve(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
+        def solve() -> None:
             rows.coefficients = mode.solve(self.alpha, log)
 
-        def solve_and_write(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
-            solve(stock, num_tokens)
+        def solve_and_write() -> None:
+            solve()
             with meter.part("combine"):
                 mode.write(self._scaled(found))
-            stock(num_tokens)
 
         if self.dr.passes == 1:
             yield self._pass(mode, self.own, self.own > 0, found, solve_and_write)
@@ -181,24 +177,24 @@ class _Step:
         rows.forget_untapped()
         own = self.own if self.alpha > 0 else 0
         found = self._units(own)
-        yield self._pass(Replay(self._scaled(found)), own, False, found, _stock)
+        yield self._pass(Replay(self._scaled(found)), own, False, found)
 
     def _pass(
-        self, mode: Mode, own: int, gather: bool, found: Units, finalize: Any,
-        gradients: bool = True,
+        self, mode: Mode, own: int, gather: bool, found: Units,
+        at_end: Callable[[], None] = lambda: None, gradients: bool = True,
     ) -> Pass:  # fmt: skip
         """One schedule call.
 
         Args:
             own: target microbatches that run by themselves, first.
             gather: whether the target's features are gathered from them.
-            finalize: as `Pass.finalize`, given the tokens that Megatron is to divide by.
-            gradients: whether the target's own gradient enters the update in this pass.
+            at_end: what is done after the backwards, before Megatron's own finalize.
+            gradients: whether this pass leaves gradients, for Megatron to reduce.
         """
         batches, path = self.batches, self.path
         path.targets.begin(gather, found.to_mean)
         target_scale = self.alpha * found.target_scale if gradients else 0.0
-        path.begin(mode, own, self.merged, self.alpha, target_scale, batches.packs)
+        path.begin(mode, own, batches, self.alpha, target_scale)
         router = _Router(path, self.rows.model, own, len(batches.tokens),
                          batches.iterator(of_target=True) if own else None)  # fmt: skip
 
@@ -207,15 +203,17 @@ class _Step:
                 context = parallel_state.get_context_parallel_world_size()
                 num_tokens = (batches.tokens.sum() / context).float()
             path.end()
-            finalize(stock, num_tokens)
+            at_end()
+            if gradients:
+                stock(num_tokens)
 
-        size = self.call.schedule["micro_batch_size"] + self.merged
+        size = self.size + batches.merged
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
         return Pass(router, of_general, changes)
 
     def _units(self, own: int) -> Units:
         per_token = bool(self.rows.config.calculate_per_token_loss)
-        return units(self.batches, own, self.is_merged, per_token, self.dr.window)
+        return units(self.batches, own, per_token, self.dr.window)
 
     def _scaled(self, found: Units) -> torch.Tensor:
         """The coefficients [n, B, N] in the units of Megatron's buffer."""
@@ -223,10 +221,6 @@ class _Step:
         assert coefficient_nBN is not None
         scale_n = coefficient_nBN.new_tensor(found.row_scale)
         return coefficient_nBN * (scale_n * found.scale)[:, None, None]
-
-
-def _stock(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
-    stock(num_tokens)
 
 
 class _Router(MicrobatchRouter):

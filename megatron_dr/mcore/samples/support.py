@@ -62,20 +62,6 @@ def is_immediate(dr: DRConfig, owned: list[OwnedParameter]) -> bool:
     return everywhere
 
 
-def check_batch(dr: DRConfig, num_general: int, num_target: int, cached: bool) -> None:
-    """Raise ValueError where a step's microbatches can't make what the set needs."""
-    if num_target == 0 and dr.needs_target and not cached:
-        raise ValueError(
-            f"--dr-set {dr.set} needs target data: give a target batch (--dr-target-data), "
-            "or --dr-set mean."
-        )
-    if dr.target_pass == "merged" and num_target not in (0, num_general):
-        raise ValueError(
-            f"--dr-target-pass merged needs as many target microbatches as general ones, not "
-            f"{num_target} and {num_general}: change --dr-target-batch-size."
-        )
-
-
 def announce(
     dr: DRConfig, places: list[Place], names: tuple[str, ...], immediate: bool
 ) -> None:

@@ -8,15 +8,14 @@
 | embeddings | token ids and the output's gradient | a hook on the parameter |
 | routers of experts | input and the logits' gradient | a hook on the parameter |
 
-A hook on a parameter runs before Megatron's own accumulates its gradient, and replaces it. With
-activation recompute the forward runs twice; only the one that builds a graph is observed. Tokens in
-experts are traced back to their samples by `experts.py`; Transformer Engine's layers are tapped by
-`te.py`.
+With activation recompute the forward runs twice; only the one that builds a graph is observed.
+Tokens in experts are traced back to their samples by `experts.py`; Transformer Engine's layers are
+tapped by `te.py`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,44 +29,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 
 from megatron_dr.mcore.samples import experts, te
-from megatron_dr.mcore.samples.linear import linear
-from megatron_dr.projection.per_sample import Weighted
-
-Undo = Callable[[], Any]
-
-
-class Observer(Protocol):
-    """What the taps call; parameters are known to it by identity."""
-
-    @property
-    def active(self) -> bool:
-        """Whether a training step is under way."""
-
-    @property
-    def packed(self) -> bool:
-        """Whether a microbatch is a pack of samples."""
-
-    def per_sample(self, parameter: torch.nn.Parameter, g_LNH: torch.Tensor) -> torch.Tensor:
-        """Tokens [L, N, ..., H] summed to samples [N, H]."""
-
-    def covers(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether the parameter is trained."""
-
-    def linear(
-        self, parameter: torch.nn.Parameter, x_LNI: torch.Tensor, dy_LNO: torch.Tensor
-    ) -> Weighted | None:
-        """The weight gradient's operands, or None for no gradient now."""
-
-    def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
-        """The gradient [H] of the samples' g_NH, or None for no gradient now."""
-
-    def embedding(
-        self, parameter: torch.nn.Parameter, x_LNH: torch.Tensor, index_LN: torch.Tensor
-    ) -> torch.Tensor | None:
-        """The gradient [V, H] of rows index, or None for no gradient now."""
+from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained, watch
+from megatron_dr.mcore.samples.linear import Linear
+from megatron_dr.mcore.samples.path import SamplePath
 
 
-def install(chunk: torch.nn.Module, observer: Observer) -> list[Undo]:
+def install(chunk: torch.nn.Module, observer: SamplePath) -> list[Undo]:
     """Tap every layer of a model chunk; returns what takes the taps off.
 
     Raises:
@@ -83,7 +50,7 @@ def install(chunk: torch.nn.Module, observer: Observer) -> list[Undo]:
     return undo
 
 
-def _install(chunk: torch.nn.Module, observer: Observer, undo: list[Undo]) -> None:
+def _install(chunk: torch.nn.Module, observer: SamplePath, undo: list[Undo]) -> None:
     covered: set[int] = set()
     table = _taps({})
     for path, module in chunk.named_modules():
@@ -122,27 +89,20 @@ def _taps(routes: experts.Routes) -> list[tuple[Callable[[Any], bool], Callable[
     ]
 
 
-def _tap_linear(module: Any, observer: Observer, routes: experts.Routes) -> list[Undo]:
+def _tap_linear(module: Any, observer: SamplePath, routes: experts.Routes) -> list[Undo]:
     stock_impl, stock_forward, bias = module._forward_impl, module.forward, module.bias
 
     def forward_impl(
-        input: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None,
-        gradient_accumulation_fusion: bool = False, allreduce_dgrad: bool = False,
-        sequence_parallel: bool = False, tp_group: Any = None, **rest: Any,
-    ) -> torch.Tensor:  # fmt: skip
+        input: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None, **how: Any
+    ) -> Any:
         if not observer.active or not torch.is_grad_enabled() or not observer.covers(weight):
-            return stock_impl(  # type: ignore[no-any-return]
-                input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
-                gradient_accumulation_fusion=gradient_accumulation_fusion,
-                sequence_parallel=sequence_parallel, tp_group=tp_group, **rest,
-            )  # fmt: skip
+            return stock_impl(input=input, weight=weight, bias=bias, **how)
         weigh: Callable[..., Any] = functools.partial(observer.linear, weight)
         if module in routes:
             weigh = experts.by_sample(weigh, routes[module])
-        output = linear(
-            weigh, input, weight,
-            fused=gradient_accumulation_fusion, allreduce_dgrad=allreduce_dgrad,
-            sequence_parallel=sequence_parallel, tp_group=tp_group,
+        output: torch.Tensor = Linear.apply(
+            input, weight, weigh, how["gradient_accumulation_fusion"], how["allreduce_dgrad"],
+            how["sequence_parallel"], how["tp_group"],
         )  # fmt: skip
         return output if bias is None else output + bias
 
@@ -152,17 +112,15 @@ def _tap_linear(module: Any, observer: Observer, routes: experts.Routes) -> list
         # in the module's own dictionary it hides the parameter
         tokens = _output_tokens(module, input_) if observer.packed else 1
         shape = (tokens, input_.shape[1])
-        module.__dict__["bias"] = _Expand.apply(bias, shape, observer)  # type: ignore
+        module.__dict__["bias"] = _Expand.apply(bias, shape, observer)
         try:
             return stock_forward(input_, *args, **kwargs)
         finally:
             del module.__dict__["bias"]
 
-    module._forward_impl = forward_impl
-    undo = [lambda: module.__dict__.pop("_forward_impl")]
+    undo = [put(module, "_forward_impl", forward_impl)]
     if bias is not None and observer.covers(bias):
-        module.forward = forward
-        undo.append(lambda: module.__dict__.pop("forward"))
+        undo.append(put(module, "forward", forward))
     return undo
 
 
@@ -192,32 +150,19 @@ class _Expand(torch.autograd.Function):
         return None if grad is None else grad.to(ctx.bias.dtype), None, None
 
 
-def _tap_norm(module: Any, observer: Observer) -> list[Undo]:
-    own = {n: p for n, p in module.named_parameters(recurse=False) if observer.covers(p)}
+def _tap_norm(module: Any, observer: SamplePath) -> list[Undo]:
+    own = trained(module, observer)
     if not own:
         return []
-    stock = module.forward
-    found: dict[str, torch.Tensor] = {}
+    gradients = Written(own.values())
 
     def observe(x: torch.Tensor, dy: torch.Tensor) -> None:
         for name, parameter in own.items():
             per_token = dy.float() * _normalised(module, x) if name == "weight" else dy.float()
             grad = observer.vector(parameter, observer.per_sample(parameter, per_token))
-            found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+            gradients.put(parameter, grad)
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = stock(x, *args, **kwargs)
-        y = out[0] if isinstance(out, tuple) else out
-        if observer.active and y.requires_grad:
-            y.register_hook(functools.partial(observe, x.detach()))
-        return out
-
-    module.forward = forward
-    undo: list[Undo] = [lambda: module.__dict__.pop("forward")]
-    for name, parameter in own.items():
-        hook = parameter.register_hook(lambda grad, name=name: found.pop(name, grad))
-        undo.append(hook.remove)
-    return undo
+    return [watch(module, "forward", observer, observe), *gradients.undo]
 
 
 def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -230,30 +175,20 @@ def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def _tap_embedding(module: Any, observer: Observer) -> list[Undo]:
+def _tap_embedding(module: Any, observer: SamplePath) -> list[Undo]:
     weight = module.weight
     if not observer.covers(weight):
         return []
-    stock = module.forward
-    found: list[torch.Tensor] = []
+    gradients = Written([weight])
 
     def observe(ids: torch.Tensor, dy: torch.Tensor) -> None:
         if getattr(module, "reduce_scatter_embeddings", False):
             dy = gather_from_sequence_parallel_region(dy, group=module.tp_group)
         else:
             dy = dy.transpose(0, 1)  # [N, L, H] -> [L, N, H]
-        grad = observer.embedding(weight, dy, _rows(module, ids).t())
-        found[:] = [torch.zeros_like(weight) if grad is None else grad.to(weight.dtype)]
+        gradients.put(weight, observer.embedding(weight, dy, _rows(module, ids).t()))
 
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = stock(ids)
-        if observer.active and out.requires_grad:
-            out.register_hook(functools.partial(observe, ids))
-        return out
-
-    module.forward = forward
-    hook = weight.register_hook(lambda grad: found.pop() if found else grad)
-    return [lambda: module.__dict__.pop("forward"), hook.remove]
+    return [watch(module, "forward", observer, observe), *gradients.undo]
 
 
 def _rows(module: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -32,8 +32,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dr.mcore.samples import experts
+from megatron_dr.mcore.samples.hooks import Undo, Written, put, trained
+from megatron_dr.mcore.samples.path import SamplePath
 
-Undo = Callable[[], Any]
 _LAYERS = ("Linear", "LayerNormLinear")
 
 
@@ -66,25 +67,25 @@ class Store:
             wgrad_gemm(*operands)
 
 
-def tap(module: Any, observer: Any, routes: experts.Routes) -> list[Undo]:
+def tap(module: Any, observer: SamplePath, routes: experts.Routes) -> list[Undo]:
     """Tap one of TE's linear layers.
 
     Raises:
         ValueError: settings under which TE's layers don't hand over what is needed.
     """
-    own = {n: p for n, p in module.named_parameters(recurse=False) if observer.covers(p)}
+    own = trained(module, observer)
     if not own:
         return []
     _check(module, own)
     stock_forward, stock_store = module.forward, module.wgrad_store
     norm = {n: p for n, p in own.items() if n.startswith("layer_norm_")}
-    found: dict[str, torch.Tensor] = {}
+    gradients = Written(norm.values())
 
     def forward(inp: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not observer.active or not torch.is_grad_enabled():
             return stock_forward(inp, *args, **kwargs)
         by_sample = functools.partial(_by_sample, routes.get(module), inp.shape)
-        weigh = functools.partial(_weigh, module, observer, norm, found, by_sample)
+        weigh = functools.partial(_weigh, module, observer, norm, gradients, by_sample)
         module.wgrad_store = Store(weigh)
         try:
             out = stock_forward(inp, *args, **kwargs)
@@ -92,12 +93,7 @@ def tap(module: Any, observer: Any, routes: experts.Routes) -> list[Undo]:
             module.wgrad_store = stock_store
         return _with_bias(out, own["bias"], observer) if "bias" in own else out
 
-    module.forward = forward
-    undo: list[Undo] = [lambda: module.__dict__.pop("forward")]
-    for name, parameter in norm.items():
-        hook = parameter.register_hook(lambda grad, name=name: found.pop(name, grad))
-        undo.append(hook.remove)
-    return undo
+    return [put(module, "forward", forward), *gradients.undo]
 
 
 def _check(module: Any, own: dict[str, torch.nn.Parameter]) -> None:
@@ -149,8 +145,8 @@ def _by_sample(
 
 
 def _weigh(
-    module: Any, observer: Any, norm: dict[str, torch.nn.Parameter],
-    found: dict[str, torch.Tensor], by_sample: Callable[[torch.Tensor], torch.Tensor],
+    module: Any, observer: SamplePath, norm: dict[str, torch.nn.Parameter],
+    gradients: Written, by_sample: Callable[[torch.Tensor], torch.Tensor],
     x_TI: torch.Tensor, dy_TO: torch.Tensor,
 ) -> Any:  # fmt: skip
     x_LNI, dy_LNO = by_sample(x_TI), by_sample(dy_TO)
@@ -161,8 +157,7 @@ def _weigh(
             g_NI = observer.per_sample(parameter, per_token)
             if module.tp_size > 1 and not module.sequence_parallel:  # else Megatron sums the parts
                 dist.all_reduce(g_NI, group=module.tp_group)
-            grad = observer.vector(parameter, g_NI)
-            found[name] = torch.zeros_like(parameter) if grad is None else grad.to(parameter.dtype)
+            gradients.put(parameter, observer.vector(parameter, g_NI))
     return observer.linear(module.weight, x_LNI, dy_LNO)
 
 
@@ -176,7 +171,7 @@ def _normalised(module: Any, x_LNI: torch.Tensor) -> torch.Tensor:
     return torch.where(gamma_I == 0, 0.0, x_LNI / gamma_I)
 
 
-def _with_bias(out: Any, bias: torch.nn.Parameter, observer: Any) -> Any:
+def _with_bias(out: Any, bias: torch.nn.Parameter, observer: SamplePath) -> Any:
     """The layer's outputs (y, bias to be added later or None), with the bias's edge on y."""
     y, later = out
     y = _Bias.apply(y, bias, observer)
@@ -188,7 +183,7 @@ class _Bias(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, bias: torch.nn.Parameter, observer: Any
+        ctx: Any, y: torch.Tensor, bias: torch.nn.Parameter, observer: SamplePath
     ) -> torch.Tensor:
         ctx.bias, ctx.observer = bias, observer
         return y.view_as(y)

@@ -42,14 +42,13 @@ class Units:
 
 
 def units(
-    batches: Microbatches, num_target: int, merged: bool, per_token: bool,
+    batches: Microbatches, num_target: int, per_token: bool,
     window: Literal["microbatch", "streaming", "step"],
 ) -> Units:  # fmt: skip
     """The units of a schedule call (collective where the loss is per token).
 
     Args:
         num_target: target microbatches that this call runs by themselves.
-        merged: whether target samples are in the general microbatches.
     """
     tokens, target_tokens = batches.tokens, batches.target_tokens
     general_n = tokens.sum(1)
@@ -59,7 +58,7 @@ def units(
     if per_token:
         T_g, T_t = (max(float(total(t)), 1.0) for t in (tokens, target_tokens))
     ones = [1.0] * n_g
-    if merged:
+    if batches.merged:
         target_n = target_tokens.sum(1).clamp(min=1)
         if per_token:
             ratio_n = torch.full_like(general_n, T_g / T_t) if whole else general_n / target_n
