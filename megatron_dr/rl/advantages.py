@@ -58,7 +58,9 @@ def token_rewards(
     mask_BT = mask_BT.bool()
     difference_BT = (log_prob_BT - reference_log_prob_BT).detach()
     penalty_BT = torch.where(mask_BT, difference_BT, torch.zeros_like(difference_BT))
-    score_BT = torch.where(_is_last(mask_BT), reward_B[:, None], torch.zeros_like(penalty_BT))
+    following_BT = torch.cat([mask_BT[:, 1:], torch.zeros_like(mask_BT[:, :1])], 1)
+    is_last_BT = mask_BT & ~following_BT
+    score_BT = torch.where(is_last_BT, reward_B[:, None], torch.zeros_like(penalty_BT))
     return score_BT - kl_weight * penalty_BT
 
 
@@ -68,7 +70,6 @@ def gae(
     mask_BT: Tensor,
     discount: float,
     decay: float,
-    last_value_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, [B, T] each, 0 at padding (arXiv 1506.02438).
 
@@ -78,8 +79,6 @@ def gae(
     Args:
         mask_BT: completions begin at token 0 and are right-padded.
         discount, decay: gamma and lambda, from 0 to 1.
-        last_value_B: value after the last token, for completions that were cut; by default 0, as
-            for completions that ended.
 
     Raises:
         ValueError: discount or decay lies outside [0, 1]; the mask has a hole.
@@ -93,17 +92,9 @@ def gae(
     value_BT = torch.where(mask_BT, value_BT.detach(), zeros_BT)
     reward_BT = torch.where(mask_BT, reward_BT, zeros_BT)
     next_BT = torch.cat([value_BT[:, 1:], zeros_BT[:, :1]], 1)
-    if last_value_B is not None:
-        next_BT = torch.where(_is_last(mask_BT), last_value_B.detach()[:, None], next_BT)
     delta_BT = reward_BT + discount * next_BT - value_BT
     advantage_BT, following_B = zeros_BT.clone(), zeros_BT.new_zeros(len(zeros_BT))
     for t in reversed(range(delta_BT.shape[1])):  # padding lies behind, and adds 0
         following_B = delta_BT[:, t] + discount * decay * following_B
         advantage_BT[:, t] = following_B
     return advantage_BT, advantage_BT + value_BT
-
-
-def _is_last(mask_BT: Tensor) -> Tensor:
-    """Whether a token is the last of its completion."""
-    following_BT = torch.cat([mask_BT[:, 1:], torch.zeros_like(mask_BT[:, :1])], 1)
-    return mask_BT & ~following_BT

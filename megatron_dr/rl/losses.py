@@ -94,24 +94,6 @@ def reward_loss(
     return weights.total(-reward_BT * weights.keep(log_prob_BT))
 
 
-def train_loss(
-    log_prob_BT: Tensor,
-    old_log_prob_BT: Tensor,
-    reference_log_prob_BT: Tensor,
-    advantage_BT: Tensor,
-    weights: TokenWeights,
-    clip: float,
-    kl_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """What training minimises, `policy_loss` + kl_weight `kl_loss`; as a target loss: `train-loss`.
-
-    Raises:
-        ValueError: clip is not above 0.
-    """
-    policy, count = policy_loss(log_prob_BT, old_log_prob_BT, advantage_BT, weights, clip)
-    return policy + kl_weight * kl_loss(log_prob_BT, reference_log_prob_BT, weights)[0], count
-
-
 def _by_token(signal_BT: Tensor, like_BT: Tensor) -> Tensor:
     """A signal at each token, without a gradient; [B] would be spread along T where B = T."""
     if signal_BT.ndim != like_BT.ndim:

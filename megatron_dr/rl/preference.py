@@ -20,11 +20,10 @@ def dpo_loss(
     rejected_P: Tensor,
     reference_chosen_P: Tensor,
     reference_rejected_P: Tensor,
-    valid_P: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(sum, count) over the valid pairs of DPO's loss (arXiv 2305.18290, eq. 7).
+    """(sum, count) over the pairs of DPO's loss (arXiv 2305.18290, eq. 7).
 
         l = -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)
         h = (chosen - reference_chosen) - (rejected - reference_rejected)
@@ -32,7 +31,6 @@ def dpo_loss(
     Args:
         chosen_P, rejected_P: from `completion_log_prob`, by the policy; the others by the frozen
             reference.
-        valid_P: false at pairs that only fill up a batch.
         label_smoothing: s, the chance that a pair's labels are swapped (conservative DPO,
             E. Mitchell, 2023).
 
@@ -44,8 +42,6 @@ def dpo_loss(
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"DPO's label smoothing must lie in [0, 0.5), not {label_smoothing}.")
     reference_P = (reference_chosen_P - reference_rejected_P).detach()
-    valid_P = valid_P.bool()
     margin_P = beta * (chosen_P - rejected_P - reference_P)
-    margin_P = torch.where(valid_P, margin_P, torch.zeros_like(margin_P))
     loss_P = -(1 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)
-    return (loss_P * valid_P).sum(), valid_P.sum()
+    return loss_P.sum(), torch.tensor(len(loss_P), device=loss_P.device)

@@ -34,7 +34,7 @@ class Scores:
     """Rewards in the samples' order, and how many samples failed, by kind.
 
     Attributes:
-        rewards: None where the function failed and no reward for that was named.
+        rewards: None where the function failed.
         failures: of the kinds `raised`, `timeout`, `crashed` and `invalid` (not a finite number).
     """
 
@@ -46,27 +46,24 @@ class RewardPool:
     """Scores batches with one reward function; use as a context manager, or call `close`.
 
     A sample whose evaluation raises, takes longer than `timeout`, ends the process, or gives
-    anything but a finite number costs that sample alone: it gets `on_error`, is logged and is
-    counted, and a worker that hung or crashed is replaced.
+    anything but a finite number costs that sample alone: it is logged and counted, and a
+    worker that hung or crashed is replaced.
 
     Args:
         name: `module:function`, imported in the workers.
         workers: processes.
         timeout: seconds for a sample.
-        on_error: reward of a sample that failed; None leaves it without one.
 
     Raises:
         ValueError: the name can't be loaded, or an argument is not above 0.
     """
 
-    def __init__(
-        self, name: str, workers: int, timeout: float, on_error: float | None = None
-    ) -> None:
+    def __init__(self, name: str, workers: int, timeout: float) -> None:
         if workers < 1 or not timeout > 0:
             raise ValueError(
                 f"a reward pool needs workers ({workers}) and a timeout ({timeout}) above 0."
             )
-        self.name, self._timeout, self._on_error = name, timeout, on_error
+        self.name, self._timeout = name, timeout
         self._processes = [RewardProcess(name) for _ in range(workers)]
         self._idle: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
@@ -90,7 +87,7 @@ class RewardPool:
         if failures:
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(failures.items()))
             _log.warning("reward %s failed on %s of %d samples", self.name, counts, len(samples))
-        rewards = [self._on_error if isinstance(r, RewardFailure) else r for r in results]
+        rewards = [None if isinstance(r, RewardFailure) else r for r in results]
         return Scores(rewards, failures)
 
     def _score(self, number: int, sample: Sample) -> float | RewardFailure:

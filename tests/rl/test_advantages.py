@@ -46,23 +46,21 @@ def test_normalised_rewards_have_mean_zero_and_deviation_one() -> None:
     assert_close(kept.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
 
 
-def trajectories() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def trajectories() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     reward, value = torch.randn(2, 4, 8, dtype=torch.float64, generator=generator)
     mask = torch.arange(8)[None] < torch.tensor(LENGTHS)[:, None]
-    last = torch.randn(4, dtype=torch.float64, generator=generator)
     # whatever stands in the padding
-    return reward.masked_fill(~mask, torch.nan), value.masked_fill(~mask, torch.inf), mask, last
+    return reward.masked_fill(~mask, torch.nan), value.masked_fill(~mask, torch.inf), mask
 
 
 @pytest.mark.parametrize("discount, decay", [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (0.9, 0.0)])
-@pytest.mark.parametrize("cut", [False, True])
-def test_gae_is_the_double_sum(discount: float, decay: float, cut: bool) -> None:
-    reward, value, mask, last = trajectories()
-    got, returns = advantages.gae(reward, value, mask, discount, decay, last if cut else None)
+def test_gae_is_the_double_sum(discount: float, decay: float) -> None:
+    reward, value, mask = trajectories()
+    got, returns = advantages.gae(reward, value, mask, discount, decay)
     for b, n in enumerate(LENGTHS):
         r, v = reward[b, :n].tolist(), value[b, :n].tolist()
-        want = _dense.gae(r, v, last[b].item() if cut else 0.0, discount, decay)
+        want = _dense.gae(r, v, discount, decay)
         assert_close(got[b, :n], torch.tensor(want).double())
         assert_close(returns[b, :n], got[b, :n] + value[b, :n])
         assert got[b, n:].count_nonzero() == 0 and returns[b, n:].count_nonzero() == 0
@@ -70,7 +68,7 @@ def test_gae_is_the_double_sum(discount: float, decay: float, cut: bool) -> None
 
 def test_gae_limits() -> None:
     """decay 0: the error of one step; decay 1: discounted rewards to come less the value."""
-    reward, value, mask, _ = trajectories()
+    reward, value, mask = trajectories()
     one, _ = advantages.gae(reward, value, mask, 0.9, 0.0)
     assert_close(one[0, :5], reward[0, :5] + 0.9 * value[0, 1:6] - value[0, :5])
     full, returns = advantages.gae(reward, value, mask, 0.9, 1.0)
@@ -80,7 +78,7 @@ def test_gae_limits() -> None:
 
 
 def test_gae_refuses_holes_and_bad_factors() -> None:
-    reward, value, _, _ = trajectories()
+    reward, value, _ = trajectories()
     with pytest.raises(ValueError, match="right-padded"):
         advantages.gae(reward[:1], value[:1], torch.tensor([[1, 0, 1, 0, 0, 0, 0, 0]]), 1.0, 1.0)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
@@ -88,7 +86,7 @@ def test_gae_refuses_holes_and_bad_factors() -> None:
 
 
 def test_token_rewards_put_the_score_at_the_last_token() -> None:
-    _, _, mask, score = trajectories()
+    mask, score = trajectories()[2], torch.randn(4, dtype=torch.float64)
     new, reference = torch.randn(2, 4, 8, dtype=torch.float64).masked_fill(~mask, -torch.inf)
     got = advantages.token_rewards(score, new, reference, mask, 0.1)
     for b, n in enumerate(LENGTHS):
@@ -102,15 +100,12 @@ def test_token_rewards_put_the_score_at_the_last_token() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_dpo_is_the_equation_and_splits(smoothing: float) -> None:
     x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    valid = torch.tensor([1, 1, 0, 1, 1])
-    x[:, 2] = torch.nan  # fills up the batch
     chosen = x[0].clone().requires_grad_()
-    total, count = preference.dpo_loss(chosen, *x[1:], valid, 0.7, smoothing)
-    pairs = [0, 1, 3, 4]
-    ratios = [(x[0, p] - x[2, p], x[1, p] - x[3, p]) for p in pairs]
+    total, count = preference.dpo_loss(chosen, *x[1:], 0.7, smoothing)
+    ratios = [(x[0, p] - x[2, p], x[1, p] - x[3, p]) for p in range(5)]
     want = sum(_dense.dpo(c.item(), r.item(), 0.7, smoothing) for c, r in ratios)
     assert_close(total.item(), want)
-    assert count == 4
+    assert count == 5
     grad = torch.autograd.grad(total, chosen)[0]
     step = 1e-6
     slopes = [
@@ -118,25 +113,24 @@ def test_dpo_is_the_equation_and_splits(smoothing: float) -> None:
          - _dense.dpo(c.item() - step, r.item(), 0.7, smoothing)) / (2 * step)
         for c, r in ratios
     ]  # fmt: skip
-    assert_close(grad[pairs], torch.tensor(slopes).double(), rtol=1e-6, atol=1e-8)
-    assert grad[2] == 0
-    first = preference.dpo_loss(*x[:, :2], valid[:2], 0.7, smoothing)
-    second = preference.dpo_loss(*x[:, 2:], valid[2:], 0.7, smoothing)
+    assert_close(grad, torch.tensor(slopes).double(), rtol=1e-6, atol=1e-8)
+    first = preference.dpo_loss(*x[:, :2], 0.7, smoothing)
+    second = preference.dpo_loss(*x[:, 2:], 0.7, smoothing)
     assert_close(first[0] + second[0], total.detach())
 
 
 def test_dpo_at_the_reference_is_log_two() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
-    total, count = preference.dpo_loss(*x, *x, torch.ones(3), beta=0.3, label_smoothing=0.2)
+    total, count = preference.dpo_loss(*x, *x, beta=0.3, label_smoothing=0.2)
     assert_close(total / count, torch.tensor(math.log(2)).double())
 
 
 def test_dpo_refuses_bad_arguments() -> None:
     x = torch.zeros(4, 3)
     with pytest.raises(ValueError, match="beta must be above 0"):
-        preference.dpo_loss(*x, torch.ones(3), beta=0.0)
+        preference.dpo_loss(*x, beta=0.0)
     with pytest.raises(ValueError, match="label smoothing"):
-        preference.dpo_loss(*x, torch.ones(3), beta=1.0, label_smoothing=0.5)
+        preference.dpo_loss(*x, beta=1.0, label_smoothing=0.5)
 
 
 def test_completion_log_prob_ignores_padding() -> None:

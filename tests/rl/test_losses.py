@@ -13,8 +13,8 @@ from tests.rl import _dense
 
 LENGTHS = [5, 1, 0, 3, 7, 2]
 WIDTH = 9
-CLIP, KL_WEIGHT = 0.2, 0.3
-KINDS = ["policy", "kl", "value", "reward", "train"]
+CLIP = 0.2
+KINDS = ["policy", "kl", "value", "reward"]
 AGGREGATIONS = ["token", "sequence"]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -40,9 +40,7 @@ def loss(kind: str, tensors: Inputs, weights: TokenWeights) -> tuple[Tensor, Ten
         return losses.kl_loss(new, other, weights)
     if kind == "value":
         return losses.value_loss(new, old, other, weights, CLIP)
-    if kind == "reward":
-        return losses.reward_loss(new, signal, weights)
-    return losses.train_loss(new, old, other, signal, weights, CLIP, KL_WEIGHT)
+    return losses.reward_loss(new, signal, weights)
 
 
 def dense(kind: str, tensors: Inputs, aggregation: str) -> Tensor:
@@ -55,7 +53,6 @@ def dense(kind: str, tensors: Inputs, aggregation: str) -> Tensor:
             "kl": lambda: _dense.k3(n, r),
             "value": lambda: _dense.value(n, o, r, CLIP),
             "reward": lambda: -a * n,
-            "train": lambda: _dense.policy(n, o, a, CLIP) + KL_WEIGHT * _dense.k3(n, r),
         }[kind]()
 
     return _dense.mean_over(LENGTHS, aggregation, token)

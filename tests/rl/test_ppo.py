@@ -39,7 +39,7 @@ def expected(rewards: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         if math.isnan(rewards[n]):
             returns[n] = math.nan
         else:
-            found = _dense.gae(r, value[n, own].tolist(), 0.0, DISCOUNT, DECAY)
+            found = _dense.gae(r, value[n, own].tolist(), DISCOUNT, DECAY)
             advantage[n, own] = torch.tensor(found, dtype=torch.float64)
             returns[n, own] = advantage[n, own] + value[n, own]
     counts = (mask == 1) & ~torch.tensor(rewards).isnan()[:, None]

@@ -41,11 +41,11 @@ def test_failures_cost_their_sample_and_are_counted(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("how", ["sleep", "loop"])
-def test_hanging_samples_end_at_the_timeout_and_get_the_reward_for_errors(how: str) -> None:
+def test_hanging_samples_end_at_the_timeout_and_get_no_reward(how: str) -> None:
     samples = [Sample("", text, n) for n, text in enumerate(["fine", how, "fine", how, "fine"])]
-    with RewardPool(MISBEHAVING, workers=1, timeout=0.5, on_error=-1.0) as pool:
+    with RewardPool(MISBEHAVING, workers=1, timeout=0.5) as pool:
         scores = pool.score(samples)
-        assert scores.rewards == [0.0, -1.0, 2.0, -1.0, 4.0]
+        assert scores.rewards == [0.0, None, 2.0, None, 4.0]
         assert scores.failures == Counter(timeout=2)
         assert pool.score(samples[:1]).rewards == [0.0]  # the pool lives on
 

@@ -129,10 +129,11 @@ def test_grpo_loss(grpo: tuple[Any, Any]) -> None:
     trainer.current_gradient_accumulation_steps = 1
     for loss_type, aggregation in (("grpo", "sequence"), ("bnpo", "token")):
         trainer.loss_type = loss_type
-        total, count = losses.train_loss(
-            own(), old_BT, reference_BT, batch["advantages"][:, None],
-            token_weights(of_completion_BT, aggregation), trainer.args.epsilon, trainer.beta,
-        )  # fmt: skip
+        own_BT, weights = own(), token_weights(of_completion_BT, aggregation)
+        total, count = losses.policy_loss(
+            own_BT, old_BT, batch["advantages"][:, None], weights, trainer.args.epsilon
+        )
+        total = total + trainer.beta * losses.kl_loss(own_BT, reference_BT, weights)[0]
         compare(model, trainer._compute_loss(model, batch), total / count)
     logged = trainer._metrics["eval"]  # the model is not set to train
     assert logged["clip_ratio/region_mean"][-1] > 0.1 and logged["kl"][-1] > 0.01
@@ -167,7 +168,6 @@ def test_dpo(
     with torch.no_grad():
         reference = both()
     shifted(model)
-    valid_P = torch.ones(pairs, dtype=torch.bool)
-    total, count = preference.dpo_loss(*both(), *reference, valid_P, args.beta, smoothing)
+    total, count = preference.dpo_loss(*both(), *reference, args.beta, smoothing)
     theirs = trainer._compute_loss(model, batch, return_outputs=False)
     compare(model, theirs, total / count)

@@ -60,11 +60,9 @@ def loss_func(dpo: PreferenceConfig, batch: Batch, losses_BT: torch.Tensor) -> A
     log_prob_B, reference_B = answers(losses_BT, batch), batch["reference_log_prob"]
     chosen_P, rejected_P = log_prob_B.chunk(SEQUENCES)
     chosen_before_P, rejected_before_P = reference_B.chunk(SEQUENCES)
-    valid_P = torch.ones_like(chosen_P, dtype=torch.bool)
     loss, count = dpo_loss(
-        chosen_P, rejected_P, chosen_before_P, rejected_before_P, valid_P, dpo.beta,
-        dpo.label_smoothing,
-    )  # fmt: skip
+        chosen_P, rejected_P, chosen_before_P, rejected_before_P, dpo.beta, dpo.label_smoothing
+    )
     better_P = (chosen_P - chosen_before_P).detach()
     worse_P = (rejected_P - rejected_before_P).detach()
     margin_P = dpo.beta * (better_P - worse_P)
