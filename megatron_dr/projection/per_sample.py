@@ -155,23 +155,18 @@ def sketch(pairs: Sequence[Pair], p_out_KO: Tensor | None, p_in_KI: Tensor | Non
     return c_NKK.flatten(1)
 
 
-def weighted(
-    x_LNI: Tensor, dy_LNO: Tensor, coefficient_N: Tensor | None, keep_N: Tensor | None
-) -> Weighted:
+@dataclass(frozen=True, eq=False)
+class Weighted:
     """sum over n of a_n G_n = dy^T x: its factors x [T, I] and dy [T, O], or its value.
+
+    To be unpacked as (x, dy), made when first looked at: dy is scaled in fp32 and rounded to its
+    own dtype once.
 
     :param coefficient_N: a, of all samples; None: all are 1, and without keep_N the factors are
         views.
     :param keep_N: numbers (int64) of the samples that enter; None: all. Without those that
         have a = 0, the product is as much smaller.
     """
-    return Weighted(x_LNI, dy_LNO, coefficient_N, keep_N)
-
-
-@dataclass(frozen=True, eq=False)
-class Weighted:
-    """What `weighted` returns. To be unpacked as (x, dy), made when first looked at: dy is scaled
-    in fp32 and rounded to its own dtype once."""
 
     x_LNI: Tensor
     dy_LNO: Tensor

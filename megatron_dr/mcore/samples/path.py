@@ -183,7 +183,7 @@ def weighted(
     """The weight gradient's operands, without the samples that have no part in it."""
     keep_N = kept(dr, coefficient_N, targets, alpha)
     every = len(keep_N) == len(coefficient_N)
-    return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
+    return per_sample.Weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
 
 
 def gradient_of(
@@ -199,7 +199,7 @@ def gradient_of(
         if dy is None:
             total = total + coefficient_N.to(x) @ x
         elif dy.is_floating_point():
-            total = total + per_sample.weighted(x, dy, coefficient_N, keep_N).product()
+            total = total + per_sample.Weighted(x, dy, coefficient_N, keep_N).product()
         else:
             x_scaled = x * coefficient_N.to(x)[None, :, None]
             total = total + scoring.gradient(x_scaled.flatten(0, 1), dy.flatten(), out)
