@@ -50,11 +50,6 @@ class Kronecker:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
 
-    @property
-    def size(self) -> int:
-        """K_out K_in, the length of a sketch."""
-        return min(self.out, self.size_out) * min(self.inner, self.size_in)
-
     def columns(
         self,
         side: Literal["out", "in"],

@@ -139,9 +139,7 @@ _TENSORS = ("tokens_NT", "mask_NT", "old_NT", "reference_NT", "reward_N", "advan
 _OF_PPO = ("value_NT", "return_NT")
 
 
-def save(
-    path: Path, experiences: dict[str, Experience], state: dict[str, float] | None = None
-) -> None:
+def save(path: Path, experiences: dict[str, Experience], state: dict[str, float]) -> None:
     """Write experiences by role to one file, which is there whole or not at all.
 
     Args:
@@ -155,7 +153,7 @@ def save(
         about[role] = {"number": experience.number, "statistics": experience.statistics}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    metadata = {"experiences": json.dumps(about), "state": json.dumps(state or {})}
+    metadata = {"experiences": json.dumps(about), "state": json.dumps(state)}
     save_file(tensors, partial, metadata=metadata)
     os.replace(partial, path)
 
