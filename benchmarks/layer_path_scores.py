@@ -28,7 +28,7 @@ def _runs(out: int, inner: int, tokens: int, gram: bool) -> dict[str, Score]:
     x_LNI, dy_LNO = torch.randn(tokens, SAMPLES, inner), torch.randn(tokens, SAMPLES, out)
     target_OI, pairs = torch.randn(out, inner), [(x_LNI, dy_LNO)]
     sides = Kronecker("layer", out, inner, SKETCH, SKETCH, 0)
-    p_out, p_in = (f(None, "cpu", torch.float32) for f in (sides.out_columns, sides.in_columns))
+    p_out, p_in = (sides.columns(side, None, "cpu", torch.float32) for side in ("out", "in"))
     target_K = per_sample.sketch([(torch.eye(inner)[:, None], target_OI.t()[:, None])], p_out, p_in)
 
     def dense(rows_NK: torch.Tensor, target_K: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def measure(repetitions: int) -> list[dict[str, Any]]:
             "weight gradient ms": 1e3 * seconds["weight gradient"],
             "measured": {s: seconds[s] / seconds["weight gradient"] for s in SCORES},
             "flops": {s: getattr(flops, s)(work) / one for s in SCORES},
-            "auto": flops.cheapest(o, i, tokens, SKETCH, SKETCH, samples=SAMPLES, gram=gram),
+            "auto": flops.cheapest(work),
         })  # fmt: skip
     return out
 

@@ -22,7 +22,7 @@ import torch
 
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.mcore.row_map import RowMap
-from megatron_dr.projection import Sketch
+from megatron_dr.projection import CountSketch
 
 CHUNK = 1 << 20  # elements that are sketched at a time: bounds the temporaries
 
@@ -142,7 +142,7 @@ class GradRows:
         """Local buffers that hold something: the target's only once it was used."""
         return [row for row in range(self.row_map.local) if row == 0 or row in self._extra]
 
-    def sketch_(self, out_BLK: torch.Tensor, sketch: Sketch, blocks: Sequence[int]) -> None:
+    def sketch_(self, out_BLK: torch.Tensor, sketch: CountSketch, blocks: Sequence[int]) -> None:
         """out[b, l] += S g_l, for this rank's pieces, each counted as `ownership` says."""
         present = self.present()
         for number, o in enumerate(self.owned):

@@ -66,9 +66,6 @@ class MesoSGD(Meso):
     def _transport(self, state: dict[str, Any], t_KK: Tensor, r_KK: Tensor) -> None:
         state["momentum_buffer"].copy_(t_KK @ state["momentum_buffer"] @ r_KK.T)
 
-    def _scale(self, parameter: Tensor) -> float:
-        return 1.0
-
 
 def transport_square(v_KK: Tensor, t_KK: Tensor, r_KK: Tensor) -> Tensor:
     """V' = (T*T) V (R*R)^T + (1 - a b^T) mean(V), a and b the row sums of T*T and R*R."""

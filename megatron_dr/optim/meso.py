@@ -196,8 +196,8 @@ class Meso(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _scale(self, parameter: Tensor) -> float:
-        """s."""
-        raise NotImplementedError
+        """s: 1, or what a form says."""
+        return 1.0
 
     # -- steps -----------------------------------------------------------------------------------
     def _move(self, parameter: Tensor, group: dict[str, Any], gradient: Tensor) -> None:

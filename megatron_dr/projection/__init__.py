@@ -1,6 +1,5 @@
 """Pure mathematics of the projection: imports torch and nothing else of ours."""
 
-from megatron_dr.projection import flops, per_sample
 from megatron_dr.projection.blocks import UNPROJECTED, block_of
 from megatron_dr.projection.dial import alpha_at, alpha_of, smoothed, statistics
 from megatron_dr.projection.feasible_sets import (
@@ -18,7 +17,7 @@ from megatron_dr.projection.gram import gram_of, split
 from megatron_dr.projection.kronecker import Kronecker
 from megatron_dr.projection.measures import norm_scale, report, report_sums
 from megatron_dr.projection.selection import Filter, Greedy, TopK
-from megatron_dr.projection.sketch import CountSketch, Sketch, key_of
+from megatron_dr.projection.sketch import CountSketch, key_of
 from megatron_dr.projection.sketch_error import gram_and_error, size_for
 from megatron_dr.projection.solvers import kkt_residual, solve_qp
 from megatron_dr.projection.update import Update, project
@@ -35,7 +34,6 @@ __all__ = [
     "Hull",
     "Kronecker",
     "Mean",
-    "Sketch",
     "Span",
     "Target",
     "TopK",
@@ -44,13 +42,11 @@ __all__ = [
     "alpha_at",
     "alpha_of",
     "block_of",
-    "flops",
     "gram_and_error",
     "gram_of",
     "key_of",
     "kkt_residual",
     "norm_scale",
-    "per_sample",
     "project",
     "report",
     "report_sums",

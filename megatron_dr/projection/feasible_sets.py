@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_dr.projection.least_squares import solve_ball, solve_ridge
-from megatron_dr.projection.solvers import solve_qp
+from megatron_dr.projection.solvers import solve_qp, spoil
 
 _VANISHING = 1e-12  # |mean g|^2 relative to the rows' mean |g|^2 that is rounding
 
@@ -43,6 +43,8 @@ class FeasibleSet(ABC):
     :cvar one_row: what it does where M = 1, in a few words; empty: nothing worth saying.
     :cvar by_score: whether it keeps the rows with the largest c, whatever the other rows are, so
         that a running threshold can stand for it.
+    :raises ValueError: a fraction that is not above 0 and at most 1, or a ridge or radius that is
+        negative or not finite.
     """
 
     target_weight: ClassVar[float] = 0.0
@@ -53,6 +55,14 @@ class FeasibleSet(ABC):
     alpha: ClassVar[float | None] = None
     one_row: ClassVar[str] = ""
     by_score: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in self.dials:
+            value = getattr(self, name)
+            if name == "fraction" and not 0.0 < value <= 1.0:
+                raise ValueError(f"fraction is {value}; it must lie above 0 and be at most 1.")
+            if name in ("ridge", "radius") and not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be finite and at least 0.")
 
     @abstractmethod
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
@@ -104,10 +114,6 @@ class Capped(FeasibleSet):
     dials = ("fraction", "ridge")
     one_row = "capped gives it weight 1: standard training"
 
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction)
-        _check_not_negative("ridge", self.ridge)
-
     @property
     def least_rows(self) -> float:
         """1/fraction, from where on rows can be left out."""
@@ -130,9 +136,6 @@ class Hull(FeasibleSet):
     dials = ("ridge",)
     one_row = "hull gives it weight 1: standard training"
 
-    def __post_init__(self) -> None:
-        _check_not_negative("ridge", self.ridge)
-
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the simplex."""
         hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge)
@@ -146,9 +149,6 @@ class Cone(FeasibleSet):
     ridge: float = 0.0
     dials = ("ridge",)
     one_row = "cone keeps its direction where it agrees with the target, else stops it"
-
-    def __post_init__(self) -> None:
-        _check_not_negative("ridge", self.ridge)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the non-negative weights; a zero row without ridge: 0."""
@@ -168,9 +168,6 @@ class Span(FeasibleSet):
     ridge: float = 0.0
     dials = ("ridge",)
     one_row = "span keeps its line, with the target's sign"
-
-    def __post_init__(self) -> None:
-        _check_not_negative("ridge", self.ridge)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = p + (G + r)^-1 (c - G p), r = ridge tr(G)/M."""
@@ -193,10 +190,6 @@ class Ball(FeasibleSet):
     radius: float
     ridge: float = 0.0
     dials = ("radius", "ridge")
-
-    def __post_init__(self) -> None:
-        _check_not_negative("radius", self.radius)
-        _check_not_negative("ridge", self.ridge)
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = 1/M + v: least squares in v = w - 1/M with b = c - G 1/M in the ball."""
@@ -232,17 +225,6 @@ class Halfspace(FeasibleSet):
         return spoil(weights_B1.expand_as(cross_BM).contiguous(), gram_BMM, cross_BM)
 
 
-def spoil(weights_BM: Tensor, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
-    """NaN for the blocks whose inner products are not finite."""
-    finite_B = gram_BMM.isfinite().all(2).all(1) & cross_BM.isfinite().all(1)
-    return torch.where(finite_B[:, None], weights_BM, torch.nan)
-
-
-def check_fraction(fraction: float) -> None:
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction is {fraction}; it must lie above 0 and be at most 1.")
-
-
 def _ridged(gram_BMM: Tensor, cross_BM: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """H = G/a + ridge I and l = c/a + ridge/M with a = tr(G)/M: the program divided by a."""
     gram_BMM, cross_BM = gram_BMM.double(), cross_BM.double()
@@ -261,8 +243,3 @@ def _trace_scale(gram_BMM: Tensor) -> Tensor:
 def _mean_sq(gram_BMM: Tensor) -> Tensor:
     """|mean g|^2 [B]."""
     return gram_BMM.mean((1, 2)).clamp(min=0.0)
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0.0):
-        raise ValueError(f"{name} is {value}; it must be finite and at least 0.")

@@ -1,4 +1,4 @@
-"""What scoring one weight's samples costs: FLOPs (two per multiply-add) and bytes kept.
+"""What scoring one weight's samples costs, in FLOPs (two per multiply-add).
 
 N samples of L tokens, and the target: q samples of L tokens in the same batch, or q = 0 and the
 target's own gradient [O, I] (its sketch, for `sketched`) from a pass of its own. Scoring ends
@@ -70,7 +70,7 @@ def sketched(work: Work) -> int:
 
     A side that is not larger than its sketch is not projected.
     """
-    k_out, k_in = _sketch_shape(work)
+    k_out, k_in = min(work.out, work.size_out), min(work.inner, work.size_in)
     project = work.out * k_out * (work.out > k_out) + work.inner * k_in * (work.inner > k_in)
     return 2 * _tokens(work) * (project + k_out * k_in) + _products(work, k_out * k_in)
 
@@ -80,52 +80,21 @@ def exact(work: Work) -> int:
     return weight_gradient(work) + _products(work, work.out * work.inner)
 
 
-def cheapest(
-    out: int,
-    inner: int,
-    tokens: int,
-    size_out: int,
-    size_in: int,
-    *,
-    samples: int,
-    targets: int = 0,
-    gram: bool = True,
-) -> Score:
+def cheapest(work: Work) -> Score:
     """What `auto` means: the better numbers unless they cost noticeably more.
 
     Of `exact` and `ghost`, which both are without noise, the one with fewer FLOPs (`exact` if
     equal), if it takes at most a tenth of the weight gradient's more than `sketched` takes: about
-    3% of the layer's forward and backward. Else `sketched`. The arguments are those of `Work`.
+    3% of the layer's forward and backward. Else `sketched`.
     """
-    work = Work(out, inner, samples, tokens, targets, size_out, size_in, gram)
     noiseless = min(exact(work), ghost(work))
     if noiseless > sketched(work) + _WORTH * weight_gradient(work):
         return "sketched"
     return "exact" if exact(work) == noiseless else "ghost"
 
 
-def kept_bytes(score: Score, work: Work, element: int) -> int:
-    """Bytes of what is kept of all N + q samples until their weights are known.
-
-    `ghost` keeps both factors, `exact` the gradients and `sketched` the sketches, both in fp32.
-
-    :param element: bytes of a number in x and dy.
-    """
-    samples = work.samples + work.targets
-    k_out, k_in = _sketch_shape(work)
-    return {
-        "ghost": element * _tokens(work) * (work.out + work.inner),
-        "sketched": 4 * samples * k_out * k_in,
-        "exact": 4 * samples * work.out * work.inner,
-    }[score]
-
-
 def _tokens(work: Work) -> int:
     return (work.samples + work.targets) * work.tokens
-
-
-def _sketch_shape(work: Work) -> tuple[int, int]:
-    return min(work.out, work.size_out), min(work.inner, work.size_in)
 
 
 def _products(work: Work, numbers: int) -> int:

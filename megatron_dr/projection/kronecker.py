@@ -15,6 +15,7 @@ Shape suffixes: I in, O out, K sketch, T entries asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,36 +50,21 @@ class Kronecker:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
 
-    @property
-    def size(self) -> int:
-        """K_out K_in, the length of a sketch."""
-        return min(self.out, self.size_out) * min(self.inner, self.size_in)
-
-    def out_columns(
-        self, index: Tensor | None, device: torch.device | str, dtype: torch.dtype
-    ) -> Tensor | None:
-        """P_out's columns [K_out, T] for the weight's rows `index` (int64, of the whole weight).
-
-        :param index: None: all of them, and if P_out is the identity the result is None too. Of
-            an identity's shard the columns are returned, so that sketches add up over shards.
-        """
-        return self._columns("out", self.out, self.size_out, index, device, dtype)
-
-    def in_columns(
-        self, index: Tensor | None, device: torch.device | str, dtype: torch.dtype
-    ) -> Tensor | None:
-        """As `out_columns`: P_in's [K_in, T] for the weight's columns `index`."""
-        return self._columns("in", self.inner, self.size_in, index, device, dtype)
-
-    def _columns(
+    def columns(
         self,
-        side: str,
-        length: int,
-        size: int,
+        side: Literal["out", "in"],
         index: Tensor | None,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> Tensor | None:
+        """P_out's columns [K_out, T] for the weight's rows `index` (int64, of the whole weight),
+        or P_in's [K_in, T] for its columns.
+
+        :param index: None: all of them, and if P is the identity the result is None too. Of
+            an identity's shard the columns are returned, so that sketches add up over shards.
+        """
+        of_out = side == "out"
+        length, size = (self.out, self.size_out) if of_out else (self.inner, self.size_in)
         if length <= size:
             if index is None:
                 return None

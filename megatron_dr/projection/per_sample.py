@@ -79,9 +79,9 @@ def ghost_gram(pairs: Sequence[Pair]) -> Tensor:
     samples = pairs[0][0].shape[1]
     length = max(1, block_rows() // max(1, samples))
     blocks = [
-        (x_LNI[start : start + length], dy[start : start + length])
+        block
         for x_LNI, dy in pairs
-        for start in range(0, len(x_LNI), length)
+        for block in zip(torch.split(x_LNI, length), torch.split(dy, length))
     ]
     gram_NN = pairs[0][0].new_zeros((samples, samples), dtype=torch.float64)
     for n, left in enumerate(blocks):
@@ -98,10 +98,9 @@ def ghost_cross(pairs: Sequence[Pair], target_OI: Tensor) -> Tensor:
     """
     cross_N = pairs[0][0].new_zeros(pairs[0][0].shape[1], dtype=torch.float64)
     for x_LNI, dy in pairs:
-        length, samples, inner = x_LNI.shape
+        samples, inner = x_LNI.shape[1:]
         tokens = max(1, BLOCK // (4 * samples * max(inner, len(target_OI)) or 1))  # at a time
-        for start in range(0, length, tokens):
-            some_LNI, some_dy = x_LNI[start : start + tokens], dy[start : start + tokens]
+        for some_LNI, some_dy in zip(torch.split(x_LNI, tokens), torch.split(dy, tokens)):
             if not dy.is_floating_point():
                 y_LNI = target_OI[some_dy.clamp(min=0)].float().mul_(some_LNI)
                 cross_N += y_LNI.sum(2).masked_fill_(some_dy < 0, 0.0).sum(0)
@@ -155,23 +154,18 @@ def sketch(pairs: Sequence[Pair], p_out_KO: Tensor | None, p_in_KI: Tensor | Non
     return c_NKK.flatten(1)
 
 
-def weighted(
-    x_LNI: Tensor, dy_LNO: Tensor, coefficient_N: Tensor | None, keep_N: Tensor | None
-) -> Weighted:
+@dataclass(frozen=True, eq=False)
+class Weighted:
     """sum over n of a_n G_n = dy^T x: its factors x [T, I] and dy [T, O], or its value.
+
+    To be unpacked as (x, dy), made when first looked at: dy is scaled in fp32 and rounded to its
+    own dtype once.
 
     :param coefficient_N: a, of all samples; None: all are 1, and without keep_N the factors are
         views.
     :param keep_N: numbers (int64) of the samples that enter; None: all. Without those that
         have a = 0, the product is as much smaller.
     """
-    return Weighted(x_LNI, dy_LNO, coefficient_N, keep_N)
-
-
-@dataclass(frozen=True, eq=False)
-class Weighted:
-    """What `weighted` returns. To be unpacked as (x, dy), made when first looked at: dy is scaled
-    in fp32 and rounded to its own dtype once."""
 
     x_LNI: Tensor
     dy_LNO: Tensor

@@ -10,21 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dr.projection.feasible_sets import FeasibleSet, check_fraction, spoil
+from megatron_dr.projection.feasible_sets import FeasibleSet
+from megatron_dr.projection.solvers import spoil
 
 
 @dataclass(frozen=True)
 class _Selection(FeasibleSet):
-    """Means of subsets, as large as `fraction` says.
-
-    :raises ValueError: a fraction that is not above 0 and at most 1.
-    """
+    """Means of subsets, as large as `fraction` says."""
 
     fraction: float
     dials = ("fraction",)
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction)
 
 
 class _Share(_Selection):

@@ -1,4 +1,4 @@
-"""Linear maps S that keep inner products, E[(Sx).(Sy)] = x.y, without a stored matrix.
+"""A linear map S that keeps inner products, E[(Sx).(Sy)] = x.y, without a stored matrix.
 
 A sketch is added to, a piece at a time: S is linear, and bucket and sign depend only on the
 parameter's key and the element's global index. So the result does not depend on how the elements
@@ -12,23 +12,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Rows = Tensor | Sequence[Tensor]  # R vectors of N elements, stacked or not
-
-
-class Sketch(Protocol):
-    """A linear map from named, indexed elements to `size` numbers."""
-
-    @property
-    def size(self) -> int:
-        """K, the length of a sketch."""
-
-    def add_(self, out_RK: Tensor, values_RN: Rows, index_N: Tensor, key: int) -> None:
-        """out += S values, in place, for the elements index [N] (int64) of the parameter key."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,9 @@ class CountSketch:
             raise ValueError(f"size is {self.size}; it must be a power of two, at most 2^31.")
 
     def add_(self, out_RK: Tensor, values_RN: Rows, index_N: Tensor, key: int) -> None:
-        """out[:, bucket(index)] += sign(index) values, in fp32, a row at a time.
+        """out[:, bucket(index)] += sign(index) values, in fp32, a row at a time: out += S values.
+
+        :param index_N: numbers (int64) of the elements of the parameter `key`.
 
         On the CPU each bucket adds in the order of index, with any number of threads; on a GPU in
         no fixed order, unless `torch.use_deterministic_algorithms` is on.

@@ -37,7 +37,6 @@ def solve_qp(
     rows = linear_BM.shape[1]
     _check(rows, upper, sum_to)
     hessian_BMM, linear_BM = hessian_BMM.double(), linear_BM.double()
-    finite_B = hessian_BMM.isfinite().all(2).all(1) & linear_BM.isfinite().all(1)
     if upper is None or sum_to is None or upper * rows >= 2 * sum_to:
         weights_BM = _interior_point(hessian_BMM, linear_BM, upper, sum_to)
     elif upper * rows <= sum_to * (1 + 1e-12):
@@ -46,6 +45,12 @@ def solve_qp(
         mirrored_BM = upper * hessian_BMM.sum(2) - linear_BM
         left = upper * rows - sum_to
         weights_BM = upper - _interior_point(hessian_BMM, mirrored_BM, upper, left)
+    return spoil(weights_BM, hessian_BMM, linear_BM)
+
+
+def spoil(weights_BM: Tensor, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
+    """NaN for the blocks whose inner products are not finite."""
+    finite_B = gram_BMM.isfinite().all(2).all(1) & cross_BM.isfinite().all(1)
     return torch.where(finite_B[:, None], weights_BM, torch.nan)
 
 

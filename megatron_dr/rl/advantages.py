@@ -58,7 +58,9 @@ def token_rewards(
     mask_BT = mask_BT.bool()
     difference_BT = (log_prob_BT - reference_log_prob_BT).detach()
     penalty_BT = torch.where(mask_BT, difference_BT, torch.zeros_like(difference_BT))
-    score_BT = torch.where(_is_last(mask_BT), reward_B[:, None], torch.zeros_like(penalty_BT))
+    following_BT = torch.cat([mask_BT[:, 1:], torch.zeros_like(mask_BT[:, :1])], 1)
+    is_last_BT = mask_BT & ~following_BT
+    score_BT = torch.where(is_last_BT, reward_B[:, None], torch.zeros_like(penalty_BT))
     return score_BT - kl_weight * penalty_BT
 
 
@@ -96,9 +98,3 @@ def gae(
         following_B = delta_BT[:, t] + discount * decay * following_B
         advantage_BT[:, t] = following_B
     return advantage_BT, advantage_BT + value_BT
-
-
-def _is_last(mask_BT: Tensor) -> Tensor:
-    """Whether a token is the last of its completion."""
-    following_BT = torch.cat([mask_BT[:, 1:], torch.zeros_like(mask_BT[:, :1])], 1)
-    return mask_BT & ~following_BT

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,7 +121,8 @@ class ExperienceStream:
     def show(self, experience: Experience, seed: int) -> None:
         """Go on with this experience, in an order by `seed` and its number."""
         self._experience = experience
-        self._order = EpochOrder(len(experience), _mixed(seed, experience.number))
+        mixed = (seed * 1_000_003 + experience.number) % 2**63
+        self._order = EpochOrder(len(experience), mixed)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -136,17 +135,11 @@ class ExperienceStream:
         return self._experience.batch(numbers, self.aggregation, self.by_reward)
 
 
-def _mixed(seed: int, number: int) -> int:
-    return (seed * 1_000_003 + number) % 2**63
-
-
 _TENSORS = ("tokens_NT", "mask_NT", "old_NT", "reference_NT", "reward_N", "advantage_NA")
 _OF_PPO = ("value_NT", "return_NT")
 
 
-def save(
-    path: Path, experiences: dict[str, Experience], state: dict[str, float] | None = None
-) -> None:
+def save(path: Path, experiences: dict[str, Experience], state: dict[str, float]) -> None:
     """Write experiences by role to one file, which is there whole or not at all.
 
     Args:
@@ -160,44 +153,26 @@ def save(
         about[role] = {"number": experience.number, "statistics": experience.statistics}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    metadata = {"experiences": json.dumps(about), "state": json.dumps(state or {})}
+    metadata = {"experiences": json.dumps(about), "state": json.dumps(state)}
     save_file(tensors, partial, metadata=metadata)
     os.replace(partial, path)
 
 
-def load(path: Path) -> dict[str, Experience]:
-    """The experiences that `save` wrote.
+def load(path: Path) -> tuple[dict[str, Experience], dict[str, float]]:
+    """The experiences and the state that `save` wrote.
 
     Raises:
         ValueError: no such file, or one that can't be read.
     """
-    with _opened(path) as (file, metadata):
-        keys, found = set(file.keys()), {}
-        for role, about in json.loads(metadata["experiences"]).items():
-            names = [*_TENSORS, *(n for n in _OF_PPO if f"{role}.{n}" in keys)]
-            tensors = {name: file.get_tensor(f"{role}.{name}") for name in names}
-            found[role] = Experience(
-                number=about["number"], statistics=about["statistics"], **tensors
-            )
-        return found
-
-
-def load_state(path: Path) -> dict[str, float]:
-    """The state that `save` wrote.
-
-    Raises:
-        ValueError: as `load`.
-    """
-    with _opened(path) as (_, metadata):
-        state: dict[str, float] = json.loads(metadata["state"])
-        return state
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The file and its metadata; what is wrong with them, in one sentence."""
     try:
         with safe_open(path, framework="pt") as file:
-            yield file, file.metadata() or {}
+            metadata, keys, found = file.metadata() or {}, set(file.keys()), {}
+            for role, about in json.loads(metadata["experiences"]).items():
+                names = [*_TENSORS, *(n for n in _OF_PPO if f"{role}.{n}" in keys)]
+                tensors = {name: file.get_tensor(f"{role}.{name}") for name in names}
+                found[role] = Experience(
+                    number=about["number"], statistics=about["statistics"], **tensors
+                )
+            return found, json.loads(metadata["state"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: the checkpoint's rollout can't be read ({error}).") from None

@@ -9,12 +9,10 @@ from megatron_dr.rl.losses import kl_loss, policy_loss, reward_loss, value_loss
 from megatron_dr.rl.weights import TokenWeights
 from megatron_dr.rl_config import RLConfig
 
-Report = dict[str, Tensor]
-
 
 def objective(
     log_prob_BT: Tensor, value_BT: Tensor | None, batch: dict[str, Tensor], rl: RLConfig
-) -> tuple[Tensor, Tensor, Report]:
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum, count) of the loss, and pairs (sum, count) for the log by name.
 
     Completions with `by_reward` have `reward_loss`, the others `policy_loss` with GRPO's KL or,

@@ -10,7 +10,6 @@ from typing import Any
 
 _HEAD = "ForSequenceClassification"
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
-_OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -26,17 +25,13 @@ def load(folder: Path) -> tuple[Any, Any]:
     _check_files(folder)
     # each rank would print one
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **_OFFLINE)
-        _check_config(folder, config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_OFFLINE)
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True, **_OFFLINE
-        )
-    except _Refused:
-        raise
-    except Exception as error:  # transformers and tokenizers raise many kinds
-        raise ValueError(f"{folder} can't be loaded: {first_line(error)}") from error
+    config = _loaded(folder, transformers.AutoConfig)
+    _check_config(folder, config)
+    tokenizer = _loaded(folder, transformers.AutoTokenizer)
+    model, report = _loaded(
+        folder, transformers.AutoModelForSequenceClassification, config=config,
+        use_safetensors=True, output_loading_info=True,
+    )  # fmt: skip
     if report["missing_keys"]:
         raise ValueError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys']))}.")
     _check_vocabulary(folder, model, tokenizer)
@@ -49,8 +44,13 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class _Refused(ValueError):
-    """A sentence of ours, beside those of transformers."""
+def _loaded(folder: Path, kind: Any, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise ValueError(f"{folder} can't be loaded: {first_line(error)}") from error
 
 
 def _check_files(folder: Path) -> None:
@@ -69,12 +69,12 @@ def _check_files(folder: Path) -> None:
 def _check_config(folder: Path, config: Any) -> None:
     named = config.architectures or []
     if not named or not all(name.endswith(_HEAD) for name in named):
-        raise _Refused(
+        raise ValueError(
             f"{folder}: config.json names the architecture {', '.join(named) or None}; a reward "
             f"model is one that ends in {_HEAD}."
         )
     if config.num_labels != 1:
-        raise _Refused(f"{folder}: the model has {config.num_labels} labels; a reward is one.")
+        raise ValueError(f"{folder}: the model has {config.num_labels} labels; a reward is one.")
 
 
 def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -22,10 +22,6 @@ _log = logging.getLogger(__name__)
 _TRIAL = Sample("What is one and one?", "Two.", None)
 
 
-class _NoTemplate(ValueError):
-    """All prompts' mistake, not a sample's."""
-
-
 class RewardModel:
     """Scores batches with a reward model; what a `RewardPool` is for functions.
 
@@ -71,14 +67,18 @@ class RewardModel:
         Raises:
             ValueError: a prompt is messages, and the tokenizer has no chat template.
         """
+        texts_alone = self._tokenizer.chat_template is None
+        if texts_alone and not all(isinstance(sample.prompt, str) for sample in samples):
+            raise ValueError(
+                f"{self._folder}: the reward model's tokenizer has no chat template, which "
+                "prompts that are messages need."
+            )
         rewards: list[float | None] = [None] * len(samples)
         failures: Counter[str] = Counter()
         texts: dict[int, str] = {}
         for number, sample in enumerate(samples):
             try:
                 texts[number] = self._text(sample)
-            except _NoTemplate:
-                raise
             except Exception as error:  # a template refuses what it likes
                 failures["raised"] += 1
                 self._warn(number, first_line(error))
@@ -100,12 +100,7 @@ class RewardModel:
 
     def _text(self, sample: Sample) -> str:
         if self._tokenizer.chat_template is None:
-            if not isinstance(sample.prompt, str):
-                raise _NoTemplate(
-                    f"{self._folder}: the reward model's tokenizer has no chat template, which "
-                    "prompts that are messages need."
-                )
-            return sample.prompt + sample.completion
+            return f"{sample.prompt}{sample.completion}"
         asked = sample.prompt
         if isinstance(asked, str):
             asked = [{"role": "user", "content": asked}]

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from megatron_dr.rl.reward_process import RewardFailure, RewardProcess
@@ -34,7 +33,7 @@ class Scores:
     """Rewards in the samples' order, and how many samples failed, by kind.
 
     Attributes:
-        rewards: None where the function failed and no reward for that was named.
+        rewards: None where the function failed.
         failures: of the kinds `raised`, `timeout`, `crashed` and `invalid` (not a finite number).
     """
 
@@ -43,7 +42,7 @@ class Scores:
 
 
 class RewardPool:
-    """Scores batches with one reward function; use as a context manager, or call `close`.
+    """Scores batches with one reward function, until `close`.
 
     A sample whose evaluation raises, takes longer than `timeout`, ends the process, or gives
     anything but a finite number costs that sample alone: it is logged and counted, and a
@@ -107,14 +106,3 @@ class RewardPool:
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
             process.stop()
-
-    def __enter__(self) -> RewardPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -203,7 +203,7 @@ class Oracle:
         if case.score != "sketched" or g.dim() == 1:
             return g
         sketch = Kronecker(name, *g.shape, case.kronecker_out, case.kronecker_in, case.seed)
-        sides = [f(None, "cpu", torch.float64) for f in (sketch.out_columns, sketch.in_columns)]
+        sides = [sketch.columns(side, None, "cpu", torch.float64) for side in ("out", "in")]
         p_out, p_in = (torch.eye(n).double() if s is None else s for s, n in zip(sides, g.shape))
         return p_out @ g @ p_in.T
 

@@ -81,7 +81,7 @@ def test_resume_in_the_middle_of_a_cycle_and_in_another_layout(
     run(data, tmp_path / "a.jsonl", f"{save} --exit-interval {STOP}", STEPS)
     more = f"{save} --load {tmp_path} --tensor-model-parallel-size 2 --sequence-parallel"
     same(run(data, tmp_path / "b.jsonl", more, STEPS, 2, begin=False), whole, STOP)
-    kept = experience.load(tmp_path / f"dr_rollouts/iter_000000{STOP}.safetensors")
+    kept, _ = experience.load(tmp_path / f"dr_rollouts/iter_000000{STOP}.safetensors")
     general, target = kept["general"].return_NT, kept["target"].return_NT
     assert general is not None and not general.isnan().any()
     assert target is not None and target.isnan().all()  # its loss has no value part

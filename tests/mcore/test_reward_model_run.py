@@ -46,7 +46,7 @@ def test_ranks_share_the_scoring(tmp_path: Path) -> None:
         more = f"--dr-rl-reward-model {tmp_path / 'reward'} --save {save} --dr-metrics {path}"
         _rl.parameters(run(data, more, 2, world))
         logged.append(metrics.read(path, "train"))
-        saved = experience.load(save / "dr_rollouts/iter_0000002.safetensors")["general"]
+        saved = experience.load(save / "dr_rollouts/iter_0000002.safetensors")[0]["general"]
         rewards = expected_rewards(model, saved)
         assert max(rewards) - min(rewards) > 0.1
         assert saved.reward_N.tolist() == pytest.approx(rewards, abs=1e-5)

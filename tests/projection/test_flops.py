@@ -1,6 +1,5 @@
 """FLOPs of scoring equal what torch counts; `auto` takes what is stated."""
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +8,7 @@ from _pairs import dense
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dr.projection import Kronecker, flops, gram_of, per_sample
-from megatron_dr.projection.flops import Work, cheapest, kept_bytes
+from megatron_dr.projection.flops import Work, cheapest
 
 FP32 = torch.float32
 WORKS = [
@@ -46,7 +45,7 @@ def products(work: Work, values_NK: torch.Tensor) -> None:
 
 @OF_EVERY_WORK
 def test_weight_gradient(work: Work) -> None:
-    x, dy = per_sample.weighted(*factors(work), None, None)
+    x, dy = per_sample.Weighted(*factors(work), None, None)
     assert counted(lambda: dy.t() @ x) == flops.weight_gradient(work)
 
 
@@ -61,7 +60,7 @@ def test_exact(work: Work) -> None:
 @OF_EVERY_WORK
 def test_sketched(work: Work) -> None:
     sketch = Kronecker("w", work.out, work.inner, work.size_out, work.size_in, 0)
-    p_out, p_in = (side(None, "cpu", FP32) for side in (sketch.out_columns, sketch.in_columns))
+    p_out, p_in = (sketch.columns(side, None, "cpu", FP32) for side in ("out", "in"))
 
     def run() -> None:
         products(work, per_sample.sketch([factors(work)], p_out, p_in))
@@ -119,7 +118,7 @@ def test_ghost_forms_the_gradient_of_a_long_target() -> None:
 def test_auto(samples: int, tokens: int, targets: int, gram: bool, length: int) -> None:
     work = Work(length, length, samples, tokens, targets, 64, 64, gram)
     cost = {score: getattr(flops, score)(work) for score in ("exact", "ghost", "sketched")}
-    chosen = cheapest(length, length, tokens, 64, 64, samples=samples, targets=targets, gram=gram)
+    chosen = cheapest(work)
     spare = flops.weight_gradient(work) / 10
     assert cost[chosen] <= min(cost.values()) + spare
     if chosen == "sketched":
@@ -130,23 +129,13 @@ def test_auto(samples: int, tokens: int, targets: int, gram: bool, length: int) 
 
 def test_auto_takes_each() -> None:
     """Short samples: products of tokens. Small weights: all of it. Long ones: sketches."""
-    assert cheapest(4096, 4096, 1, 64, 64, samples=8, targets=1) == "ghost"
-    assert cheapest(32, 32, 1024, 64, 64, samples=8) == "exact"
-    assert cheapest(4096, 4096, 1024, 64, 64, samples=8) == "sketched"
+    assert cheapest(Work(4096, 4096, 8, 1, 1, 64, 64, True)) == "ghost"
+    assert cheapest(Work(32, 32, 8, 1024, 0, 64, 64, True)) == "exact"
+    assert cheapest(Work(4096, 4096, 8, 1024, 0, 64, 64, True)) == "sketched"
     for tokens, chosen in ((26, "ghost"), (27, "sketched")):  # 9.5% and 10.03% more
-        assert cheapest(4096, 4096, tokens, 64, 64, samples=8, targets=2) == chosen
+        assert cheapest(Work(4096, 4096, 8, tokens, 2, 64, 64, True)) == chosen
 
 
 def test_auto_of_equals_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "ghost", flops.exact)
-    assert cheapest(32, 32, 1024, 64, 64, samples=8) == "exact"
-
-
-def test_kept_bytes() -> None:
-    x, dy = (t.bfloat16() for t in factors(WORKS[2]))
-    g_NOI, c_NK = per_sample.gradients(x, dy, 40), torch.empty(6, 8 * 4)
-    assert kept_bytes("ghost", WORKS[2], 2) == x.nbytes + dy.nbytes
-    assert kept_bytes("exact", WORKS[2], 2) == g_NOI.nbytes
-    assert kept_bytes("sketched", WORKS[2], 2) == c_NK.nbytes
-    small = dataclasses.replace(WORKS[2], size_out=99, size_in=99)
-    assert kept_bytes("sketched", small, 2) == g_NOI.nbytes
+    assert cheapest(Work(32, 32, 8, 1024, 0, 64, 64, True)) == "exact"

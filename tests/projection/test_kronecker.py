@@ -19,7 +19,7 @@ def kronecker(seed: int = 1, size_out: int = 4, size_in: int = 8, name: str = "w
 
 
 def sides(sketch: Kronecker) -> tuple[Tensor | None, Tensor | None]:
-    return sketch.out_columns(None, "cpu", FP32), sketch.in_columns(None, "cpu", FP32)
+    return sketch.columns("out", None, "cpu", FP32), sketch.columns("in", None, "cpu", FP32)
 
 
 def gram(sketch: Kronecker, g_NOI: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def test_signs_are_the_stated_ones(size: int) -> None:
     digest = hashlib.blake2b(f"{key}/7".encode(), digest_size=8).digest()
     first, second = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
     index_T = torch.tensor([0, 1, 77, 200_000, 2**31 + 5])
-    p_KT = Kronecker("w", 2**32, 1, size, 1, 7).out_columns(index_T, "cpu", FP32)
+    p_KT = Kronecker("w", 2**32, 1, size, 1, 7).columns("out", index_T, "cpu", FP32)
     assert p_KT is not None and p_KT.shape == (size, 5)
     for t, n in enumerate(index_T.tolist()):
         for k in range(size):
@@ -94,8 +94,8 @@ def test_signs_are_the_stated_ones(size: int) -> None:
 
 def test_signs_are_independent() -> None:
     """Rows, columns and both sides: correlations as small as chance makes them."""
-    p_KT = Kronecker("w", 4096, 4096, 64, 64, 1).out_columns(None, "cpu", FP32)
-    other_KT = Kronecker("w", 4096, 4096, 64, 64, 1).in_columns(None, "cpu", FP32)
+    p_KT = Kronecker("w", 4096, 4096, 64, 64, 1).columns("out", None, "cpu", FP32)
+    other_KT = Kronecker("w", 4096, 4096, 64, 64, 1).columns("in", None, "cpu", FP32)
     assert p_KT is not None and other_KT is not None
     rows_KK = p_KT @ p_KT.t() * 64 / 4096 - torch.eye(64)
     assert rows_KK.abs().max() < 5 / 64 and abs(rows_KK.square().sum() / (64 * 63) * 4096 - 1) < 0.1
@@ -114,12 +114,12 @@ def test_deterministic_and_another_for_each_name_side_and_seed() -> None:
 
 
 def test_columns_do_not_depend_on_who_asks() -> None:
-    p_KO = kronecker().out_columns(None, "cpu", FP32)
+    p_KO = kronecker().columns("out", None, "cpu", FP32)
     assert p_KO is not None
     index_T = torch.randperm(40, generator=generator(1))[:17]
-    shard_KT = kronecker().out_columns(index_T, "cpu", FP32)
+    shard_KT = kronecker().columns("out", index_T, "cpu", FP32)
     assert shard_KT is not None and torch.equal(shard_KT, p_KO[:, index_T])
-    in_bf16 = kronecker().out_columns(index_T, "cpu", torch.bfloat16)  # 4 is a power of four
+    in_bf16 = kronecker().columns("out", index_T, "cpu", torch.bfloat16)  # 4 is a power of four
     assert in_bf16 is not None and torch.equal(in_bf16.float(), shard_KT)
 
 
@@ -129,8 +129,8 @@ def test_a_small_side_is_left_as_it_is(size_out: int, size_in: int) -> None:
     p_out, p_in = sides(sketch)
     assert (p_out is None) == (size_out >= 40) and (p_in is None) == (size_in >= 24)
     c_NK = per_sample.sketch(pairs("dense", (5, 3, 24, 40), FP32), p_out, p_in)
-    assert c_NK.shape == (3, sketch.size)
-    columns_KT = sketch.out_columns(torch.tensor([3, 0]), "cpu", FP32)
+    assert c_NK.shape == (3, min(size_out, 40) * min(size_in, 24))
+    columns_KT = sketch.columns("out", torch.tensor([3, 0]), "cpu", FP32)
     assert columns_KT is not None
     if p_out is None:
         assert torch.equal(columns_KT, torch.eye(40)[:, [3, 0]])
@@ -149,14 +149,14 @@ def test_sketches_of_shards_add_up(size_out: int, size_in: int, dim: int) -> Non
     x_LNI, dy_LNO = (whole(t) for t in dense(5, 3, 24, 40, FP32))
     z_LNI, index_LN = one_hot(6, 3, 24, 40, FP32)
     z_LNI = whole(z_LNI)
-    total_NK = torch.zeros(3, sketch.size)
+    total_NK = torch.zeros(3, min(size_out, 40) * min(size_in, 24))
     for index_T in torch.randperm((40, 24)[dim], generator=generator(1)).split(15):
         rows, columns = (index_T, torch.arange(24)) if dim == 0 else (torch.arange(40), index_T)
         match_LNT = index_LN[..., None] == rows
         local_LN = torch.where(match_LNT.any(2), match_LNT.int().argmax(2), -1)
         uses = [(x_LNI[..., columns], dy_LNO[..., rows]), (z_LNI[..., columns], local_LN)]
-        p_out = sketch.out_columns(rows, "cpu", FP32)
-        total_NK += per_sample.sketch(uses, p_out, sketch.in_columns(columns, "cpu", FP32))
+        p_out = sketch.columns("out", rows, "cpu", FP32)
+        total_NK += per_sample.sketch(uses, p_out, sketch.columns("in", columns, "cpu", FP32))
     g_NOI = by_autograd([(x_LNI, dy_LNO), (z_LNI, index_LN)], 40)
     p_out, p_in = sides(sketch)
     p_out, p_in = torch.eye(40) if p_out is None else p_out, torch.eye(24) if p_in is None else p_in

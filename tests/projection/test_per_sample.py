@@ -168,7 +168,7 @@ def test_never_looks_at_a_value() -> None:
     assert per_sample.ghost_cross(uses, target_OI).shape == (4,)
     assert per_sample.sketch(uses, target_OI[:, :3], target_OI[:2]).shape == (4, 6)
     assert per_sample.gradients(*uses[1], 3).shape == (4, 3, 6)
-    assert per_sample.weighted(*uses[0], coefficient_N, keep_N)[0].shape == (10, 6)
+    assert per_sample.Weighted(*uses[0], coefficient_N, keep_N)[0].shape == (10, 6)
 
 
 @OF_EVERY_DTYPE
@@ -178,7 +178,7 @@ def test_weighted(dtype: torch.dtype, keep: list[int] | None) -> None:
     x_LNI, dy_LNO = dense(5, 4, 6, 3, dtype)
     coefficient_N = normal(4, seed=1)
     keep_N = None if keep is None else torch.tensor(keep, dtype=torch.int64)
-    x_TI, dy_TO = per_sample.weighted(x_LNI, dy_LNO, coefficient_N, keep_N)
+    x_TI, dy_TO = per_sample.Weighted(x_LNI, dy_LNO, coefficient_N, keep_N)
     kept = range(4) if keep is None else keep
     a_N = torch.tensor([coefficient_N[n].item() if n in kept else 0.0 for n in range(4)])
     assert x_TI.shape == (5 * len(kept), 6) and dy_TO.shape == (5 * len(kept), 3)
@@ -192,9 +192,9 @@ def test_weighted(dtype: torch.dtype, keep: list[int] | None) -> None:
 
 def test_weighted_without_weights_copies_nothing() -> None:
     x_LNI, dy_LNO = dense(5, 4, 6, 3, torch.bfloat16)
-    x_TI, dy_TO = per_sample.weighted(x_LNI, dy_LNO, None, None)
+    x_TI, dy_TO = per_sample.Weighted(x_LNI, dy_LNO, None, None)
     assert x_TI.data_ptr() == x_LNI.data_ptr() and dy_TO.data_ptr() == dy_LNO.data_ptr()
-    some_TI, some_TO = per_sample.weighted(x_LNI, dy_LNO, None, torch.tensor([3, 1]))
+    some_TI, some_TO = per_sample.Weighted(x_LNI, dy_LNO, None, torch.tensor([3, 1]))
     assert torch.equal(some_TI, x_LNI[:, [3, 1]].flatten(0, 1))
     assert torch.equal(some_TO, dy_LNO[:, [3, 1]].flatten(0, 1))
 

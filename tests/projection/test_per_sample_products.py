@@ -46,7 +46,7 @@ def test_product(shape: tuple[int, int, int, int], dtype: torch.dtype, keep: str
     g_NOI = by_autograd([(x_LNI, dy_LNO)], out)
     for coefficient_N in (a_N, None):
         factor_N = kept.double() * (1.0 if coefficient_N is None else coefficient_N)
-        product = per_sample.weighted(x_LNI, dy_LNO, coefficient_N, keep_N).product()
+        product = per_sample.Weighted(x_LNI, dy_LNO, coefficient_N, keep_N).product()
         expected = (factor_N[:, None, None] * g_NOI).sum(0)
         assert product.dtype == dtype and product.shape == expected.shape
         size = 1 + (factor_N.abs()[:, None, None] * g_NOI.abs()).sum()
@@ -58,6 +58,6 @@ def test_product_of_views() -> None:
     x_LNI, dy_LNO = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in
                      dense(5, 4, 6, 3, torch.float32))  # fmt: skip
     a_N, keep_N = normal(4, seed=1), torch.tensor([1, 3])
-    x_TI, dy_TO = per_sample.weighted(x_LNI, dy_LNO, a_N, keep_N)
-    product = per_sample.weighted(x_LNI, dy_LNO, a_N, keep_N).product()
+    x_TI, dy_TO = per_sample.Weighted(x_LNI, dy_LNO, a_N, keep_N)
+    product = per_sample.Weighted(x_LNI, dy_LNO, a_N, keep_N).product()
     assert torch.allclose(product, dy_TO.t() @ x_TI, atol=1e-5)

@@ -137,7 +137,7 @@ def gradient(name: str, general: Factors, a_M: Tensor, samples: int) -> Tensor:
         return torch.einsum("lnh,lnh,n->h", x_LNI, dy, a_N.float())
     if not dy.is_floating_point():
         dy = torch.nn.functional.one_hot(dy, out_of(name)).float()
-    x_TI, dy_TO = per_sample.weighted(x_LNI, dy, a_N, a_N.nonzero().flatten())
+    x_TI, dy_TO = per_sample.Weighted(x_LNI, dy, a_N, a_N.nonzero().flatten())
     return dy_TO.t() @ x_TI
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from megatron_dr.rl import advantages, preference
-from megatron_dr.rl.kl_control import AdaptiveKL
+from megatron_dr.rl.ppo import steered
 from tests.rl import _dense
 
 NAN = float("nan")
@@ -140,21 +140,14 @@ def test_completion_log_prob_ignores_padding() -> None:
     assert got.tolist() == [-3.0, 0.0]
 
 
-def test_adaptive_kl_moves_towards_the_target_and_resumes() -> None:
-    control = AdaptiveKL(0.2, target=6.0, horizon=10_000)
-    control.update(6.6, samples=1000)  # error 0.1
-    assert_close(control.weight, 0.2 * (1 + 0.1 * 0.1))
-    control.update(600.0, samples=10**9)  # error and share are bounded
-    assert_close(control.weight, 0.2 * 1.01 * 1.2)
-    resumed = AdaptiveKL(1.0, target=6.0, horizon=10_000)
-    resumed.load_state_dict(control.state_dict())
-    for each in (control, resumed):
-        each.update(0.0, samples=5000)
-    assert resumed.weight == control.weight < 0.2 * 1.01 * 1.2
+def test_the_kl_weight_moves_towards_the_target() -> None:
+    weight = steered(0.2, 6.6, 1000, target=6.0, horizon=10_000)  # error 0.1
+    assert_close(weight, 0.2 * (1 + 0.1 * 0.1))
+    more = steered(weight, 600.0, 10**9, target=6.0, horizon=10_000)  # error and share are bounded
+    assert_close(more, 0.2 * 1.01 * 1.2)
+    assert_close(steered(more, 0.0, 5000, target=6.0, horizon=10_000), more * 0.9)
 
 
-def test_adaptive_kl_refuses_what_is_not_finite_or_positive() -> None:
+def test_a_kl_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="diverged"):
-        AdaptiveKL(0.2, 6.0, 100).update(NAN, 10)
-    with pytest.raises(ValueError, match="above 0"):
-        AdaptiveKL(0.0, 6.0, 100)
+        steered(0.2, NAN, 10, target=6.0, horizon=100)

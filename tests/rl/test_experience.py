@@ -72,8 +72,8 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     saved = {"general": made(ppo=True), "target": made(3, number=1)}
     experience.save(path, saved, {"kl_weight": 0.3})
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    found = experience.load(path)
-    assert experience.load_state(path) == {"kl_weight": 0.3}
+    found, state = experience.load(path)
+    assert state == {"kl_weight": 0.3}
     assert found.keys() == saved.keys()
     for role in saved:
         for field in dataclasses.fields(Experience):

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ MISBEHAVING = "tests.rl.misbehaving:reward"
 def score(completions: list[str], **arguments: float) -> Scores:
     """Each sample's reward, if all is well, is its number."""
     samples = [Sample("", text, number) for number, text in enumerate(completions)]
-    with RewardPool(MISBEHAVING, workers=2, timeout=5.0, **arguments) as pool:
+    with closing(RewardPool(MISBEHAVING, workers=2, timeout=5.0, **arguments)) as pool:
         return pool.score(samples)
 
 
@@ -43,7 +44,7 @@ def test_failures_cost_their_sample_and_are_counted(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("how", ["sleep", "loop"])
 def test_hanging_samples_end_at_the_timeout_and_get_no_reward(how: str) -> None:
     samples = [Sample("", text, n) for n, text in enumerate(["fine", how, "fine", how, "fine"])]
-    with RewardPool(MISBEHAVING, workers=1, timeout=0.5) as pool:
+    with closing(RewardPool(MISBEHAVING, workers=1, timeout=0.5)) as pool:
         scores = pool.score(samples)
         assert scores.rewards == [0.0, None, 2.0, None, 4.0]
         assert scores.failures == Counter(timeout=2)
@@ -52,7 +53,7 @@ def test_hanging_samples_end_at_the_timeout_and_get_no_reward(how: str) -> None:
 
 def test_children_of_a_late_function_are_killed_too(tmp_path: Path) -> None:
     path = tmp_path / "pid"
-    with RewardPool(MISBEHAVING, workers=1, timeout=2.0) as pool:
+    with closing(RewardPool(MISBEHAVING, workers=1, timeout=2.0)) as pool:
         assert pool.score([Sample(str(path), "child", 0)]).failures == Counter(timeout=1)
         assert not [pid for pid in path.read_text().split() if runs(int(pid))]
 
@@ -74,7 +75,7 @@ def test_what_a_function_prints_is_no_reward() -> None:
 
 
 def test_workers_end_with_the_pool() -> None:
-    with RewardPool(MISBEHAVING, workers=1, timeout=5.0) as pool:
+    with closing(RewardPool(MISBEHAVING, workers=1, timeout=5.0)) as pool:
         pid = pool._processes[0]._process.pid
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
@@ -83,7 +84,7 @@ def test_workers_end_with_the_pool() -> None:
 
 def test_long_samples_pass_whole() -> None:
     text = "x" * 300_000 + "é\n\u2028"
-    with RewardPool("megatron_dr.rl.rewards:exact_match", workers=1, timeout=10.0) as pool:
+    with closing(RewardPool("megatron_dr.rl.rewards:exact_match", workers=1, timeout=10.0)) as pool:
         assert pool.score([Sample("p", text, text), Sample("p", text, text[1:])]).rewards == [1, 0]
 
 

@@ -34,7 +34,7 @@ def load(args: Namespace) -> tuple[dict[str, Experience], dict[str, float]]:
     path = _path(Path(args.load) / FOLDER, args.iteration)
     if not path.is_file():
         raise ValueError(other_run(f"{path}: no such file"))
-    return experience.load(path), experience.load_state(path)
+    return experience.load(path)
 
 
 def _path(folder: Path, iteration: int) -> Path:

@@ -102,7 +102,7 @@ class SamplePath:
         with meter.part("combine"):
             keep_N = kept(self.dr, coefficient_N, self._merged, self._alpha)
             every = len(keep_N) == len(coefficient_N)
-            return per_sample.weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
+            return per_sample.Weighted(x_LNI, dy_LNO, coefficient_N, None if every else keep_N)
 
     def vector(self, parameter: torch.nn.Parameter, g_NH: torch.Tensor) -> torch.Tensor | None:
         """The gradient [H] of the samples' g_NH, or None for no gradient now."""
@@ -196,7 +196,7 @@ def gradient_of(
         if dy is None:
             total = total + coefficient_N.to(x) @ x
         elif dy.is_floating_point():
-            total = total + per_sample.weighted(x, dy, coefficient_N, keep_N).product()
+            total = total + per_sample.Weighted(x, dy, coefficient_N, keep_N).product()
         else:
             x_scaled = x * coefficient_N.to(x)[None, :, None]
             total = total + scoring.gradient(x_scaled.flatten(0, 1), dy.flatten(), out)

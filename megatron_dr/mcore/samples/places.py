@@ -13,7 +13,7 @@ from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.mcore.samples import experts
 from megatron_dr.mcore.samples.weigh import needs_rows
 from megatron_dr.projection import block_of
-from megatron_dr.projection.flops import cheapest
+from megatron_dr.projection.flops import Work, cheapest
 from megatron_dr.projection.kronecker import Kronecker
 
 Score = Literal["ghost", "sketched", "exact"]
@@ -173,10 +173,10 @@ def _score(owned: OwnedParameter, dr: DRConfig, batch: BatchShape) -> Score:
     if owned.partial == "embedding" or dr.window == "step":
         return "sketched"  # samples' features must add up over stages or stay to the step's end
     out, inner = owned.parameter.shape
-    return cheapest(
-        out, inner, batch.tokens, dr.kronecker_out, dr.kronecker_in, samples=batch.samples,
-        targets=batch.targets, gram=needs_rows(dr),
-    )  # fmt: skip
+    return cheapest(Work(
+        out, inner, batch.samples, batch.tokens, batch.targets, dr.kronecker_out, dr.kronecker_in,
+        needs_rows(dr),
+    ))  # fmt: skip
 
 
 def _projections(
@@ -192,4 +192,5 @@ def _projections(
         index = owned.global_index(0, owned.parameter.numel()).view(owned.parameter.shape)
         rows, columns = (index[:, 0] // inner, None) if owned.dim == 0 else (None, index[0] % inner)
     device, dtype = owned.parameter.device, torch.float32
-    return sketch.out_columns(rows, device, dtype), sketch.in_columns(columns, device, dtype)
+    p_out = sketch.columns("out", rows, device, dtype)
+    return p_out, sketch.columns("in", columns, device, dtype)
