@@ -29,8 +29,9 @@ from typing import Any
 
 from megatron_dr.mcore import compat, cpu, errors, parts, step_log
 from megatron_dr.mcore.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.batch import num_target_microbatches
 from megatron_dr.mcore.refuse import refuse
-from megatron_dr.mcore.training_run import START, TrainingRun, num_target_microbatches
+from megatron_dr.mcore.training_run import START, TrainingRun
 
 _run: TrainingRun | None = None
 _enabled = False

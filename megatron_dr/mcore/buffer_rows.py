@@ -17,7 +17,7 @@ from megatron_dr.mcore.choice import choose
 from megatron_dr.mcore.grad_rows import GradRows
 from megatron_dr.mcore.layout import Layout
 from megatron_dr.mcore.ownership import block_names, owned_parameters
-from megatron_dr.mcore.roles import RoleRouter
+from megatron_dr.mcore.role_router import RoleRouter
 from megatron_dr.mcore.rows import Call, Passes
 from megatron_dr.mcore.schedule import Finalize, Pass
 from megatron_dr.mcore.step_log import StepLog

@@ -19,7 +19,7 @@ from megatron_dr.data import records
 from megatron_dr.data.domains import DomainPlan
 from megatron_dr.data.order import Samples, TargetStream
 from megatron_dr.data.packing import PackedSamples
-from megatron_dr.mcore import domain_flags, errors
+from megatron_dr.mcore import compat, domain_flags, errors
 from megatron_dr.mcore.sample_datasets import SampleDataset, is_file, is_samples, open_samples
 
 
@@ -149,7 +149,7 @@ def by_domain(args: argparse.Namespace, train: Any) -> DomainBlend | None:
         return None
     if not isinstance(train, BlendedDataset):
         raise ValueError("--dr-rows domain needs Megatron's blend of corpora: give --data-path.")
-    unit_size = args.micro_batch_size * domain_flags.data_ranks_per_row()
+    unit_size = args.micro_batch_size * compat.data_ranks_per_row()
     plan = DomainPlan(domain_flags.domain_weights(args))
     return DomainBlend(train.datasets, plan, unit_size, len(train))
 

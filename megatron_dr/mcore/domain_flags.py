@@ -70,7 +70,7 @@ class DomainOrder:
             num_microbatches,
             mpu.get_data_parallel_rank(),
             ranks,
-            data_ranks_per_row(),
+            compat.data_ranks_per_row(),
         )
 
 
@@ -111,11 +111,6 @@ def domain_weights(args: argparse.Namespace) -> tuple[float, ...]:
             f"say {' '.join(f'1 {path}' for path in paths)} for equal shares."
         )
     return tuple(weights)
-
-
-def data_ranks_per_row() -> int:
-    """P: neighbouring data-parallel ranks that form one row, as expert-parallel peers do."""
-    return compat.ranks_per_row() // int(mpu.get_context_parallel_world_size())
 
 
 def _training_blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:

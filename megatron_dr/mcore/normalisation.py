@@ -22,7 +22,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat
-from megatron_dr.mcore.roles import RoleRouter
+from megatron_dr.mcore.role_router import RoleRouter
 from megatron_dr.mcore.row_map import RowMap
 
 

@@ -15,6 +15,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_dr.config import DRConfig, TargetConfig
 from megatron_dr.mcore.attach import Handle, attach
+from megatron_dr.mcore.batch import num_target_microbatches
 from megatron_dr.mcore.domain_flags import DomainOrder
 from megatron_dr.mcore.source import Source
 from megatron_dr.report.metrics import MetricsFile
@@ -22,32 +23,6 @@ from megatron_dr.report.metrics import MetricsFile
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
 _DIAL = "megatron_dr_dial"
 START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None}
-
-
-def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig) -> int:
-    """Target microbatches per step and rank that runs any.
-
-    Raises:
-        ValueError: the target batch can't be divided into them.
-    """
-    ranks: int = dr.target_ranks or args.data_parallel_size
-    if dr.merges_target:
-        general: int = args.global_batch_size // args.micro_batch_size
-        if target.target_batch_size % general:
-            raise ValueError(
-                f"--dr-target-batch-size {target.target_batch_size} is not a multiple of the "
-                f"{general} general microbatches of a step, as --dr-target-pass merged needs: "
-                "change it."
-            )
-        return general // ranks
-    together: int = args.micro_batch_size * ranks
-    if target.target_batch_size % together:
-        what = "--dr-target-ranks" if dr.target_ranks else "data-parallel size"
-        raise ValueError(
-            f"--dr-target-batch-size {target.target_batch_size} is not a multiple of "
-            f"--micro-batch-size x {what} = {together}: change one of them."
-        )
-    return target.target_batch_size // together
 
 
 class TrainingRun:

@@ -15,7 +15,7 @@ from megatron.training.datasets.data_samplers import (
 )
 
 from megatron_dr.data.domains import DomainPlan, domains_of_step
-from megatron_dr.mcore import datasets, domain_flags, errors
+from megatron_dr.mcore import compat, datasets, domain_flags, errors
 
 from ._datasets import LENGTH, ONE, SAMPLES, arguments, indexed, jsonl, on_ranks, text
 
@@ -107,7 +107,7 @@ def loaded(
     train: Any = None
     with errors.refused():  # as in train.datasets_provider
         train, _, _ = by_domain(args, [steps * together, 0, 0])
-    peers = domain_flags.data_ranks_per_row()
+    peers = compat.data_ranks_per_row()
     rank, ranks = parallel_state.get_data_parallel_rank(), args.data_parallel_size
     plan = DomainPlan(domain_flags.domain_weights(args))
     first = consumed // together
