@@ -45,12 +45,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_dr.mcore.cpu_layers import layer_spec  # noqa: E402
-from megatron_dr.mcore.samples import linear  # noqa: E402
-from megatron_dr.mcore.samples.deferred import Deferred, Replay  # noqa: E402
-from megatron_dr.mcore.samples.immediate import Immediate  # noqa: E402
-from megatron_dr.mcore.samples.path import SamplePath  # noqa: E402
-from megatron_dr.mcore.samples.targets import Targets  # noqa: E402
+from megatron_dr.mcore.cpu.layers import layer_spec  # noqa: E402
+from megatron_dr.mcore.layer_rows.deferred import Deferred, Replay  # noqa: E402
+from megatron_dr.mcore.layer_rows.immediate import Immediate  # noqa: E402
+from megatron_dr.mcore.layer_rows.path import SamplePath  # noqa: E402
+from megatron_dr.mcore.layer_rows.taps import linear  # noqa: E402
+from megatron_dr.mcore.layer_rows.targets import Targets  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 SCORING, WEIGHT_GRADIENT = "scoring", "weight gradient"

@@ -27,7 +27,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_dr.mcore.cpu_layers import layer_spec  # noqa: E402
+from megatron_dr.mcore.cpu.layers import layer_spec  # noqa: E402
 
 SFT = Path(__file__).resolve().parent.parent / "examples" / "sft"
 # GPTModel logs in three lines that it is deprecated

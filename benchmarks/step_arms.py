@@ -56,7 +56,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_dr.mcore.cpu_layers import layer_spec  # noqa: E402
+from megatron_dr.mcore.cpu.layers import layer_spec  # noqa: E402
 
 
 @dataclass(frozen=True)

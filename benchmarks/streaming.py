@@ -30,7 +30,7 @@ from rich.table import Table
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore.samples.immediate import Immediate
+from megatron_dr.mcore.layer_rows.immediate import Immediate
 
 STEPS, SKIP, MICROBATCHES, SAMPLES, TARGET = 60, 10, 8, 8, 8
 FRACTIONS = (0.25, 0.5)

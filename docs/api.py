@@ -27,7 +27,7 @@ SECTIONS = [
     ("Projection", "Pure functions of inner products; they import torch alone.",
      ["megatron_dr.projection"]),
     ("Optimizers", "Moments in a compressed space: [meso.md](meso.md).",
-     ["megatron_dr.mcore.meso:use_meso", "megatron_dr.optim"]),
+     ["megatron_dr.mcore.model.meso:use_meso", "megatron_dr.optim"]),
     ("Hosts", "How verl, slime and NeMo-RL are joined: [rl_systems.md](rl_systems.md).",
      ["megatron_dr.mcore.hosts", "megatron_dr.mcore.hosts.verl:register",
       "megatron_dr.mcore.hosts.verl:engine_class", "megatron_dr.mcore.hosts.slime",

@@ -9,7 +9,7 @@ Importing this package patches nothing and imports no Megatron.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_dr.config import DRConfig
+    from megatron_dr.config.dr import DRConfig
     from megatron_dr.mcore.attach import Handle
 
 __all__ = ["DRConfig", "attach", "enable"]
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
     """DRConfig when it is asked for: `megatron-dr doctor` runs where torch can't be imported."""
     if name != "DRConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from megatron_dr.config import DRConfig
+    from megatron_dr.config.dr import DRConfig
 
     return DRConfig
 
@@ -33,7 +33,7 @@ def attach(model: Any, optimizer: Any, config: Any, dr: "DRConfig | None" = None
 
 
 def enable() -> None:
-    """Add the plugin and its flags to Megatron's training loop: see `megatron_dr.mcore.adaptor`."""
-    from megatron_dr.mcore.adaptor import enable as enable_
+    """Add the plugin and its flags to Megatron's loop: see `megatron_dr.mcore.loop.adaptor`."""
+    from megatron_dr.mcore.loop.adaptor import enable as enable_
 
     enable_()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dr.config import FEASIBLE_SETS
+from megatron_dr.config.kinds import FEASIBLE_SETS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -96,7 +96,7 @@ def test_mcore_does_import_megatron() -> None:
         ("import megatron.core as mc", "megatron.core"),
         ("from megatron import core", "megatron.core"),
         ("def f():\n    from megatron.core import mpu", "megatron.core.mpu"),
-        ("from ..mcore import handle", "megatron_dr.mcore.handle"),
+        ("from ..mcore import handle", "megatron_dr.mcore.step.handle"),
         ("from .. import mcore", "megatron_dr.mcore"),
         ("from . import order", "megatron_dr.data.order"),
         ("import importlib\nimportlib.import_module('megatron')", "megatron"),
@@ -114,7 +114,7 @@ def test_importing_us_imports_no_megatron() -> None:
     code = """if True:
         import sys
         import megatron_dr
-        import megatron_dr.config, megatron_dr.projection
+        import megatron_dr.config.dr, megatron_dr.projection
         import megatron_dr.data.domains, megatron_dr.data.encode, megatron_dr.data.order
         import megatron_dr.report.metrics
         found = [m for m in sys.modules if m == "megatron" or m.startswith("megatron.")]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dr.lora_config import LoRAConfig
+from megatron_dr.config.lora import LoRAConfig
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dr.rl_config import RLConfig
+from megatron_dr.config.rl import RLConfig
 
 REWARD = "megatron_dr.rl.rewards:numeric"
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch.distributed import PrefixStore, TCPStore
 
-from megatron_dr.mcore import cpu, train
+from megatron_dr.mcore import cpu
+from megatron_dr.mcore.loop import train
 
 
 def run(number: int, folder: Path, flags: list[str]) -> int:

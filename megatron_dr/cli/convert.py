@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: what can't be converted, in one sentence.
     """
     if args.backend == "megatron-bridge":
-        from megatron_dr.mcore import bridge
+        from megatron_dr.mcore.convert import bridge
 
         return bridge.convert(args)
     dtype = DTYPES[args.dtype] if args.dtype else None

@@ -105,7 +105,7 @@ def first_form(files: list[records.InputFile], names: dict[str, str]) -> str:
 
 def plan(args: argparse.Namespace, console: Console) -> tuple[prepare.Job, Any, str]:
     """The job of the command line, the tokenizer, and the training's flags for it."""
-    from megatron_dr.mcore.preparation import load_tokenizer
+    from megatron_dr.mcore.data.preparation import load_tokenizer
 
     names = columns(args.columns)
     paths = records.list_files(args.data)
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     Raises:
         ValueError: what can't be prepared, in one sentence.
     """
-    from megatron_dr.mcore.preparation import open_dataset, token_type
+    from megatron_dr.mcore.data.preparation import open_dataset, token_type
 
     job, tokenizer, flags = plan(args, console)
     if args.restart:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from megatron_dr.config import DRConfig
+from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import compat
-from megatron_dr.mcore.buffer_rows import BufferRows
-from megatron_dr.mcore.handle import Handle, attached
-from megatron_dr.mcore.samples.rows import LayerRows
+from megatron_dr.mcore.buffer_rows.rows import BufferRows
+from megatron_dr.mcore.layer_rows.rows import LayerRows
+from megatron_dr.mcore.step.handle import Handle, attached
 
 __all__ = ["Handle", "attach", "attached"]
 

@@ -1,7 +1,7 @@
 """Pure mathematics of the projection: imports torch and nothing else of ours."""
 
+from megatron_dr.projection.alpha import alpha_at, alpha_of, smoothed, statistics
 from megatron_dr.projection.blocks import UNPROJECTED, block_of
-from megatron_dr.projection.dial import alpha_at, alpha_of, smoothed, statistics
 from megatron_dr.projection.feasible_sets import (
     Ball,
     Capped,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_dr.config.rl import RLConfig
 from megatron_dr.rl.losses import kl_loss, policy_loss, reward_loss, value_loss
 from megatron_dr.rl.weights import TokenWeights
-from megatron_dr.rl_config import RLConfig
 
 
 def objective(

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_dr.config.rl import RLConfig
 from megatron_dr.rl.advantages import gae, normalised, token_rewards
 from megatron_dr.rl.experience import Experience
-from megatron_dr.rl_config import RLConfig
 
 _MAX_ERROR = 0.2
 

@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 
 from megatron_dr.cli.prepare import main
 from megatron_dr.data.file_samples import FileSamples
-from megatron_dr.mcore.sample_datasets import chat_of
+from megatron_dr.mcore.data.samples import chat_of
 
 from . import _chat
 from ._prepare import BYTES, command, documents, prepare, sources, write

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dr.config.lora import LoRAConfig
 from megatron_dr.hf import adapters, from_megatron, to_megatron, torch_dist
 from megatron_dr.hf.mapping import Mapped, take
-from megatron_dr.lora_config import LoRAConfig
 
 from ._convert import make, run
 

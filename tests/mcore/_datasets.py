@@ -16,7 +16,9 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.global_vars import destroy_global_vars
 
-from megatron_dr.mcore import adaptor, cpu, datasets, errors
+from megatron_dr.mcore import cpu, errors
+from megatron_dr.mcore.data import datasets
+from megatron_dr.mcore.loop import adaptor
 
 from ._ranks import run_ranks
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dr.lora_config import LoRAConfig
-from megatron_dr.mcore import lora
+from megatron_dr.config.lora import LoRAConfig
+from megatron_dr.mcore.model import lora
 
 from . import _megatron, _oracle, _problem
 from ._data import Layout

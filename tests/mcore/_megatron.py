@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_dr.mcore.cpu_layers import layer_spec
+from megatron_dr.mcore.cpu.layers import layer_spec
 from megatron_dr.mcore.ownership import owned_parameters
 
 from . import _data

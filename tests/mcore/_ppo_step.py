@@ -8,14 +8,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_dr.config import DRConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore.attach import attach
+from megatron_dr.mcore.model.value_head import add_value_head
 from megatron_dr.mcore.rl.forward import PolicyStep
-from megatron_dr.mcore.rl.value_head import add_value_head
 from megatron_dr.mcore.rollouts.passes import log_probs_and_values
 from megatron_dr.rl.experience import Experience, ExperienceStream
 from megatron_dr.rl.ppo import Estimator
-from megatron_dr.rl_config import RLConfig
 
 from . import _data, _megatron, _oracle, _problem
 from ._data import Layout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.utils import get_model_config
 
-from megatron_dr.mcore import adaptor
+from megatron_dr.mcore.loop import adaptor
 
 from . import _megatron
 from ._ranks import run_ranks

@@ -7,10 +7,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore.rl.forward import PolicyStep
 from megatron_dr.rl.advantages import group_advantages
 from megatron_dr.rl.experience import Experience, ExperienceStream
-from megatron_dr.rl_config import RLConfig
 
 from . import _data, _megatron, _oracle
 from ._data import Layout

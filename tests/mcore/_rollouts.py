@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from megatron_dr.mcore.rollouts.choice import uniform
+from megatron_dr.mcore.rollouts.token_choice import uniform
 from megatron_dr.rl.rollouts import SamplingParams, sample_seed
 
 from . import _oracle

@@ -15,7 +15,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore import packed
+from megatron_dr.mcore.data import packed
 
 from . import _data, _megatron
 from ._data import Layout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dr.mcore import train
+from megatron_dr.mcore.loop import train
 from megatron_dr.report import metrics
 
 from ._ranks import run_ranks
@@ -69,3 +69,11 @@ def cone(data: dict[str, str]) -> str:
 def losses(path: Path, kind: str) -> dict[int, tuple[float, float]]:
     lines = metrics.read(path, kind)
     return {line["iteration"]: (line["lm loss"], line["target loss"]) for line in lines}
+
+
+def two_corpora(data: dict[str, str], tmp_path: Path) -> str:
+    lines = Path(data["general"]).read_text().splitlines(keepends=True)
+    paths = [tmp_path / "english.jsonl", tmp_path / "german.jsonl"]
+    for number, path in enumerate(paths):
+        path.write_text("".join(lines[number::2]))
+    return f"--train-data-path 0.75 {paths[0]} 0.25 {paths[1]}"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_dr.config import DRConfig, TargetConfig
-from megatron_dr.mcore.arguments import add_arguments, configs_from_args
-from megatron_dr.mcore.parts import PARTS as LIST
+from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.loop.parts import PARTS as LIST
 
 from ._flags import FIELDS, configs, option, parse, refusal
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_dr.hf import adapters, from_megatron
-from megatron_dr.mcore import train
+from megatron_dr.mcore.loop import train
 
 from ._clean import ROOT, Clean, clean_process
 from ._converted import LLAMA3, SIZES, TOKENS, convert, megatron_logits

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dr.mcore import datasets, train
+from megatron_dr.mcore.data import datasets
+from megatron_dr.mcore.loop import train
 
 from ._datasets import (
     LENGTH,

@@ -15,7 +15,8 @@ from megatron.training.datasets.data_samplers import (
 )
 
 from megatron_dr.data.domains import DomainPlan, domains_of_step
-from megatron_dr.mcore import compat, datasets, domain_flags, errors
+from megatron_dr.mcore import compat, errors
+from megatron_dr.mcore.data import datasets, domain_blend, domain_part, domains
 
 from ._datasets import LENGTH, ONE, SAMPLES, arguments, indexed, jsonl, on_ranks, text
 
@@ -40,7 +41,7 @@ def read(ranks: int, peers: int, micro: int, consumed: int) -> list[list[list[An
     """What Megatron's sampler gives: [rank][microbatch] -> samples of three steps."""
     size = 3 * PER_STEP * ranks * micro
     named = [Named(d) for d in range(len(WEIGHTS))]
-    blend = datasets.DomainBlend(named, DomainPlan(WEIGHTS), peers * micro, size)
+    blend = domain_blend.DomainBlend(named, DomainPlan(WEIGHTS), peers * micro, size)
     samplers = [MegatronPretrainingSampler(len(blend), consumed, micro, r, ranks)
                 for r in range(ranks)]  # fmt: skip
     return [[[blend[i] for i in numbers] for numbers in sampler] for sampler in samplers]
@@ -87,7 +88,7 @@ def test_resuming_goes_on(ranks: int, peers: int, micro: int, done: int) -> None
 
 def by_domain(args: Any, numbers: list[int]) -> tuple[Any, Any, Any]:
     """The general data as a run with domain rows has them."""
-    part = domain_flags.DomainPart()
+    part = domain_part.DomainPart()
     part.refuse(args)
     part.settle(True, args)
     train, valid, test = datasets.general_datasets(args, numbers, None)
@@ -109,7 +110,7 @@ def loaded(
         train, _, _ = by_domain(args, [steps * together, 0, 0])
     peers = compat.data_ranks_per_row()
     rank, ranks = parallel_state.get_data_parallel_rank(), args.data_parallel_size
-    plan = DomainPlan(domain_flags.domain_weights(args))
+    plan = DomainPlan(domains.domain_weights(args))
     first = consumed // together
     known = domains_of_step(plan, first, steps - first, rank, ranks, peers)
     loader = build_pretraining_data_loader(train, consumed)
@@ -189,7 +190,7 @@ def test_validation_is_blended_as_megatron_blends(tmp_path: Path) -> None:
         args = arguments("--split", "50,50,0", "--data-path", *paths)
         args.dr_rows = "domain"
         train, valid, test = by_domain(args, [8, 8, 0])
-        assert isinstance(train, datasets.DomainBlend) and len(train) == 8
+        assert isinstance(train, domain_blend.DomainBlend) and len(train) == 8
         assert isinstance(valid, BlendedDataset) and test is None
         args.dr_rows = "slot"
         other, _, _ = datasets.general_datasets(args, [8, 8, 0], None)
@@ -212,7 +213,7 @@ def test_names_and_weights(tmp_path: Path) -> None:
         said = []
         for flags in cases:
             args = arguments(*flags)
-            said.append((domain_flags.domain_names(args), domain_flags.domain_weights(args)))
+            said.append((domains.domain_names(args), domains.domain_weights(args)))
         return said
 
     assert on_ranks(1, asked) == [[*cases.values()]]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_dr.data.pairs import FilePairs
-from megatron_dr.mcore import datasets
-from megatron_dr.mcore.arguments import add_arguments, configs_from_args
-from megatron_dr.mcore.preferences import data as preference_data
-from megatron_dr.mcore.preferences import reference
-from megatron_dr.mcore.preferences.flags import DPOPart
+from megatron_dr.mcore.data import datasets
+from megatron_dr.mcore.dpo import data as preference_data
+from megatron_dr.mcore.dpo import reference
+from megatron_dr.mcore.dpo.part import DPOPart
+from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.report import metrics
 
 from ..data import _chat, _prepare

@@ -6,8 +6,9 @@ from typing import Any, get_args
 
 import pytest
 
-from megatron_dr.config import FEASIBLE_SETS, DRConfig
-from megatron_dr.mcore.arguments import configs_from_args
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.kinds import FEASIBLE_SETS
+from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.projection import alpha_at
 
 from ._flags import option, parse, refusal

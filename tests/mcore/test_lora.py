@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 import megatron_dr
-from megatron_dr.lora_config import LoRAConfig
+from megatron_dr.config.lora import LoRAConfig
 from megatron_dr.mcore.ownership import owned_parameters
 
 from . import _data, _lora, _megatron, _oracle, _sample_oracle, _samples

@@ -7,9 +7,9 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
-from megatron_dr.lora_config import LoRAConfig
-from megatron_dr.mcore import lora as plugin
-from megatron_dr.mcore import lora_checkpoint
+from megatron_dr.config.lora import LoRAConfig
+from megatron_dr.mcore.loop import partial_checkpoint
+from megatron_dr.mcore.model import lora as plugin
 
 from . import _data, _lora, _megatron
 from ._data import Layout
@@ -76,7 +76,7 @@ def load(layout: Layout, start: Any, folder: Path) -> Any:
     _megatron.initialize(layout)
     _lora.use_adapters()
     model, _, config = _megatron.build(layout, start)
-    state = lora_checkpoint.load(
+    state = partial_checkpoint.load(
         dist_checkpointing.load, sharded(model), str(folder), strict="raise_all"
     )
     model[0].module.load_state_dict(

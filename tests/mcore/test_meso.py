@@ -15,7 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import megatron_dr
-from megatron_dr.mcore.meso import MesoPart, note, use_meso
+from megatron_dr.mcore.model.meso import MesoPart, note, use_meso
 from megatron_dr.optim import MesoAdamW, MesoSGD, Subspaces
 
 from . import _data, _megatron, _oracle, _problem

@@ -11,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore import adaptor
 from megatron_dr.mcore.attach import Handle
+from megatron_dr.mcore.loop import adaptor
 from megatron_dr.mcore.rollouts.megatron import MegatronRollouts
 
 from . import _megatron, _oracle, _rl, _samples

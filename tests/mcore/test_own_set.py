@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_dr.projection import FeasibleSet
 from megatron_dr.report import metrics
 
-from .test_train import data, flags, run, two_corpora
+from ._train import data, flags, run, two_corpora
 
 __all__ = ["data"]  # a fixture
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_dr.mcore import packed
+from megatron_dr.mcore.data import packed
 
 from . import _data, _megatron, _oracle
 from ._data import Layout

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_dr.config import _dial
-from megatron_dr.mcore import adaptor, parts
-from megatron_dr.mcore.arguments import add_arguments, configs_from_args
-from megatron_dr.mcore.part import Part
+from megatron_dr.config.fields import flag as field_
+from megatron_dr.mcore.loop import adaptor, parts
+from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.refuse import rules
+from megatron_dr.mcore.seams.part import Part
 
 
 @dataclass(frozen=True)
 class EchoConfig:
-    times: int = _dial(2, "how often; switches it on", "count")
-    text: str = _dial("again", "what", "text")
+    times: int = field_(2, "how often; switches it on", "count")
+    text: str = field_("again", "what", "text")
 
 
 class EchoPart(Part):

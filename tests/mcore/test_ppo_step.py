@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dr.config import DRConfig
+from megatron_dr.config.dr import DRConfig
 
 from . import _megatron
 from ._data import Layout

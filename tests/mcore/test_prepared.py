@@ -13,8 +13,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from pyarrow import parquet
 
-from megatron_dr.mcore import datasets
-from megatron_dr.mcore.sample_datasets import PreparedSamples
+from megatron_dr.mcore.data import datasets
+from megatron_dr.mcore.data.samples import PreparedSamples
 from megatron_dr.report import metrics
 
 from ..data import _chat

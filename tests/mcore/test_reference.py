@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore.cpu_layers import layer_spec
+from megatron_dr.mcore.cpu.layers import layer_spec
 
 from . import _megatron
 from ._data import Layout

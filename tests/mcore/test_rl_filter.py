@@ -12,12 +12,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors.torch import load_file
 
-from megatron_dr.mcore import parts
+from megatron_dr.config.rl import RLConfig
+from megatron_dr.mcore.loop import parts
 from megatron_dr.mcore.rl import filter_once
 from megatron_dr.mcore.rl.forward import PolicyStep
 from megatron_dr.report import metrics
 from megatron_dr.rl.experience import Experience, ExperienceStream
-from megatron_dr.rl_config import RLConfig
 
 from . import _data, _megatron, _oracle, _rl
 from . import _ppo_step as ppo

@@ -4,10 +4,10 @@ import argparse
 
 import pytest
 
-from megatron_dr.config import DRConfig
-from megatron_dr.mcore import parts
-from megatron_dr.mcore.arguments import add_arguments
-from megatron_dr.mcore.rl import flags
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore.loop import parts
+from megatron_dr.mcore.loop.arguments import add_arguments
+from megatron_dr.mcore.rl import part
 
 from ._rl_flags import RL, configs, parsed
 
@@ -64,8 +64,8 @@ def parsed_with_batch(more: str) -> argparse.Namespace:
 
 
 def resume(args: argparse.Namespace, before: argparse.Namespace) -> None:
-    for part, own in parts.on(args):
-        part.resume(own, args, before)
+    for each, own in parts.on(args):
+        each.resume(own, args, before)
 
 
 @pytest.mark.parametrize("more, sentence", OTHER.items())
@@ -90,15 +90,15 @@ def test_no_default_is_called_None() -> None:
 def test_megatrons_flags_are_set() -> None:
     args = parsed("--data-path a.jsonl b.jsonl")
     parts.prepare(args)
-    assert flags.prompt_files(args) == ["a.jsonl", "b.jsonl"]
+    assert part.prompt_files(args) == ["a.jsonl", "b.jsonl"]
     assert (args.dataloader_type, args.calculate_per_token_loss, args.eval_iters) == (
         "external", True, 0,
     )  # fmt: skip
 
 
 def test_with_the_rollout_as_target_its_batch_is_all_of_it() -> None:
-    from megatron_dr.rl_config import RLConfig
+    from megatron_dr.config.rl import RLConfig
 
     rl = RLConfig(reward="a:b", target="self", prompts=3, group=5)
-    target = flags.RLPart().step_target(rl, DRConfig(), None)
+    target = part.RLPart().step_target(rl, DRConfig(), None)
     assert target is not None and target.target_batch_size == 15

@@ -8,7 +8,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore.samples.targets import Targets
+from megatron_dr.mcore.layer_rows.targets import Targets
 
 from . import _data, _megatron, _oracle, _samples
 from ._data import Layout

@@ -17,7 +17,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore.cpu_layers import layer_spec
+from megatron_dr.mcore.cpu.layers import layer_spec
 
 from . import _megatron, _oracle, _samples
 from ._data import Layout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dr.mcore.rollouts.choice import choose, uniform
+from megatron_dr.mcore.rollouts.token_choice import choose, uniform
 
 
 def random_logits(rows: int, size: int = 50) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dr.mcore import adaptor
+from megatron_dr.mcore.loop import adaptor
 
 from ._ranks import run_ranks
 from ._train import MODEL, cone, data, flags, launch, losses, run

@@ -7,17 +7,9 @@ import pytest
 
 from megatron_dr.report import metrics
 
-from ._train import cone, data, flags, losses, run
+from ._train import cone, data, flags, losses, run, two_corpora
 
 __all__ = ["data"]
-
-
-def two_corpora(data: dict[str, str], tmp_path: Path) -> str:
-    lines = Path(data["general"]).read_text().splitlines(keepends=True)
-    paths = [tmp_path / "english.jsonl", tmp_path / "german.jsonl"]
-    for number, path in enumerate(paths):
-        path.write_text("".join(lines[number::2]))
-    return f"--train-data-path 0.75 {paths[0]} 0.25 {paths[1]}"
 
 
 def test_domain_rows_are_weighed_and_logged_by_name(data: dict[str, str], tmp_path: Path) -> None:

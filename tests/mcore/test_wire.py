@@ -11,7 +11,7 @@ import megatron_dr
 from megatron_dr import DRConfig
 from megatron_dr.mcore import wire
 from megatron_dr.mcore.attach import attached
-from megatron_dr.mcore.exact_gram import ExactGram
+from megatron_dr.mcore.buffer_rows.exact_gram import ExactGram
 
 from . import _megatron, _oracle
 from ._data import Layout
@@ -154,7 +154,7 @@ def test_auto_takes_what_sends_less(layout: Layout, dr: DRConfig, kind: str) -> 
 
 def peak(layout: Layout, initial: Any) -> tuple[int, int]:
     """Most bytes that a projection holds beyond what was there, and a bucket's."""
-    from megatron_dr.mcore import exact_gram
+    from megatron_dr.mcore.buffer_rows.rows import exact_gram
 
     exact_gram._PRODUCT = 500  # small beside a bucket, as it is in a large model
     dr = DRConfig(rows="rank", target_ranks=1, gram="exact")
@@ -191,7 +191,7 @@ def test_extra_memory_is_about_a_bucket() -> None:
 
 
 def test_a_large_unit_is_exchanged_and_multiplied_in_chunks() -> None:
-    from megatron_dr.mcore import exact_gram
+    from megatron_dr.mcore.buffer_rows.rows import exact_gram
 
     layout = Layout(dp=2)
     initial = _oracle.initial(layout)

@@ -7,9 +7,9 @@ from statistics import mean, stdev
 import pytest
 import torch
 
+from megatron_dr.config.rl import RLConfig
 from megatron_dr.rl.experience import Experience
 from megatron_dr.rl.ppo import Estimator, estimates
-from megatron_dr.rl_config import RLConfig
 
 from . import _dense
 

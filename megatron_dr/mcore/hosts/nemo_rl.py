@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_dr.config import DRConfig
+from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import hosts
 
 

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
-from megatron_dr.config import DRConfig
+from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import attach as plugin
 from megatron_dr.mcore.attach import Handle
 from megatron_dr.mcore.compat import SCHEDULES

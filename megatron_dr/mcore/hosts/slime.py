@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dr.config import DRConfig
+from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import hosts
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dr.mcore.rl.reference import Reference
-from megatron_dr.mcore.rl.scoring import open_scorers, score
+from megatron_dr.config.rl import RLConfig
+from megatron_dr.mcore.rl.reference_policy import Reference
+from megatron_dr.mcore.rl.scorers import open_scorers, score
 from megatron_dr.mcore.rollouts.engine import open_rollouts
 from megatron_dr.mcore.rollouts.passes import log_probs, log_probs_and_values
 from megatron_dr.rl.advantages import group_advantages, normalised
@@ -20,7 +21,6 @@ from megatron_dr.rl.ppo import Estimator
 from megatron_dr.rl.prompts import Prompt
 from megatron_dr.rl.reward_pool import Sample
 from megatron_dr.rl.rollouts import Completion, SamplingParams
-from megatron_dr.rl_config import RLConfig
 
 
 class Collector:

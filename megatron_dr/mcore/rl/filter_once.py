@@ -30,17 +30,16 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_dr.mcore import compat
-from megatron_dr.mcore.grad_rows import CHUNK
+from megatron_dr.config.rl import RLConfig
+from megatron_dr.mcore import compat, random_state
 from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
 from megatron_dr.mcore.rl.forward import PolicyStep
-from megatron_dr.mcore.roles import MicrobatchRouter
-from megatron_dr.mcore.samples import random_state
-from megatron_dr.mcore.schedule import Pass, ours, run
+from megatron_dr.mcore.step.roles import MicrobatchRouter
+from megatron_dr.mcore.step.schedule import Pass, ours, run
 from megatron_dr.rl.experience import Experience
 from megatron_dr.rl.weights import Aggregation, token_weights
-from megatron_dr.rl_config import RLConfig
 
+_CHUNK = 1 << 20  # elements that are multiplied at a time: bounds the temporaries
 Batch = dict[str, Tensor]
 Flats = list[list[Tensor]]  # by model chunk: one like each of its gradient buffers
 
@@ -142,9 +141,9 @@ class _ScoreRouter(MicrobatchRouter):
             return
         for buffer, target in zip(_buffers(self.model[chunk]), self.target[chunk], strict=True):
             gradient = buffer.grad_data
-            for start in range(0, len(gradient), CHUNK):
-                part = gradient[start : start + CHUNK].float()
-                self.score_n[microbatch] += part @ target[start : start + CHUNK]
+            for start in range(0, len(gradient), _CHUNK):
+                part = gradient[start : start + _CHUNK].float()
+                self.score_n[microbatch] += part @ target[start : start + _CHUNK]
             gradient.zero_()
 
 

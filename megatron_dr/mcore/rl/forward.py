@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from megatron_dr.mcore.rl import value_head
+from megatron_dr.config.rl import RLConfig
+from megatron_dr.mcore.model import value_head
 from megatron_dr.rl.objective import objective
-from megatron_dr.rl_config import RLConfig
 
 Batch = dict[str, torch.Tensor]
 

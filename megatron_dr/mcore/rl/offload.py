@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_dr.mcore.handle import Handle
 from megatron_dr.mcore.say import say
+from megatron_dr.mcore.step.handle import Handle
 
 
 class Offload:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_dr.mcore.rl.flags import other_run
 from megatron_dr.rl import experience
 from megatron_dr.rl.experience import Experience
 
@@ -39,3 +38,11 @@ def load(args: Namespace) -> tuple[dict[str, Experience], dict[str, float]]:
 
 def _path(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}.safetensors"
+
+
+def other_run(what: str) -> str:
+    """The sentence on a checkpoint that no run by rewards has saved."""
+    return (
+        f"{what}, so the checkpoint is not of a run with --dr-rl-algorithm: give --finetune to "
+        "begin a new run from it."
+    )

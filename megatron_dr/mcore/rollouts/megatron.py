@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.compat import unwrap
 from megatron_dr.mcore.rollouts.cache import CachedForward, share_from_last_stage
-from megatron_dr.mcore.rollouts.choice import choose, uniform
 from megatron_dr.mcore.rollouts.ending import Ending
 from megatron_dr.mcore.rollouts.state import evaluating, unsplit_sequence
+from megatron_dr.mcore.rollouts.token_choice import choose, uniform
 from megatron_dr.rl.rollouts import Completion, FinishReason, SamplingParams, sample_seed
 
 

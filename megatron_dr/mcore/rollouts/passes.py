@@ -9,7 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from megatron_dr.mcore.compat import unwrap
-from megatron_dr.mcore.rl import value_head
+from megatron_dr.mcore.model import value_head
 from megatron_dr.mcore.rollouts.cache import share_along_pipeline
 from megatron_dr.mcore.rollouts.megatron import check_layout
 from megatron_dr.mcore.rollouts.state import evaluating

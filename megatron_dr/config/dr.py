@@ -1,0 +1,251 @@
+"""The plugin's configuration: one frozen, validated dataclass. The flags are derived from it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin
+
+from megatron_dr.config.fields import flag, known
+from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS, RowKind, set_named
+from megatron_dr.projection import FeasibleSet, size_for
+
+
+@dataclass(frozen=True)
+class DRConfig:
+    """What is projected on what, per block of parameters (the problem: `projection/feasible_sets`).
+
+    Raises:
+        ValueError: a dial out of range, in one sentence that says what is allowed.
+    """
+
+    set: str = flag(
+        "cone",
+        "feasible set: which combinations of the rows are allowed: "
+        f"{', '.join(FEASIBLE_SETS)}, or module:Class of your own",
+        "name",
+    )
+    fraction: float = flag(
+        0.25,
+        "f of topk and greedy (share kept), filter (share of the opposed rows dropped) and capped "
+        "(weights <= 1/fM)",
+        "share, 0 < f <= 1",
+    )
+    ridge: float = flag(
+        0.3, "rho of capped, hull, cone, span and ball, relative to tr(G)/M", "factor, >= 0"
+    )
+    radius: float = flag(
+        0.5, "r of ball: how far from the mean row, relative to its length", "factor, >= 0"
+    )
+    alpha: float = flag(
+        0.05, "a: how much of the target's own gradient, (1 - a) d + a t", "share, 0 to 1"
+    )
+    alpha_style: Literal["constant", "linear", "cosine", "auto"] = flag(
+        "constant",
+        "alpha over the run: constant, from --dr-alpha to --dr-end-alpha, or chosen at every step "
+        "from the agreement of the target batch's halves",
+        "name",
+    )
+    end_alpha: float = flag(0.0, "alpha at the end of a linear or cosine style", "share, 0 to 1")
+    norm: Literal["none", "general", "target", "tokens"] = flag(
+        "general",
+        "length of the projected gradient d, per block: |mean row|, |t|, or, with sample rows, "
+        "that of the mean token loss of the weighed samples",
+        "name",
+    )
+    rows: Literal["rank", "slot", "domain", "sample"] = flag(
+        "slot",
+        "a row is a data-parallel rank's gradient, one slot of its microbatches, one general "
+        "corpus over all ranks, or one sample inside each layer's backward",
+        "name",
+    )
+    slots: int = flag(8, "slots per rank; each beyond the first keeps a gradient buffer", "count")
+    target_ranks: int = flag(
+        0,
+        "data-parallel ranks that run only target microbatches, the others only general ones, so "
+        "that no rank keeps a second buffer; 0: every rank runs both",
+        "count",
+    )
+    slot_dtype: Literal["fp32", "bf16"] = flag("fp32", "storage of the slots' buffers", "dtype")
+    blocks: Literal["model", "layer", "matrix"] = flag(
+        "model", "which parameters are projected together", "name"
+    )
+    gram: Literal["auto", "exact", "sketch"] = flag(
+        "auto",
+        "inner products of whole gradients or of sketches; auto: whichever sends fewer bytes",
+        "name",
+    )
+    sketch_error: float = flag(
+        0.05, "wanted relative error of a sketched gram: sets the size", "share, 0 < e < 1"
+    )
+    sketch_size: int | None = flag(
+        None, "K: elements per row and block; a power of two", "elements"
+    )
+    score: Literal["auto", "ghost", "sketched", "exact"] = flag(
+        "auto",
+        "how sample rows are multiplied: token by token, by Kronecker sketches, or formed; auto: "
+        "by the FLOPs of each layer",
+        "name",
+    )
+    kronecker_out: int = flag(64, "output side of a sample's sketch", "elements")
+    kronecker_in: int = flag(64, "input side of a sample's sketch", "elements")
+    window: Literal["microbatch", "streaming", "step"] = flag(
+        "microbatch",
+        "which samples compete: of a microbatch, of all by a running threshold, or of the step",
+        "name",
+    )
+    passes: int = flag(
+        1,
+        "where weights are known only at the step's end: 1 keeps the layers' inputs and output "
+        "gradients, 2 runs each microbatch twice",
+        "1 or 2",
+    )
+    target_pass: Literal["own", "merged"] = flag(
+        "own", "target samples in microbatches of their own, or in each general one", "name"
+    )
+    target_refresh: int = flag(
+        1, "steps between two target passes of their own; in between the last one is used", "steps"
+    )
+    seed: int = flag(0, "seed of the sketches; each step uses seed and step", "integer")
+    log_blocks: bool = flag(False, "log each block's values beside the model's", "flag")
+    alpha_steps: int | None = known(None)  # the run's length, where alpha is not constant
+    target_size: int | None = known(None)  # samples of the whole target set, for auto
+    packed: bool = known(False)  # a microbatch is one pack of samples (sample rows)
+    sequences: int = known(1)  # of a sample: 2 of a preference pair (sample rows)
+    domains: tuple[str, ...] = known(())  # names of the general corpora, for domain rows
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in set_named(self.set).dials if not hasattr(self, name)]
+        if unknown:
+            raise ValueError(f"set {self.set!r} has dials without a flag: {', '.join(unknown)}.")
+        for name, allowed in _choices().items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}."
+                )
+        for name in ("alpha", "end_alpha"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}.")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction must be in (0, 1], not {self.fraction}.")
+        for name in ("ridge", "radius"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and at least 0, not {value}.")
+        if self.slots < 1:
+            raise ValueError(f"slots must be at least 1, not {self.slots}.")
+        if "slots" in self.row_kind.dials and self.slots == 1:
+            raise ValueError("rows='slot' with slots=1 is rows='rank': say rows='rank'.")
+        if self.target_ranks < 0:
+            raise ValueError(f"target_ranks must be at least 0, not {self.target_ranks}.")
+        if self.target_ranks and not self.row_kind.target_ranks:
+            raise ValueError(f"target_ranks needs rows='rank', not rows={self.rows!r}.")
+        size = self.sketch_size
+        if size is not None and (not 2 <= size <= 2**31 or size & (size - 1)):
+            raise ValueError(f"sketch_size must be a power of two up to 2**31, not {size}.")
+        if not 0.0 < self.sketch_error < 1.0:
+            raise ValueError(f"sketch_error must be in (0, 1), not {self.sketch_error}.")
+        steps = self.alpha_steps
+        if self.alpha_style != "constant" and steps is not None and steps < 1:
+            raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
+        if self.row_kind.in_layers:
+            self._check_samples()
+        elif self.norm == "tokens":
+            raise ValueError(f"norm='tokens' needs rows='sample', not rows={self.rows!r}.")
+        if len(set(self.domains)) != len(self.domains):
+            raise ValueError(f"domains must have different names, not {', '.join(self.domains)}.")
+
+    def _check_samples(self) -> None:
+        """What only sample rows have."""
+        for name in ("kronecker_out", "kronecker_in", "target_refresh"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.passes not in (1, 2):
+            raise ValueError(f"passes must be 1 or 2, not {self.passes}.")
+        if self.alpha_style == "auto":
+            raise ValueError("alpha_style='auto' needs rows='rank', 'slot' or 'domain'.")
+        own = set_named(self.set)
+        if own.target_weight and own.alpha is None and self.target_pass == "own":
+            raise ValueError(
+                f"set={self.set!r} with sample rows needs target_pass='merged': how much of the "
+                "target enters is known only after its own microbatches."
+            )
+        streams = own.by_score and self.blocks == "matrix" and self.passes == 1
+        if self.window == "streaming" and not streams:
+            raise ValueError(
+                "window='streaming' needs set='topk', blocks='matrix' and passes=1, not "
+                f"{self.set!r}, {self.blocks!r} and {self.passes}."
+            )
+        cached = self.target_refresh > 1
+        if cached and (self.target_pass == "merged" or self.alpha or own.alpha):
+            raise ValueError(
+                "target_refresh above 1 keeps the target's scores, not its gradient: it needs "
+                "target_pass='own' and alpha=0."
+            )
+
+    def feasible_set(self) -> FeasibleSet:
+        """The set as an object, with its dials."""
+        own = set_named(self.set)
+        return own(**{name: getattr(self, name) for name in own.dials})
+
+    @property
+    def row_kind(self) -> RowKind:
+        """What the rows are."""
+        return ROW_KINDS[self.rows]
+
+    @property
+    def merges_target(self) -> bool:
+        """Whether target samples are in the general microbatches."""
+        return self.row_kind.in_layers and self.target_pass == "merged"
+
+    def unread(self) -> dict[str, str]:
+        """Dials that some sets or rows read, but not these: {dial: `set` or `rows`}."""
+        of_sets = {name for each in FEASIBLE_SETS.values() for name in each.dials}
+        of_rows = {name for each in ROW_KINDS.values() for name in each.dials}
+        return {
+            **dict.fromkeys(of_sets.difference(set_named(self.set).dials), "set"),
+            **dict.fromkeys(of_rows.difference(self.row_kind.dials), "rows"),
+        }
+
+    @property
+    def num_slots(self) -> int:
+        """General buffers per rank: slots, or domains; 1 for the sets that weigh no rows."""
+        if set_named(self.set).weighs_rows or self.row_kind.named:
+            return self.row_kind.num_slots(self)
+        return 1
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether a step without a target batch makes no sense."""
+        return set_named(self.set).reads_target or self.alpha_style != "constant"
+
+    def size_of_sketch(self, num_vectors: int) -> int:
+        """K for so many rows and targets together."""
+        return self.sketch_size or size_for(self.sketch_error, num_vectors)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Where the target role's data comes from (flags of the training entry)."""
+
+    target_data: str | None = flag(
+        None, "target set: a file or folder of samples, or the prefix of an indexed dataset", "path"
+    )
+    target_batch_size: int = flag(8, "target sequences per step, over all data ranks", "sequences")
+    target_valid_data: str | None = flag(
+        None, "held-out target set, evaluated with Megatron's validation", "path"
+    )
+    metrics: str | None = flag(
+        None, "write one JSON line per training step and validation to this file", "path"
+    )
+
+    def __post_init__(self) -> None:
+        if self.target_batch_size < 1:
+            raise ValueError(f"target_batch_size must be at least 1, not {self.target_batch_size}.")
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Fields of DRConfig that take one of a list of names."""
+    return {
+        f.name: get_args(f.type)
+        for f in dataclasses.fields(DRConfig)
+        if get_origin(f.type) is Literal
+    }

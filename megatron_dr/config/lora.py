@@ -1,0 +1,54 @@
+"""LoRA's configuration: rank, scale, dropout and which linear layers get adapters."""
+
+import re
+from dataclasses import dataclass
+
+from megatron_dr.config.fields import flag, known
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """y = W x + (alpha / rank) B dropout(A x), with W frozen (Hu et al., arXiv 2106.09685).
+
+    Raises:
+        ValueError: a dial out of range, in one sentence that says what is allowed.
+    """
+
+    rank: int = flag(8, "r: rows of A and columns of B; switches LoRA on", "count")
+    alpha: float = flag(16.0, "the adapters' output is scaled by alpha / rank", "factor, > 0")
+    dropout: float = flag(0.0, "share of A x that is dropped in training", "share, 0 <= p < 1")
+    targets: str | tuple[str, ...] = flag(
+        "linear_qkv|linear_proj|linear_fc1|linear_fc2",
+        "layers that get adapters: a regular expression for the end of the module's name in the "
+        "whole model, from the start of the name or from a dot",
+        "pattern",
+    )
+    seed: int = known(0)  # of A's initial values: the training run's own
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA's rank must be at least 1, not {self.rank}.")
+        if not 0.0 < self.alpha < float("inf"):
+            raise ValueError(f"LoRA's alpha must be finite and above 0, not {self.alpha}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA's dropout must be in [0, 1), not {self.dropout}.")
+        try:
+            self.matches("")
+        except re.error as error:
+            raise ValueError(
+                f"LoRA's targets {self.pattern!r} are no regular expression: {error}."
+            ) from None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def pattern(self) -> str:
+        """The targets as one regular expression; of a list, any of its patterns."""
+        return self.targets if isinstance(self.targets, str) else "|".join(self.targets)
+
+    def matches(self, name: str) -> bool:
+        """Whether a module of this name in the whole model is a target."""
+        return re.search(rf"(?:^|\.)(?:{self.pattern})$", name) is not None

@@ -1,0 +1,85 @@
+"""Where a microbatch's gradient goes: to the buffer of its row.
+
+Buffers are bound twice: before a microbatch's forward, as fused weight gradients remember the
+buffer there, and when its backward begins.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.step.roles import MicrobatchRouter
+
+
+class RoleRouter(MicrobatchRouter):
+    """Binds each microbatch's gradient to the buffer of its row.
+
+    Args:
+        rows: the buffers.
+        domains: domain number of each general microbatch, with domain rows.
+
+    Attributes:
+        tokens, microbatches: of each domain (one entry without domain rows) and, last, the target.
+    """
+
+    def __init__(
+        self,
+        model: list[torch.nn.Module],
+        rows: GradRows,
+        num_target: int,
+        num_general: int,
+        target_data_iterator: Any,
+        domains: Sequence[int],
+    ) -> None:
+        super().__init__(model, num_target, num_general, target_data_iterator)
+        self.rows, self._domains, row_map = rows, domains, rows.row_map
+        kinds = row_map.slots if row_map.by_domain else 1
+        self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
+        self.microbatches: list[torch.Tensor | int] = [0] * (kinds + 1)
+        if row_map.by_domain:
+            self._check_domains()
+
+    def _check_domains(self) -> None:
+        slots = self.rows.row_map.slots
+        if len(self._domains) != self.num_general or not all(0 <= d < slots for d in self._domains):
+            raise ValueError(
+                f"domain rows need a domain number below {slots} for each of the "
+                f"{self.num_general} general microbatches, not {list(self._domains)}."
+            )
+
+    def row(self, microbatch: int) -> int:
+        """Local buffer of a microbatch: the target's, or the slot of a general one."""
+        general, row_map = microbatch - self.num_target, self.rows.row_map
+        if general < 0 and row_map.target_groups:
+            return 0
+        if general < 0:
+            return row_map.slots + microbatch * row_map.num_targets // self.num_target
+        if row_map.by_domain:
+            return self._domains[general]
+        return general * row_map.slots // self.num_general
+
+    def _kind(self, microbatch: int) -> int:
+        """Where a microbatch counts: its domain, or -1 for the target."""
+        general = microbatch - self.num_target
+        if general < 0:
+            return -1
+        return self._domains[general] if self._domains else 0
+
+    def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
+        self.rows.bind(self.row(microbatch), chunk)
+
+    def forwarded(self, chunk: int, microbatch: int, loss_func: Any) -> Any:
+        kind = self._kind(microbatch)
+        self.microbatches[kind] += 1 if chunk == 0 else 0
+        if loss_func is None:
+            return None
+
+        def counted(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = loss_func(output, *args, **kwargs)
+            if isinstance(result, tuple) and len(result) == 3:
+                self.tokens[kind] = self.tokens[kind] + result[1]
+            return result
+
+        return counted

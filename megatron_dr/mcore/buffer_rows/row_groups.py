@@ -1,0 +1,69 @@
+"""The rows that a configuration makes on the ranks there are, and what can't be made: refused.
+
+At attach, from Megatron's groups: `row_map_of`. Before a step, from its microbatches:
+`check_batch`. What rows are: `row_map`.
+"""
+
+from typing import Literal
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore import compat
+from megatron_dr.mcore.buffer_rows.row_map import RowMap
+
+
+def row_map_of(dr: DRConfig) -> RowMap:
+    """Rows of all ranks.
+
+    Raises:
+        ValueError: target ranks or domains that this layout can't have.
+    """
+    peers = compat.ranks_per_row()
+    groups = dist.get_world_size(compat.data_group()) // peers
+    together = compat.data_ranks_per_row()
+    ranks = parallel_state.get_data_parallel_world_size()
+    if dr.target_ranks and (dr.target_ranks % together or dr.target_ranks >= ranks):
+        raise ValueError(
+            f"--dr-target-ranks {dr.target_ranks} must be a multiple of {together} (ranks that "
+            f"exchange tokens have one role) below the data-parallel size {ranks}."
+        )
+    target_groups = dr.target_ranks // together
+    if dr.row_kind.named and len(dr.domains) < 2:
+        raise ValueError("domain rows need the names of at least two general corpora.")
+    halves: Literal["none", "groups", "buffers"] = "none"
+    if dr.alpha_style == "auto":
+        halves = "buffers" if (target_groups or groups) % 2 else "groups"
+        if target_groups % 2:
+            raise ValueError(
+                f"--dr-alpha-style auto halves the target batch over ranks: --dr-target-ranks "
+                f"{dr.target_ranks} must be a multiple of {2 * together}."
+            )
+    return RowMap(groups, dr.num_slots, target_groups, halves, by_domain=dr.row_kind.named)
+
+
+def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int) -> None:
+    """Raise ValueError where a step's microbatches can't make the rows that the set needs.
+
+    Args:
+        num_general, num_target: microbatches of a rank that runs them.
+    """
+    if not row_map.by_domain and num_general % dr.num_slots:
+        raise ValueError(
+            f"{num_general} general microbatches per rank can't be divided into {dr.num_slots} "
+            "slots: change --dr-slots, or --global-batch-size."
+        )
+    if row_map.halves == "buffers" and num_target % 2:
+        raise ValueError(
+            f"--dr-alpha-style auto halves the target batch, but a rank has {num_target} "
+            "target microbatches and the data-parallel size is odd: change "
+            "--dr-target-batch-size."
+        )
+    rows, least = row_map.num_rows, dr.feasible_set().least_rows
+    if 1 < rows < least - 1e-9:
+        raise ValueError(
+            f"--dr-set {dr.set} with fraction {dr.fraction} needs at least "
+            f"{int(least + 0.999)} rows, but a step has {rows}: raise --dr-slots, "
+            "the data-parallel size or --dr-fraction."
+        )

@@ -1,0 +1,134 @@
+"""Rows in gradient buffers, of any layer type: one schedule call, projected before its finalize.
+
+    gram    inner products of all ranks' buffers, exact or sketched (`ExactGram`, `SketchedGram`)
+    project the update's coefficients, the same on every rank (`projection/update.py`)
+    combine this rank's buffers by these coefficients into Megatron's own, which it then reduces
+
+Legend: B blocks, R = M rows and the target, P buffers of all row groups.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore import meter
+from megatron_dr.mcore.buffer_rows import normalisation, notes, row_groups
+from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.gram_choice import choose
+from megatron_dr.mcore.buffer_rows.layout import Layout
+from megatron_dr.mcore.buffer_rows.router import RoleRouter
+from megatron_dr.mcore.ownership import block_names, owned_parameters
+from megatron_dr.mcore.step.log import StepLog
+from megatron_dr.mcore.step.rows import Call, Passes
+from megatron_dr.mcore.step.schedule import Finalize, Pass
+from megatron_dr.projection import Update, block_of, project
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class BufferRows:
+    """Rows of ranks, slots or domains; see `rows.Rows`.
+
+    Attributes:
+        update: what the last step did, or None.
+    """
+
+    hold = True
+
+    def __init__(self, model: list[Any], config: Any, dr: DRConfig) -> None:
+        self.model, self.dr = model, dr
+        owned = owned_parameters(model, config)
+        names = block_names(owned, dr.blocks)
+        number = {name: n for n, name in enumerate(names)}
+        self.layout = Layout(
+            names=names,
+            blocks=tuple(number[block_of(o.name, dr.blocks)] for o in owned),
+            row_map=row_groups.row_map_of(dr),
+        )
+        self.buffers = GradRows(owned, model, self.layout.row_map, _DTYPES[dr.slot_dtype])
+        self.names, self.device = names[: self.layout.projected], self.buffers.device
+        self.source, why = choose(dr, self.buffers, self.layout, model)
+        self.update: Update | None = None
+        notes.attached(dr, self.buffers, self.layout, why)
+
+    # -- life ------------------------------------------------------------------------------------
+    state = None  # every step begins with zeros
+
+    def load(self, state: Any) -> None:
+        """Nothing to load."""
+
+    def close(self) -> None:
+        self.buffers.end_step()
+
+    def offload(self) -> int:
+        return self.buffers.offload()
+
+    def restore(self) -> None:
+        self.buffers.restore()
+
+    # -- a step ----------------------------------------------------------------------------------
+    def target_due(self, steps: int) -> bool:
+        return True
+
+    def check_batch(self, num_general: int, num_target: int) -> None:
+        row_groups.check_batch(self.dr, self.layout.row_map, num_general, num_target)
+
+    def passes(self, call: Call, log: StepLog) -> Passes:
+        row_map, num_target, num_general = self.layout.row_map, call.num_target, call.num_general
+        if row_map.target_groups:  # a rank has one role
+            on_target = self.layout.group < row_map.target_groups
+            num_target, num_general = (num_target, 0) if on_target else (0, num_general)
+        router = RoleRouter(
+            self.model, self.buffers, num_target, num_general, call.target_data, call.domains
+        )
+
+        def finalize(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
+            num_tokens = self._project(router, num_tokens, call, log)
+            with self.source.reduced():
+                stock(num_tokens)
+
+        self.buffers.begin_step(with_target=call.num_target > 0)
+        try:
+            yield Pass(router, finalize, both=not row_map.target_groups)
+        finally:
+            self.buffers.end_step()
+
+    def _project(
+        self, router: RoleRouter, num_tokens: torch.Tensor | None, call: Call, log: StepLog
+    ) -> torch.Tensor | None:
+        """Rows -> Megatron's buffer. Returns the tokens that Megatron divides by.
+
+        A block that is not projected gets the rows' mean, which is Megatron's own gradient.
+        """
+        dr, layout, row_map = self.dr, self.layout, self.layout.row_map
+        rows = row_map.num_rows
+        ratio, role_scale, share_D = normalisation.factors(
+            router, row_map, num_tokens is not None, self.device
+        )
+        if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
+            num_tokens = normalisation.general_tokens(router, num_tokens)
+        self.buffers.bind(0)
+        mix_RP = row_map.mix(ratio, share_D)
+        gram = self.source.gram(mix_RP, call.step)
+        with meter.part("solve"):
+            whole_BRR = gram.gram_BRR[: layout.projected]
+            with_target = row_map.target_groups > 0 or router.num_target > 0
+            alpha = call.alpha(whole_BRR) if with_target else 0.0
+            gram_BRR = whole_BRR[:, : rows + 1, : rows + 1]
+            self.update = update = project(gram_BRR, dr.feasible_set(), dr.norm, alpha)
+        with meter.part("combine"):
+            mixed_BP = layout.of_all_blocks(update.update_BR) @ mix_RP[: rows + 1]
+            self.source.combine(mixed_BP * role_scale)
+        if self.model[0].ddp_config.check_for_nan_in_grad:  # Megatron waits for the device too
+            notes.not_finite(gram.finite_R[: rows + 1], layout, dr, call.step)
+        if with_target:
+            log.add(update, range(len(self.names)))
+        if dr.row_kind.named:
+            for name, weight in zip(dr.domains, update.weights_BM.mean(0), strict=True):
+                log.put(f"dr weight {name}", weight)
+        if gram.error_sq_B is not None:
+            length_sq = gram_BRR.square().sum().clamp(min=1e-300)
+            error_sq = gram.error_sq_B[: layout.projected].sum()
+            log.put("dr sketch error", (error_sq / length_sq).sqrt())
+        return num_tokens

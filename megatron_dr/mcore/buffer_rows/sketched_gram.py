@@ -1,0 +1,84 @@
+"""The gram from sketches: rows stay where they are, K numbers per block and row cross the wire.
+
+Sketches sum over data ranks; grams sum over parameter shards. A block's sketch is the sum over all
+ranks that hold a piece of it, so the gram does not depend on the layout.
+
+    wire, per rank    2 (m - 1)/m 4 B L K + (D - 1) 4 ceil(B/m) L K + 2 (m - 1)/m 8 B R (R + 2)
+
+Legend: B blocks, L buffers of a rank, P of all row groups, R rows and target, K sketch size, D data
+x context ranks, m tensor x pipeline ranks.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from megatron_dr.mcore import collectives, compat, meter, wire
+from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
+from megatron_dr.projection import CountSketch, gram_and_error
+
+
+class SketchedGram:
+    """Grams by CountSketch; combined rows are left for Megatron to reduce.
+
+    Attributes:
+        size: K.
+    """
+
+    def __init__(self, rows: GradRows, layout: Layout, size: int, seed: int) -> None:
+        self.rows, self.layout, self.size, self.seed = rows, layout, size, seed
+
+    def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
+        """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
+        sketch = CountSketch(self.size, self.seed * 1_000_003 + step)
+        shape = (len(self.layout.names), self.layout.row_map.local, self.size)
+        local_BLK = torch.zeros(shape, device=mix_RP.device)
+        with meter.part("sketch"):
+            self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
+        return self._exchange(local_BLK, mix_RP)
+
+    def combine(self, coefficients_BP: torch.Tensor) -> None:
+        """This rank's share of the update into Megatron's buffer."""
+        local = self.layout.row_map.local
+        mine_BL = coefficients_BP[:, self.layout.group * local : (self.layout.group + 1) * local]
+        self.rows.combine_(mine_BL, self.layout.blocks)
+
+    def reduced(self) -> AbstractContextManager[None]:
+        """Megatron's finalize reduces what was combined."""
+        return nullcontext()
+
+    @meter.part("exchange")
+    def _exchange(self, local_BLK: torch.Tensor, mix_RP: torch.Tensor) -> Gram:
+        """Local sketches -> the gram of all rows on every rank."""
+        model_group, data_group = compat.model_group(), compat.data_group()
+        collectives.all_reduce(local_BLK, model_group)
+        own = self.layout.own_blocks()
+        mine_bLK = local_BLK[own]
+        gathered = collectives.gathered(mine_bLK[None], data_group)
+        groups_GbLK = gathered.unflatten(0, (-1, compat.ranks_per_row())).sum(1)
+        buffers_bPK = groups_GbLK.transpose(0, 1).flatten(1, 2)
+        num_rows, blocks = len(mix_RP), len(local_BLK)
+        products_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 2)
+        gram_bRR, error_b = gram_and_error(mix_RP.to(buffers_bPK.dtype) @ buffers_bPK)
+        products_BRX[own, :, :-2] = gram_bRR
+        products_BRX[own, :, -2] = not_finite(mix_RP, buffers_bPK)
+        products_BRX[own, :, -1] = error_b[:, None]
+        collectives.all_reduce(products_BRX, model_group)
+        finite_R = (products_BRX[:, :, -2] == 0).all(0)
+        return Gram(products_BRX[:, :, :-2], finite_R, products_BRX[:, 0, -1])
+
+
+def extra_bytes(rows: GradRows, layout: Layout, size: int) -> int:
+    """What this rank will send in a step."""
+    num_model = dist.get_world_size(compat.model_group())
+    num_data = dist.get_world_size(compat.data_group())
+    blocks, each = len(layout.names), -(-len(layout.names) // num_model)
+    row = 4 * layout.row_map.local * size
+    vectors = layout.row_map.num_vectors
+    grams = 8 * blocks * vectors * (vectors + 2)
+    return (
+        wire.all_reduce(blocks * row + grams, num_model)
+        + wire.scatter(num_data * each * row, num_data)
+    )

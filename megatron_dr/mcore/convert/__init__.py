@@ -1,0 +1,1 @@
+"""Converted checkpoints on Megatron: to compare logits, and by Megatron-Bridge."""

@@ -1,0 +1,1 @@
+"""Both roles' data in Megatron's terms."""

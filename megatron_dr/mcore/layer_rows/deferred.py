@@ -1,0 +1,210 @@
+"""Weights at the end of a step: blocks of several parameters, or samples of the whole step.
+
+In the backward each parameter leaves its part of the window's gram, or its samples' features. At
+the end of the schedule call the parts are summed over tensor x pipeline ranks and solved at once.
+Then either the uses that were kept become weight gradients (one pass), or a second pass runs with
+the coefficients known (`Replay`).
+"""
+
+import functools
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore import collectives, compat, meter
+from megatron_dr.mcore.layer_rows import scoring
+from megatron_dr.mcore.layer_rows.factors import Units
+from megatron_dr.mcore.layer_rows.microbatches import Microbatches
+from megatron_dr.mcore.layer_rows.path import gradient_of
+from megatron_dr.mcore.layer_rows.places import Place
+from megatron_dr.mcore.layer_rows.scoring import Use
+from megatron_dr.mcore.layer_rows.targets import Targets
+from megatron_dr.mcore.layer_rows.weigh import needs_rows, sample_map
+from megatron_dr.mcore.step.log import StepLog
+from megatron_dr.projection import Update, project
+
+
+class Deferred:
+    """A mode of `path.SamplePath`: see the module.
+
+    Args:
+        blocks: number of blocks of the whole model.
+        batches: n general microbatches of this rank, of b samples (fewer in packs), and q of the
+            target where it is merged.
+        keep: whether uses are kept for their weight gradients.
+    """
+
+    def __init__(
+        self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
+        batches: Microbatches, units: Units, keep: bool,
+    ) -> None:  # fmt: skip
+        self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
+        self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, units.ratio
+        self.row_scale = units.row_scale
+        (n, b), device = self.tokens.shape, self.tokens.device
+        self._samples = b
+        self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=device)
+        self._features: dict[int, list[torch.Tensor]] = {}
+        self._cross: torch.Tensor = torch.zeros(blocks, n * b + 1, device=device)
+        self._kept: list[tuple[Place, int, list[Use]]] = []
+        self._places = {p.number: p for p in places}
+
+    # -- in the backward -------------------------------------------------------------------------
+    def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> None:
+        if self.keep:
+            self._kept.append((place, microbatch, uses))
+        if self._needs_features(place):
+            feature_NK = scoring.summed(place, scoring.features(place, uses))
+            self._features.setdefault(place.number, []).append(feature_NK)
+            return
+        b, map_RN = self._samples, self._map(microbatch)
+        target = None if self.merged else self.targets.of(place) * self.ratio[microbatch]
+        whole_step = self.dr.window == "step"  # then cross products alone
+        rows_too = needs_rows(self.dr) and not whole_step
+        gram_RR = place.share * scoring.gram(place, uses, map_RN, target, rows_too)
+        if not whole_step:
+            self._gram[microbatch, place.block] += gram_RR
+            return
+        cross_R = gram_RR[-1] / self._counts[microbatch]  # in units of U, not of M U
+        self._cross[place.block, microbatch * b : (microbatch + 1) * b] += cross_R[:-1]
+        if microbatch == 0:
+            self._cross[place.block, -1] += gram_RR[-1, -1]
+
+    def _map(self, microbatch: int) -> torch.Tensor:
+        count, ratio = self._counts[microbatch], self.ratio[microbatch]
+        return sample_map(self._samples, self.merged, ratio, self.tokens.device, count)
+
+    def _needs_features(self, place: Place) -> bool:
+        """Kept to the end: where products need samples of other microbatches, ranks or stages."""
+        if place.owned.partial == "embedding":
+            return True
+        return self.dr.window == "step" and (needs_rows(self.dr) or bool(self.merged))
+
+    # -- after the schedule call -----------------------------------------------------------------
+    def solve(self, alpha: float, log: StepLog) -> torch.Tensor:
+        """Coefficients [n, B, N] before the scale (collective)."""
+        if self.dr.window == "microbatch":
+            return self._solve_microbatches(alpha, log)
+        return self._solve_step(alpha, log)
+
+    def _project(
+        self, gram_BRR: torch.Tensor, share_M: torch.Tensor, alpha: float, log: StepLog
+    ) -> Update:
+        """Of all blocks, once or for several windows; all ranks of the model copy have the same:
+        the first one logs it."""
+        with meter.part("solve"):
+            update = project(gram_BRR, self.dr.feasible_set(), self.dr.norm, alpha, share_M)
+        if dist.get_rank(compat.model_group()) == 0:
+            blocks = self._gram.shape[1]
+            log.add(update, [*range(blocks)] * (len(gram_BRR) // blocks))
+        return update
+
+    def _solve_microbatches(self, alpha: float, log: StepLog) -> torch.Tensor:
+        n, b = self.tokens.shape
+        for number, parts in self._features.items():
+            place = self._places[number]
+            for microbatch, feature_NK in enumerate(self._over_stages(place, parts)):
+                ratio = self.ratio[microbatch]
+                map_RN = self._map(microbatch)
+                target = None if self.merged else self._target(place) * ratio
+                gram_RR = scoring.dense_gram(feature_NK, map_RN, target)
+                self._gram[microbatch, place.block] += place.share * gram_RR
+        collectives.all_reduce(self._gram, compat.model_group())
+        blocks = self._gram.shape[1]
+        coefficient_nBN = self._gram.new_zeros(n, blocks, b + self.merged, dtype=torch.float64)
+        for count in sorted(set(self._counts)):  # those of as many samples at once
+            alike = [number for number, c in enumerate(self._counts) if c == count]
+            rows = [*range(count), b]
+            gram_BRR = self._gram[alike][:, :, rows][..., rows].flatten(0, 1)
+            share_nM = self.tokens[alike][:, :count]
+            share_nM = share_nM / share_nM.sum(1, keepdim=True).clamp(min=1)
+            update = self._project(gram_BRR, share_nM.repeat_interleave(blocks, 0), alpha, log)
+            update_nBR = update.update_BR.view(len(alike), blocks, -1)
+            maps = torch.stack([self._map(number)[rows] for number in alike])
+            coefficient_nBN[alike] = torch.einsum("nbr,nrs->nbs", update_nBR, maps)
+        return coefficient_nBN
+
+    def _solve_step(self, alpha: float, log: StepLog) -> torch.Tensor:
+        n, b = self.tokens.shape
+        group = parallel_state.get_data_parallel_group()
+        gathered = functools.partial(collectives.gathered, group=group)
+        tokens_P = gathered(self.tokens.reshape(-1))  # P places, M of them samples
+        count_n = torch.tensor(self._counts, device=self.tokens.device)
+        place_b = torch.arange(b, device=count_n.device)
+        is_sample_P = gathered((place_b < count_n[:, None]).flatten())
+        P, (sample_M,) = len(tokens_P), is_sample_P.nonzero(as_tuple=True)
+        M = len(sample_M)
+        gram_BRR = self._gram.new_zeros(self._gram.shape[1], P + 1, P + 1)
+        for number, parts in self._features.items():
+            place = self._places[number]
+            gram_BRR[place.block] += place.share * self._step_gram(place, parts, group, M)
+        cross_BP = M * gathered(self._cross[:, :-1].t()).t()
+        gram_BRR[:, :-1, -1] += cross_BP
+        gram_BRR[:, -1, :-1] += cross_BP
+        gram_BRR[:, -1, -1] += self._cross[:, -1]
+        collectives.all_reduce(gram_BRR, compat.model_group())
+        rows_R = torch.cat([sample_M, sample_M.new_tensor([P])])
+        share_M = tokens_P[sample_M] / tokens_P.sum().clamp(min=1)
+        update = self._project(gram_BRR[:, rows_R][..., rows_R], share_M, alpha, log)
+        weight_BP = update.update_BR.new_zeros(len(gram_BRR), P)
+        weight_BP[:, sample_M] = update.update_BR[:, :-1] * M
+        rank = dist.get_rank(group)
+        own = weight_BP[:, rank * n * b : (rank + 1) * n * b]
+        coefficient_nBN = own.view(-1, n, b).transpose(0, 1)
+        if self.merged:
+            ratio_n = torch.tensor(self.ratio, dtype=torch.float64, device=own.device)
+            target_nB = ratio_n[:, None] * update.update_BR[None, :, -1]
+            target_nBq = target_nB[:, :, None].expand(-1, -1, self.merged)
+            coefficient_nBN = torch.cat([coefficient_nBN, target_nBq], 2)
+        return coefficient_nBN
+
+    def _step_gram(
+        self, place: Place, parts: list[torch.Tensor], group: collectives.Group, M: int
+    ) -> torch.Tensor:
+        """gram [P + 1, P + 1] of the step's places on all data ranks, M of which are samples."""
+        b, parts = self._samples, self._over_stages(place, parts)
+        parts = [f * scale for f, scale in zip(parts, self.row_scale, strict=True)]
+        rows_MK = collectives.gathered(torch.cat([f[:b] for f in parts]), group) * float(M)
+        if self.merged:
+            target_K = sum(r * f[b:].sum(0) for r, f in zip(self.ratio, parts, strict=True))
+            assert isinstance(target_K, torch.Tensor)
+            collectives.all_reduce(target_K, group)
+        else:
+            target_K = self._target(place).flatten() * self.ratio[0]
+        rows_RK = torch.cat([rows_MK, target_K[None]])
+        return rows_RK @ rows_RK.t()
+
+    def _over_stages(self, place: Place, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """A tied embedding's features are summed over the first and the last stage."""
+        if place.owned.partial == "embedding":
+            for part in parts:
+                collectives.all_reduce(part, parallel_state.get_embedding_group())
+        return parts
+
+    def _target(self, place: Place) -> torch.Tensor:
+        return self._over_stages(place, [self.targets.of(place).clone()])[0]
+
+    def write(self, coefficient_nBN: torch.Tensor) -> None:
+        """Add the kept uses' weighted gradients to Megatron's buffer, and let go of them."""
+        chosen_nBN = coefficient_nBN.cpu() != 0  # the one wait for a GPU
+        while self._kept:
+            place, microbatch, uses = self._kept.pop()
+            parameter = place.owned.parameter
+            coefficient_N = coefficient_nBN[microbatch, place.block]
+            keep_N = chosen_nBN[microbatch, place.block].nonzero().flatten()
+            gradient = gradient_of(
+                uses, coefficient_N, parameter.shape[0], keep_N.to(coefficient_N.device)
+            )
+            parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+
+
+class Replay:
+    """The second pass: coefficients [n, B, N] are known."""
+
+    def __init__(self, coefficient_nBN: torch.Tensor) -> None:
+        self._coefficient_nBN = coefficient_nBN
+
+    def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
+        return self._coefficient_nBN[microbatch, place.block]

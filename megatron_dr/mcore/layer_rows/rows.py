@@ -1,0 +1,236 @@
+"""Rows inside the layers: a row is one sample, weighed in each layer's backward or at its end.
+
+A step is one schedule call, or two with `passes=2`: the first finds the weights, the second runs
+each microbatch again with them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore import compat, meter, random_state
+from megatron_dr.mcore.layer_rows import support
+from megatron_dr.mcore.layer_rows.deferred import Deferred, Replay
+from megatron_dr.mcore.layer_rows.factors import Units, units
+from megatron_dr.mcore.layer_rows.immediate import Immediate, agree
+from megatron_dr.mcore.layer_rows.microbatches import Microbatches
+from megatron_dr.mcore.layer_rows.path import Mode, SamplePath
+from megatron_dr.mcore.layer_rows.places import BatchShape, Place, move, places
+from megatron_dr.mcore.layer_rows.taps import taps
+from megatron_dr.mcore.layer_rows.weigh import needs_rows
+from megatron_dr.mcore.ownership import block_names, owned_parameters
+from megatron_dr.mcore.step.log import StepLog
+from megatron_dr.mcore.step.roles import MicrobatchRouter
+from megatron_dr.mcore.step.rows import Call, Passes
+from megatron_dr.mcore.step.schedule import Finalize, Pass
+from megatron_dr.projection import UNPROJECTED, block_of
+
+
+class LayerRows:
+    """Samples as rows; see `rows.Rows`.
+
+    Attributes:
+        thresholds: [B] of the streaming window, NaN where there is none yet.
+        coefficients: [n, B, N] of the last step's samples, where they were found at its end.
+    """
+
+    def __init__(self, model: list[Any], config: Any, dr: DRConfig) -> None:
+        self.model, self.config, self.dr = model, config, dr
+        everything = owned_parameters(model, config)
+        owned = [o for o in everything if block_of(o.name, dr.blocks) != UNPROJECTED]
+        self._untapped = [o.parameter for o in everything if o not in owned]
+        support.check(dr, config, owned)
+        self.names = block_names(owned, dr.blocks)
+        self.device = owned[0].parameter.device if owned else torch.device("cpu")
+        self._owned, self._shape, self.places = owned, BatchShape(0, 0, 0), list[Place]()
+        self.path = SamplePath(dr, owned)
+        self.coefficients: torch.Tensor | None = None
+        blank = torch.full((len(self.names),), float("nan"), dtype=torch.float64)
+        self.thresholds = blank.to(self.device)
+        self._immediate = support.is_immediate(dr, owned)
+        self.hold = not self._immediate  # gradients are there only after the call's backwards
+        self._undo = []
+        for chunk in model:
+            self._undo += taps.install(compat.unwrap(chunk), self.path)
+
+    # -- life ------------------------------------------------------------------------------------
+    @property
+    def state(self) -> list[float] | None:
+        """The streaming window's thresholds."""
+        found: list[float] = self.thresholds.tolist()
+        return found if self.dr.window == "streaming" else None
+
+    def load(self, state: Any) -> None:
+        blank = [float("nan")] * len(self.names)
+        self.thresholds.copy_(torch.tensor(state or blank, dtype=torch.float64))
+
+    def close(self) -> None:
+        """Take the taps off the layers."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def offload(self) -> int:
+        """A target that later steps use, and projections, go to the host."""
+        freed = self.path.targets.offload(keep=self.dr.target_refresh > 1)
+        return freed + move(self.places, torch.device("cpu"))
+
+    def restore(self) -> None:
+        self.path.targets.move(self.device)
+        move(self.places, self.device)
+
+    # -- a step ----------------------------------------------------------------------------------
+    def target_due(self, steps: int) -> bool:
+        """Every `target_refresh` steps, and after a resume."""
+        return steps % self.dr.target_refresh == 0 or not self.path.targets.known
+
+    def check_batch(self, num_general: int, num_target: int) -> None:
+        if self.dr.target_pass == "merged" and num_target not in (0, num_general):
+            raise ValueError(
+                f"--dr-target-pass merged needs as many target microbatches as general ones, not "
+                f"{num_target} and {num_general}: change --dr-target-batch-size."
+            )
+
+    def passes(self, call: Call, log: StepLog) -> Passes:
+        self.restore()
+        overlap = self.model[0].ddp_config.overlap_grad_reduce
+        step = _Step(self, call)
+        self._prepare(step.shape)
+        self._set_overlap(overlap and not self.hold)
+        try:
+            if self._immediate:
+                yield step.immediate(log)
+            else:
+                yield from step.deferred(log)
+            if self.dr.window == "streaming":
+                agree(self.thresholds)
+            log.sum_over_ranks(products=needs_rows(self.dr))
+        finally:
+            self.path.end()
+            self._set_overlap(overlap)
+
+    def _set_overlap(self, value: bool) -> None:
+        for chunk in self.model:
+            chunk.ddp_config.overlap_grad_reduce = value
+
+    def _prepare(self, shape: BatchShape) -> None:
+        """Places for microbatches of this shape: in the first step, as `auto` depends on it."""
+        if shape == self._shape:
+            return
+        self._shape = shape
+        self.places = places(self._owned, self.names, self.dr, shape, self.model)
+        self.path.set_places(self.places)
+        support.announce(self.dr, self.places, self.names, self._immediate)
+
+    def forget_untapped(self) -> None:
+        """What is not projected has run backward already, where a second pass is to come."""
+        for parameter in self._untapped:
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+
+class _Step:
+    """One step's passes."""
+
+    def __init__(self, rows: LayerRows, call: Call) -> None:
+        dr, schedule = rows.dr, call.schedule
+        self.rows, self.dr, self.path, self.size = rows, dr, rows.path, schedule["micro_batch_size"]
+        self.alpha = float(call.alpha(None))
+        self.batches = Microbatches(call, dr, rows.device)
+        merged = self.batches.merged
+        self.own = 0 if merged else call.num_target  # target microbatches by themselves
+        context = parallel_state.get_context_parallel_world_size()
+        length = schedule["seq_length"] * dr.sequences // context
+        self.shape = BatchShape(self.size, merged, length)
+
+    def immediate(self, log: StepLog) -> Pass:
+        """Weights inside the backward."""
+        found = self._units(self.own)
+        mode = Immediate(
+            self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log
+        )  # fmt: skip
+        return self._pass(mode, self.own, self.own > 0, found)
+
+    def deferred(self, log: StepLog) -> Passes:
+        """Weights at a call's end: then the kept uses are weighed, or a second call runs."""
+        found, rows = self._units(self.own), self.rows
+        mode = Deferred(
+            self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
+            keep=self.dr.passes == 1,
+        )  # fmt: skip
+
+        def solve() -> None:
+            rows.coefficients = mode.solve(self.alpha, log)
+
+        def solve_and_write() -> None:
+            solve()
+            with meter.part("combine"):
+                mode.write(self._scaled(found))
+
+        if self.dr.passes == 1:
+            yield self._pass(mode, self.own, self.own > 0, found, solve_and_write)
+            return
+        random = random_state.save()
+        yield self._pass(mode, self.own, self.own > 0, found, solve, gradients=False)
+        random_state.restore(random)
+        rows.forget_untapped()
+        own = self.own if self.alpha > 0 else 0
+        found = self._units(own)
+        yield self._pass(Replay(self._scaled(found)), own, False, found)
+
+    def _pass(
+        self, mode: Mode, own: int, gather: bool, found: Units,
+        at_end: Callable[[], None] = lambda: None, gradients: bool = True,
+    ) -> Pass:  # fmt: skip
+        """One schedule call.
+
+        Args:
+            own: target microbatches that run by themselves, first.
+            gather: whether the target's features are gathered from them.
+            at_end: what is done after the backwards, before Megatron's own finalize.
+            gradients: whether this pass leaves gradients, for Megatron to reduce.
+        """
+        batches, path = self.batches, self.path
+        path.targets.begin(gather, found.to_mean)
+        target_scale = self.alpha * found.target_scale if gradients else 0.0
+        path.begin(mode, own, batches, self.alpha, target_scale)
+        router = _Router(path, self.rows.model, own, len(batches.tokens),
+                         batches.iterator(of_target=True) if own else None)  # fmt: skip
+
+        def of_general(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
+            if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
+                context = parallel_state.get_context_parallel_world_size()
+                num_tokens = (batches.tokens.sum() / context).float()
+            path.end()
+            at_end()
+            if gradients:
+                stock(num_tokens)
+
+        size = self.size + batches.merged
+        changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
+        return Pass(router, of_general, changes)
+
+    def _units(self, own: int) -> Units:
+        per_token = bool(self.rows.config.calculate_per_token_loss)
+        return units(self.batches, own, per_token, self.dr.window)
+
+    def _scaled(self, found: Units) -> torch.Tensor:
+        """The coefficients [n, B, N] in the units of Megatron's buffer."""
+        coefficient_nBN = self.rows.coefficients
+        assert coefficient_nBN is not None
+        scale_n = coefficient_nBN.new_tensor(found.row_scale)
+        return coefficient_nBN * (scale_n * found.scale)[:, None, None]
+
+
+class _Router(MicrobatchRouter):
+    """Tells the path which microbatch's backward begins."""
+
+    def __init__(self, path: SamplePath, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._path = path
+
+    def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
+        if backward:
+            self._path.enter(chunk, microbatch)

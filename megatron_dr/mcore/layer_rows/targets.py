@@ -1,0 +1,81 @@
+"""The target's features, where its samples have microbatches of their own."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_dr.mcore import collectives, meter
+from megatron_dr.mcore.layer_rows import scoring
+from megatron_dr.mcore.layer_rows.places import Place
+from megatron_dr.mcore.layer_rows.scoring import Use
+
+
+class Targets:
+    """Sums over all target samples, per parameter: features [K], or the gradient for `ghost`.
+
+    Args:
+        places: of this rank's parameters.
+
+    Attributes:
+        wanted: whether this pass gathers them.
+    """
+
+    def __init__(self, places: Sequence[Place] = ()) -> None:
+        self._places = places
+        self._value: dict[int, torch.Tensor] = {}
+        self.wanted, self._to_mean = False, 1.0
+
+    def begin(self, wanted: bool, to_mean: float) -> None:
+        """Start a pass; where its target is not gathered, the last one stays (a cache).
+
+        Args:
+            to_mean: makes the sum over all ranks the target's mean gradient.
+        """
+        self.wanted, self._to_mean = wanted, to_mean
+        if wanted:
+            self._value.clear()
+
+    def add(self, place: Place, uses: list[Use]) -> None:
+        part = scoring.target_part(place, uses)
+        known = self._value.get(place.number)
+        self._value[place.number] = part if known is None else known.add_(part)
+
+    def offload(self, keep: bool) -> int:
+        """Off the device, to the host's memory or nowhere; bytes that are free then."""
+        values = list(self._value.values())
+        if not keep:
+            self._value.clear()
+            return sum(value.nbytes for value in values)
+        self.move(torch.device("cpu"))
+        return sum(value.nbytes for value in values if value.device.type != "cpu")
+
+    def move(self, device: torch.device) -> None:
+        self._value = {number: value.to(device) for number, value in self._value.items()}
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a target, of this step or an earlier one."""
+        return bool(self._value)
+
+    def of(self, place: Place) -> torch.Tensor:
+        """After `reduce`: of the target's mean gradient."""
+        return self._value[place.number]
+
+    def reduce(self, chunk: int) -> None:
+        """Sum a chunk's over the ranks that hold parts of them, and over all data ranks
+        (collective: one all-reduce per group)."""
+        if not self.wanted:
+            return
+        own = [p for p in self._places if p.chunk == chunk and p.number in self._value]
+        groups = {id(g): g for p in own for g in p.target_sums}
+        for group in groups.values():
+            members = [p for p in own if any(g is group for g in p.target_sums)]
+            flat = torch.cat([self._value[p.number].reshape(-1) for p in members])
+            with meter.part("exchange"):
+                collectives.all_reduce(flat, group)
+            parts = flat.split([self._value[p.number].numel() for p in members])
+            for place, part in zip(members, parts, strict=True):
+                self._value[place.number] = part.view(self._value[place.number].shape)
+        for place in own:
+            averaged = place.owned.partial == "tensor"  # Megatron averages some over these ranks
+            self._value[place.number] *= self._to_mean * (place.owned.count if averaged else 1.0)

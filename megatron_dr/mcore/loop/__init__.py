@@ -1,0 +1,1 @@
+"""Megatron's training loop with the plugin, and the list of its features."""

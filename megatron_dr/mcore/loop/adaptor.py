@@ -1,0 +1,203 @@
+"""`enable()`: the plugin in Megatron's own training loop, switched on by its `--dr-*` flags.
+
+One line in a copy of Megatron's pretrain_gpt.py, before the arguments are parsed:
+
+    import megatron_dr; megatron_dr.enable()
+
+What is wrapped, and who calls it:
+    megatron.training.arguments.add_megatron_arguments    parse_args: the flags
+    megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
+    megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
+    megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
+    megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
+    megatron.core.dist_checkpointing.load                 load_checkpoint: one without adapters
+    megatron.training.training.build_train_valid_test_datasets
+                                  build_train_valid_test_data_loaders: microbatches of one domain
+    megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics
+    megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
+    the three schedules of megatron.core.pipeline_parallel.schedules
+                                  get_forward_backward_func: handle.step
+Without the plugin's flags each wrapper calls Megatron's function and does nothing else.
+"""
+
+import dataclasses
+import functools
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dr.mcore import compat, cpu, errors
+from megatron_dr.mcore.loop import parts
+from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.loop.run import START, TrainingRun
+from megatron_dr.mcore.refuse import refuse
+from megatron_dr.mcore.seams.batch import num_target_microbatches
+from megatron_dr.mcore.step import log
+
+_run: TrainingRun | None = None
+_enabled = False
+
+
+def enable() -> None:
+    """Wrap Megatron's training loop; call it before Megatron's arguments are parsed. Idempotent."""
+    global _enabled
+    if _enabled:
+        return
+    _enabled = True
+    cpu.enable_if_asked()
+    from megatron.core import dist_checkpointing
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.training import arguments, checkpointing, training
+
+    from megatron_dr.mcore.loop import partial_checkpoint
+
+    _wrap(arguments, "add_megatron_arguments", lambda stock, parser: add_arguments(stock(parser)))
+    _wrap(arguments, "validate_args", _validate)
+    _wrap(checkpointing, "check_checkpoint_args", _restore)
+    _wrap(dist_checkpointing, "load", partial_checkpoint.load)
+    _wrap(training, "setup_model_and_optimizer", _set_up)
+    _wrap(training, "get_megatron_optimizer", _build_optimizer)
+    _wrap(training, "build_train_valid_test_datasets", _build_datasets)
+    _wrap(training, "training_log", _log_training)
+    _wrap(training, "evaluate", _log_validation)
+    _wrap(training, "save_checkpoint", _save)
+    for name in compat.SCHEDULES:
+        _wrap(schedules, name, _schedule)
+
+
+def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
+    stock = getattr(module, name)
+    setattr(module, name, functools.wraps(stock)(functools.partial(function, stock)))
+
+
+def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    with errors.refused():
+        configs = configs_from_args(args)
+        if configs is not None:
+            refuse(compat.WHO, compat.REFUSED, args)
+        parts.prepare(args)
+    result = stock(args, *rest, **kwargs)
+    with errors.refused():
+        parts.settle(args)
+        if configs is not None:
+            target = parts.step_target(args, *configs)
+            if target is not None:
+                num_target_microbatches(args, configs[0], target)
+    return result
+
+
+def _build_optimizer(
+    stock: Callable[..., Any], config: Any, model: list[Any], *rest: Any, **kwargs: Any
+) -> Any:
+    """Before setup_model_and_optimizer loads a checkpoint: what a part adds is loaded too."""
+    from megatron.training import get_args
+
+    optimizer, args = stock(config, model, *rest, **kwargs), get_args()
+    with errors.refused():
+        for part, own in parts.on(args):
+            part.on_optimizer(own, args, optimizer, model)
+    return optimizer
+
+
+def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, **kw: Any) -> Any:
+    """Called when a run resumes, not with --finetune. A checkpoint without our values is at 0."""
+    from megatron.training import get_args
+
+    result, args = stock(checkpoint_args, *rest, **kw), get_args()
+    with errors.refused():
+        for part, own in parts.on(args):
+            part.resume(own, args, checkpoint_args)
+    for name, start in START.items():
+        if hasattr(args, name):
+            setattr(args, name, getattr(checkpoint_args, name, start))
+    return result
+
+
+def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    global _run
+    from megatron.core.utils import get_model_config
+    from megatron.training import get_args
+
+    args = get_args()
+    configs = configs_from_args(args)
+    with errors.refused():
+        _adapt(args, kwargs.get("cfg_container"))
+    if configs is not None:
+        for name, start in START.items():
+            setattr(args, name, start)
+    model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint
+    _run = None
+    if configs is not None and optimizer is not None:
+        with errors.refused(), errors.agreed():
+            dr, target = configs
+            source = parts.source(args, target)
+            dr = dataclasses.replace(dr, **parts.known(args))
+            _run = TrainingRun(
+                model, optimizer, get_model_config(model[0]), args, dr,
+                parts.step_target(args, dr, target), source,
+            )  # fmt: skip
+    return model, optimizer, scheduler
+
+
+def current_run() -> TrainingRun | None:
+    """The run of this process; None before its set-up, and without the plugin."""
+    return _run
+
+
+def _adapt(args: Namespace, container: Any) -> None:
+    """Have Megatron change the model that it builds as the parts want it."""
+    for part, own in parts.on(args):
+        hook = part.on_model(own, args)
+        if hook is None:
+            continue
+        if getattr(container, "model", None) is None:
+            raise ValueError(
+                f"{part.flag} needs a training script that gives pretrain the model's "
+                "configuration, as Megatron's pretrain_gpt.py does, not a function that builds "
+                "the model."
+            )
+        container.model.pre_wrap_hooks.append(hook)
+
+
+def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    train, *others = stock(*rest, **kwargs)
+    with errors.refused():
+        for part, _ in parts.on(get_args()):
+            train = part.on_data(get_args(), train)
+    return train, *others
+
+
+def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: Any, iteration: int,
+                  *rest: Any, **kwargs: Any) -> Any:  # fmt: skip
+    if _run is not None and _run.file is not None:
+        seconds = time.monotonic() - _run.step_began
+        values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
+        _run.file.write("train", iteration, values)
+    result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
+    if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        log.write_blocks(_run.handle.log, iteration, _run.args, get_tensorboard_writer())
+    return result
+
+
+def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    result = stock(*rest, **kwargs)
+    if _run is not None and _run.file is not None and result[0] is not None:
+        _run.file.write("validation", _run.steps_done, result[0])
+    return result
+
+
+def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
+    if _run is not None:
+        _run.source.save(iteration)
+    return stock(iteration, *rest, **kwargs)
+
+
+def _schedule(stock: Callable[..., Any], **schedule: Any) -> Any:
+    if _run is None or not _run.is_for(schedule["model"]):
+        return stock(**schedule)
+    return _run.call(stock, schedule)

@@ -1,0 +1,144 @@
+"""The `--dr-*` flags, derived from the configuration's fields, beside Megatron's own."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+from typing import Any, Literal, get_args, get_origin
+
+from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.mcore import cpu
+from megatron_dr.mcore.loop import parts
+
+# Flags that mean something only with some values of another: {flag: (other, values)}. Those that
+# depend on the set or on the rows are declared there.
+_NEEDS = {
+    "end_alpha": ("alpha_style", ("linear", "cosine")),
+    "sketch_size": ("gram", ("sketch", "auto")),
+    "sketch_error": ("gram", ("sketch", "auto")),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group; usable as Megatron's `extra_args_provider`."""
+    group = parser.add_argument_group("megatron-dr (data-regularised post-training)")
+    for field in (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig)):
+        default = "none" if field.default is None else field.default
+        if field.name == "set":  # no flag of ours: the plugin is off
+            default = f"off; with --dr-target-data {field.default}"
+        _add(group, field.name, field, default)
+    for part in parts.PARTS:
+        for field in dataclasses.fields(part.config) if part.config else ():
+            default = "none" if field.default is None else field.default
+            default = "off" if field.name == part.switch else default
+            _add(group, f"{part.name}_{field.name}", field, default)
+        for flag, options in part.flags.items():
+            group.add_argument(flag, **options)
+    group.add_argument(
+        "--dr-device",
+        choices=("cuda", "cpu"),
+        default=os.environ.get(cpu.ENVIRONMENT_VARIABLE, "cuda"),
+        help="cpu: run Megatron without a GPU, over gloo [device] (default: cuda, or "
+        f"${cpu.ENVIRONMENT_VARIABLE})",
+    )
+    _mend_help(parser)
+    return parser
+
+
+def _add(group: Any, name: str, field: Any, default: Any) -> None:
+    """A field's flag; none for what Megatron's own flags tell."""
+    if not field.metadata:
+        return
+    options: dict[str, Any] = {
+        "dest": f"dr_{name}",
+        "default": None,
+        "help": f"{field.metadata['help']} [{field.metadata['unit']}] (default: {default})",
+    }
+    if field.type is bool:
+        options["action"] = "store_true"
+    elif get_origin(field.type) is Literal:
+        options["choices"] = get_args(field.type)
+    else:
+        options["type"] = _number(field.type) or str
+    group.add_argument(f"--dr-{name.replace('_', '-')}", **options)
+
+
+def _number(kind: Any) -> type | None:
+    """int or float, also where None is allowed."""
+    kinds = get_args(kind) or (kind,)
+    return next((k for k in (int, float) if k in kinds), None)
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Megatron 0.19 has a bare % in the help of a flag, which ends --help in a traceback."""
+    for action in parser._actions:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            action.help = action.help and action.help % {**vars(action), "prog": parser.prog}
+        action.help = action.help and action.help.replace("%", "%%")
+
+
+def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig] | None:
+    """The configurations of the flags given; None when the plugin was not asked for.
+
+    Raises:
+        ValueError: flags out of range or against one another.
+    """
+    fields = (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig))
+    values = {f.name: getattr(args, f"dr_{f.name}", None) for f in fields if f.metadata}
+    given = {name: value for name, value in values.items() if value is not None}
+    found = parts.on(args)
+    for part, its in found:
+        part.defaults(its, given)
+    if not given:
+        return None
+    if "set" not in given and not given.keys() - {"metrics", "target_valid_data"}:
+        given["set"] = "mean"  # only watched: the step is Megatron's own
+    if "set" not in given and "target_data" not in given:
+        flags = ", ".join(f"--dr-{n.replace('_', '-')}" for n in given)
+        raise ValueError(f"{flags} given without --dr-set or --dr-target-data: add one of them.")
+    own = {f.name for f in dataclasses.fields(TargetConfig)}
+    dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
+    target = TargetConfig(**{k: v for k, v in given.items() if k in own})
+    _check_together(given, dr, target, any(part.is_target(its) for part, its in found))
+    return dr, target
+
+
+def _check_together(
+    given: dict[str, Any], dr: DRConfig, target: TargetConfig, itself: bool
+) -> None:
+    """Refuse contradictions; `itself`: the general data are the target too."""
+    needs = {name: other for name, (other, has) in _NEEDS.items() if getattr(dr, other) not in has}
+    unread = dr.unread() | needs
+    fixed = dr.feasible_set().alpha
+    if fixed is not None:
+        unread |= {"alpha": "set"} if dr.alpha != fixed else {}
+        unread |= {"alpha_style": "set"} if dr.alpha_style != "constant" else {}
+    elif dr.alpha_style == "auto":
+        unread["alpha"] = "alpha_style"
+    for name in given:
+        if name in unread:
+            other = unread[name]
+            raise ValueError(
+                f"--dr-{name.replace('_', '-')} has no meaning with "
+                f"--dr-{other.replace('_', '-')} {getattr(dr, other)}: drop one of them."
+            )
+    if "sketch_size" in given and "sketch_error" in given:
+        raise ValueError(
+            "--dr-sketch-error sets the sketch's size, and so does --dr-sketch-size: drop one."
+        )
+    if target.target_data is None and not itself:
+        if "target_batch_size" in given:
+            raise ValueError(
+                "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."
+            )
+        if dr.needs_target:
+            raise ValueError(
+                f"--dr-set {dr.set}{_style(dr)} needs --dr-target-data: give the target set's "
+                "path, or --dr-set mean alone."
+            )
+        if "alpha" in given and dr.alpha > 0:
+            raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
+
+
+def _style(dr: DRConfig) -> str:
+    return "" if dr.alpha_style == "constant" else f" with --dr-alpha-style {dr.alpha_style}"

@@ -1,0 +1,161 @@
+"""A run of Megatron's loop with the plugin: the handle, its source's streams, where they stand.
+
+Megatron calls a schedule for every training step and every validation batch; `TrainingRun.call`
+runs it with the streams of that role. Where a run stands is kept in Megatron's arguments (`START`
+at its beginning), which Megatron saves with every checkpoint.
+"""
+
+import dataclasses
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.mcore.attach import Handle, attach
+from megatron_dr.mcore.data.domains import DomainOrder
+from megatron_dr.mcore.seams.batch import num_target_microbatches
+from megatron_dr.mcore.seams.source import Source
+from megatron_dr.report.metrics import MetricsFile
+
+_STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
+_DIAL = "megatron_dr_dial"
+START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None}
+
+
+class TrainingRun:
+    """The plugin in one run of Megatron's loop: the handle, the target's streams, the metrics.
+
+    Args:
+        dr: with what only the run knows, but for the run's length and the target set's.
+        target: as the steps have it; None: no target microbatches in them.
+        source: what is trained on, and by which forward step.
+    """
+
+    def __init__(
+        self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
+        target: TargetConfig | None, source: Source,
+    ) -> None:  # fmt: skip
+        self.args, self.source = args, source
+        self.num_target = self.num_valid = self.target_size = 0
+        self.train_streams: list[Any] = [None] * len(model)
+        self.valid_streams: list[Any] = [None] * len(model)
+        self.target_ranks = dr.target_ranks or args.data_parallel_size
+        samples = source.target_samples()
+        size = None if target is None else len(samples)
+        self._order = DomainOrder(args) if dr.row_kind.named else None
+        dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
+        self.handle: Handle = attach(model, optimizer, config, dr)
+        self.file = _metrics_file(args.dr_metrics)
+        if target is not None:
+            self.num_target = num_target_microbatches(args, dr, target)
+            self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
+            self.train_streams = source.streams(
+                samples, self.target_size, self.target_ranks, len(model)
+            )
+        self._open_validation(len(model))
+        self.handle.check_batch(get_num_microbatches(), self.num_target)
+        self._fresh_validation = True
+        self._iteration: int | None = None
+        self._before: tuple[int, int, Any] = (0, 0, None)
+        self.step_began = 0.0
+        source.begin(self.handle)
+
+    def _open_validation(self, chunks: int) -> None:
+        samples = self.source.validation_samples()
+        if samples is None:
+            return
+        size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
+        self.valid_streams = self.source.streams(samples, size, ranks, chunks)
+        self.num_valid = self.args.eval_global_batch_size // (size * ranks)
+
+    @property
+    def steps_done(self) -> int:
+        """Iterations of Megatron's loop so far, those before a resume included."""
+        return 0 if self._iteration is None else self._iteration + 1
+
+    @staticmethod
+    def _place(streams: list[Any], consumed: int) -> None:
+        for stream in streams:
+            if stream is not None:
+                stream.consumed = consumed
+
+    def is_for(self, model: Any) -> bool:
+        first = model[0] if isinstance(model, list) else model
+        return first is self.handle.model[0]
+
+    def call(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
+        """A training step, or a validation batch, of Megatron's loop."""
+        if not schedule.get("forward_only", False):
+            return self._train(stock, schedule)
+        if schedule.get("collect_non_loss_data", False):
+            return stock(**schedule)
+        return self._validate(stock, schedule)
+
+    def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
+        reports = self.source.validate()
+        if reports is not None:
+            return reports
+        if self._fresh_validation:
+            self._place(self.valid_streams, 0)  # every validation sees the same samples
+        self._fresh_validation = False
+        return self._step(stock, self.valid_streams, self.num_valid, schedule)
+
+    def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
+        args = self.args
+        self._fresh_validation = True
+        self.step_began = time.monotonic()
+        if args.curr_iteration != self._iteration:
+            self._iteration = args.curr_iteration
+            self._before = (getattr(args, _STEPS), getattr(args, _CONSUMED), getattr(args, _DIAL))
+        steps, consumed, dial = self._before  # Megatron may run an iteration again: the same data
+        self.handle.load_state_dict({"steps": steps, "dial": dial})
+        schedule = self.source.before_step(stock, schedule, steps)
+        self._place(self.train_streams, consumed)
+        number = self.num_target if self.handle.target_due else 0
+        own = args.micro_batch_size
+        try:
+            if self.handle.dr.merges_target:  # where Megatron's batch functions look it up
+                args.micro_batch_size += self.target_size
+            reports = self._step(stock, self.train_streams, number, schedule)
+        finally:
+            args.micro_batch_size = own
+        taken = number * self.target_size * self.target_ranks
+        setattr(args, _STEPS, steps + 1)
+        setattr(args, _DIAL, self.handle.state_dict()["dial"])
+        setattr(args, _CONSUMED, consumed + taken)
+        return self.source.logged(reports)
+
+    def _step(
+        self, stock: Callable[..., Any], streams: list[Any], number: int, schedule: dict[str, Any]
+    ) -> Any:
+        training = not schedule.get("forward_only", False)
+        if self.source.forward_step is not None:
+            schedule = {**schedule, "forward_step_func": self.source.forward_step}
+        domains = []
+        if training and self._order is not None:
+            domains = self._order.of_step(schedule["num_microbatches"])
+
+        def of_sequences(**call: Any) -> Any:  # what stages send each other
+            size = call["micro_batch_size"] * self.handle.dr.sequences
+            return stock(**{**call, "micro_batch_size": size})
+
+        return self.handle.step(
+            of_sequences,
+            target_data_iterator=streams if len(streams) > 1 else streams[0],
+            num_target_microbatches=number,
+            target_micro_batch_size=self.target_size if training else None,
+            domains=domains,
+            **schedule,
+        )
+
+
+def _metrics_file(path: str | None) -> MetricsFile | None:
+    """On the last rank, where Megatron logs; elsewhere and without --dr-metrics, None."""
+    import torch.distributed as dist
+
+    if path is None or dist.get_rank() != dist.get_world_size() - 1:
+        return None
+    return MetricsFile(path)

@@ -1,0 +1,1 @@
+"""What changes the model or its optimizer: adapters, the value head, compressed moments."""

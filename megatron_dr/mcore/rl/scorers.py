@@ -1,0 +1,67 @@
+"""Rewards of completions: each rank evaluates a share, all ranks get all."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_dr.config.rl import RLConfig
+from megatron_dr.mcore import errors
+from megatron_dr.rl.reward_model import RewardModel
+from megatron_dr.rl.reward_pool import RewardPool, Sample, Scores
+
+
+class Scorer(Protocol):
+    """What gives rewards: a function in worker processes, or a model on the rank's device."""
+
+    def score(self, samples: Sequence[Sample]) -> Scores: ...
+
+    def close(self) -> None: ...
+
+
+def open_scorers(rl: RLConfig) -> dict[str, Scorer]:
+    """By role: of `--dr-rl-reward` or `--dr-rl-reward-model`, and `--dr-rl-target-reward`.
+
+    Roles may share one (collective).
+
+    Raises:
+        ValueError: a rank can't load it.
+    """
+
+    def pool(name: str) -> RewardPool:
+        return RewardPool(name, rl.reward_workers, rl.reward_timeout)
+
+    with errors.agreed():
+        general: Scorer
+        if rl.reward_model is not None:
+            general = RewardModel(rl.reward_model, torch.cuda.current_device())
+        else:
+            assert rl.reward is not None
+            general = pool(rl.reward)
+        own = rl.target_reward
+        return {"general": general, "target": general if own is None else pool(own)}
+
+
+def score(scorer: Scorer, samples: Sequence[Sample]) -> tuple[torch.Tensor, Counter[str]]:
+    """Rewards [n], NaN where the sample failed, and the failures by kind (collective).
+
+    Args:
+        samples: the same on every rank.
+
+    Raises:
+        ValueError: a rank can't load the function any more.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    with errors.agreed():
+        own = scorer.score(samples[rank::world])
+    shares: list[tuple[list[float | None], Counter[str]]] = [([], Counter())] * world
+    dist.all_gather_object(shares, (own.rewards, own.failures))
+    rewards = torch.full((len(samples),), float("nan"), dtype=torch.float64)
+    failures: Counter[str] = Counter()
+    for number, (found, failed) in enumerate(shares):
+        values = [float("nan") if value is None else value for value in found]
+        rewards[number::world] = torch.tensor(values, dtype=torch.float64)
+        failures.update(failed)
+    return rewards, failures

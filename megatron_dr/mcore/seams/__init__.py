@@ -1,0 +1,1 @@
+"""What a feature of training is, and what a run is given."""

@@ -1,0 +1,80 @@
+"""What a training run is given: data of both roles, and a forward step."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_dr.mcore.step.handle import Handle
+
+
+class Source:
+    """The seam between a training run and what it trains on; `TrainingRun` calls it in this order.
+
+    Attributes:
+        forward_step: of every step and validation; None: the training script's own.
+    """
+
+    forward_step: Callable[..., Any] | None = None
+
+    def target_samples(self) -> Any:
+        """The whole target set; None without one. Before the plugin is attached.
+
+        Raises:
+            ValueError: no such data, or a wrong line; so below.
+        """
+        return None
+
+    def validation_samples(self) -> Any:
+        """The held-out target set; None where `validate` needs no streams."""
+        return None
+
+    def streams(self, samples: Any, micro_batch_size: int, ranks: int, chunks: int) -> list[Any]:
+        """This rank's microbatches of the samples, an iterator per model chunk.
+
+        Args:
+            samples: what `target_samples` or `validation_samples` gave.
+            ranks: the first so many data-parallel ranks share them.
+        """
+        raise NotImplementedError
+
+    def begin(self, handle: Handle) -> None:
+        """The plugin is attached, and nothing was trained yet."""
+
+    def datasets(self, num_samples: list[int], vp_stage: int | None) -> tuple[Any, Any, Any]:
+        """General train, validation and test sets, for Megatron's loaders."""
+        raise NotImplementedError
+
+    def before_step(
+        self, stock: Callable[..., Any], schedule: dict[str, Any], steps: int
+    ) -> dict[str, Any]:
+        """The arguments of a training step's schedule call, after so many steps.
+
+        Args:
+            stock: the schedule.
+        """
+        return schedule
+
+    def logged(self, reports: Any) -> Any:
+        """A training step's reports, as they are logged."""
+        return reports
+
+    def validate(self) -> Any:
+        """The reports of a validation that calls no schedule; None: one of `streams`."""
+        return None
+
+    def save(self, iteration: int) -> None:
+        """A checkpoint of this iteration is about to be written."""
+
+
+def resumes(args: Namespace) -> bool:
+    """Whether the run goes on from a checkpoint's iteration, rather than begins."""
+    return bool(args.load) and args.iteration > 0
+
+
+def new_folder(args: Namespace) -> Path | None:
+    """--save, where what a run keeps beside its checkpoints is not there yet; else None."""
+    if not args.save:
+        return None
+    folder = Path(args.save)
+    return None if resumes(args) and Path(args.load).resolve() == folder.resolve() else folder

@@ -1,0 +1,75 @@
+"""What differs between rows in gradient buffers and rows inside layers: the handle's strategy."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dr.mcore.step.log import StepLog
+from megatron_dr.mcore.step.schedule import Pass
+
+Passes = Generator[Pass, None, None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A training step as the host asks for it, by the arguments of `Handle.step`.
+
+    Attributes:
+        step: steps done before.
+        alpha: of this step, from its gram where that decides it.
+    """
+
+    function: Callable[..., Any]
+    schedule: dict[str, Any]
+    target_data: Any
+    num_target: int
+    target_size: int
+    domains: Sequence[int]
+    step: int
+    alpha: Callable[[torch.Tensor | None], torch.Tensor | float]
+
+    @property
+    def num_general(self) -> int:
+        number: int = self.schedule["num_microbatches"]
+        return number
+
+
+class Rows(Protocol):
+    """A kind of rows on one model.
+
+    Attributes:
+        names: of the blocks that are projected, of the whole model.
+        device: where the gradients are.
+        hold: whether no gradient may be reduced before a schedule call's finalize.
+    """
+
+    names: tuple[str, ...]
+    device: torch.device
+    hold: bool
+
+    def check_batch(self, num_general: int, num_target: int) -> None:
+        """Raise ValueError where a step's microbatches can't make the rows."""
+
+    def target_due(self, steps: int) -> bool:
+        """Whether the next step, after so many, needs target microbatches."""
+
+    def passes(self, call: Call, log: StepLog) -> Passes:
+        """A step's schedule calls, each run before the next is asked for; the last one's finalize
+        leaves the update in Megatron's buffers. On closing, all is as before the step."""
+
+    @property
+    def state(self) -> Any:
+        """What later steps need of earlier ones, for a checkpoint."""
+
+    def load(self, state: Any) -> None: ...
+
+    def offload(self) -> int:
+        """Free what is kept on the device between steps; how many bytes."""
+
+    def restore(self) -> None:
+        """Take the memory again that the next step needs."""
+
+    def close(self) -> None:
+        """Take off what was put on the model."""

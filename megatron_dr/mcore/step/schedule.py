@@ -1,0 +1,115 @@
+"""One place where a schedule call is made ours: on a training step's passes, and where else
+gradients are needed before Megatron reduces them.
+
+Inside `ours` no gradient is reduced before the finalize hook; `run` is one schedule call, in which
+that hook is ours and fires exactly once. Whatever happens, Megatron's own hooks are put back.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_dr.mcore.step.roles import MicrobatchRouter
+
+_HOOKS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
+# Megatron's own finalize of the call under way, of the tokens that it divides by
+Finalize = Callable[[torch.Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One schedule call of ours.
+
+    Attributes:
+        router: knows each microbatch's role; target microbatches come first.
+        finalize: what the schedule's finalize hook does, given Megatron's own, and the tokens that
+            Megatron counted (None without a per-token loss).
+        changes: the schedule's arguments that differ from the host's.
+        both: whether this rank runs both roles.
+    """
+
+    router: MicrobatchRouter
+    finalize: Callable[[Finalize, torch.Tensor | None], None]
+    changes: dict[str, Any] = field(default_factory=dict)
+    both: bool = True
+
+
+@contextmanager
+def ours(model: list[Any], config: Any, hold: bool = True) -> Iterator[None]:
+    """Schedule calls on the model are ours inside; Megatron's hooks are put back.
+
+    Args:
+        hold: whether no gradient may be reduced before the finalize hook.
+
+    Raises:
+        RuntimeError: gradients would not be reduced.
+    """
+    saved = {name: getattr(config, name) for name in _HOOKS}
+    if saved["finalize_model_grads_func"] is None:
+        raise RuntimeError(
+            "config.finalize_model_grads_func is not set, so Megatron would not reduce gradients: "
+            "set it to finalize_model_grads before the step."
+        )
+    try:
+        if hold:
+            config.no_sync_func = config.grad_sync_func = None
+            _hold_reductions(model)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(config, name, value)
+
+
+def _hold_reductions(model: list[Any]) -> None:
+    """Keep `overlap_grad_reduce` from reducing a bucket before its rows are combined.
+
+    From its second step on, DDP launches a bucket's reduction when the last microbatch's gradients
+    are ready. With is_last_microbatch False it counts none as ready, and with is_first_batch True
+    finalize_model_grads launches what was not.
+    """
+    for module in model:
+        for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+            group.is_last_microbatch = False
+            group.is_first_batch = True
+
+
+def run(
+    function: Callable[..., Any], schedule: dict[str, Any], one: Pass, config: Any
+) -> list[dict[str, torch.Tensor]]:
+    """A schedule call, inside `ours`: its reports.
+
+    Raises:
+        RuntimeError: microbatches did not all run, or the finalize hook did not fire once.
+    """
+    router, stock, fired = one.router, config.finalize_model_grads_func, 0
+
+    def hook(model: Any, num_tokens: torch.Tensor | None = None, *args: Any, **kw: Any) -> None:
+        nonlocal fired
+        fired += 1
+        if fired == 1:
+            router.check_complete()
+            with torch.no_grad():
+                one.finalize(lambda tokens: stock(model, tokens, *args, **kw), num_tokens)
+
+    config.finalize_model_grads_func = hook
+    try:
+        reports: list[dict[str, torch.Tensor]] = function(
+            **{
+                **schedule,
+                **one.changes,
+                "forward_step_func": router.wrap(schedule["forward_step_func"]),
+                "num_microbatches": router.num_target + router.num_general,
+            }
+        )
+    finally:
+        config.finalize_model_grads_func = stock
+    if fired != 1:
+        raise RuntimeError(
+            f"the gradient finalize hook ran {fired} times in a step, not once: something replaced "
+            "config.finalize_model_grads_func in it, or the schedule was called on another model; "
+            "call megatron_dr.attach last and use the model's own configuration."
+        )
+    return reports
