@@ -51,7 +51,9 @@ def data(out: Path, condition: str, seed: int) -> tuple[Path, Path]:
     target = random.Random(seed).sample(spanish, size)
     dropped = set(target if hidden else spanish)
     paths = out / f"target-{condition}-{seed}.jsonl", out / f"pool-{condition}-{seed}.jsonl"
-    for path, chosen in zip(paths, (target, [line for line in lines if line not in dropped])):
+    for path, chosen in zip(
+        paths, (target, [line for line in lines if line not in dropped]), strict=True
+    ):
         path.write_text("".join(chosen), encoding="utf-8")
     return paths
 

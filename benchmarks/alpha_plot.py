@@ -19,7 +19,7 @@ def draw(found: dict[str, Any], titles: dict[str, str], path: Path) -> None:
     figure, axes = plt.subplots(
         2, len(found), figsize=(5 * len(found), 7.5), layout="constrained", squeeze=False
     )
-    for (condition, arms), (above, below) in zip(found.items(), axes.T):
+    for (condition, arms), (above, below) in zip(found.items(), axes.T, strict=True):
         _losses(above, arms)
         above.set_title(titles[condition], fontsize=11)
         _chosen(below, arms)
@@ -43,7 +43,7 @@ def _losses(axis: Any, arms: dict[str, Any]) -> None:
         means = [statistics.mean(losses) for losses in points.values()]
         sds = [_sd(losses) for losses in points.values()]
         axis.errorbar(x, means, sds, fmt="o-", capsize=3, color=COLOURS[kind], label=NAMES[kind])
-        for place, mean in zip(x, means):
+        for place, mean in zip(x, means, strict=True):
             if mean > bottom + HEIGHT:
                 axis.text(place, bottom + HEIGHT - 0.02 * (line + 1), f"↑ {mean:.2f}",
                           ha="center", color=COLOURS[kind], fontsize=8)  # fmt: skip
@@ -58,7 +58,9 @@ def _losses(axis: Any, arms: dict[str, Any]) -> None:
 
 
 def _chosen(axis: Any, arms: dict[str, Any]) -> None:
-    for alphas, seed in zip(*(arms.get("cone, auto", {}).get(k, []) for k in ("alpha", "seeds"))):
+    for alphas, seed in zip(
+        *(arms.get("cone, auto", {}).get(k, []) for k in ("alpha", "seeds")), strict=True
+    ):
         axis.plot(range(1, len(alphas) + 1), alphas, color="black", alpha=1.2 - 0.3 * min(seed, 3),
                   label=f"chosen by auto, seed {seed}")  # fmt: skip
     points = _constant(arms, "cone")

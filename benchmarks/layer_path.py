@@ -154,7 +154,7 @@ def draw(results: dict[str, dict[str, Any]], caption: str, path: Path) -> None:
     for y, r in enumerate(results.values()):
         start, (low, middle, high) = 0.0, r["CPU ratio"]
         whole = sum(r["parts ms"].values())
-        for part, colour in zip(PARTS, COLOURS):
+        for part, colour in zip(PARTS, COLOURS, strict=True):
             width = r["parts ms"][part] / whole * middle
             left.barh(y, width, left=start, color=colour, label=part if y == 0 else None)
             start += width

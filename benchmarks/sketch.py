@@ -94,7 +94,7 @@ def sketched(gradients: Gradients, size: int, seed: int) -> Tensor:
     """Sketches of every layer [B, R, K]; their sum is the sketch of the model."""
     sketch, blocks = CountSketch(size, seed), layers(gradients)
     out_BRK = torch.zeros(len(blocks), sketch_gradients.ROWS + 1, size)
-    for out_RK, names in zip(out_BRK, blocks.values()):
+    for out_RK, names in zip(out_BRK, blocks.values(), strict=True):
         for name in names:
             index_N = torch.arange(gradients[name].shape[1])
             sketch.add_(out_RK, gradients[name], index_N, key_of(name))
@@ -131,8 +131,7 @@ def measure(exact_BRR: Tensor, rows_BRK: Tensor) -> dict[str, float]:
         "topk": float(((kept > 0) & (kept_found > 0)).sum() / (kept > 0).sum()),
         "score": float((kept_found * true[1]).sum() / (kept * true[1]).sum()),
         "cosine": cosine(exact_BRR, direction_found, direction),
-        "target": cosine(exact_BRR, direction_found, target)
-        / cosine(exact_BRR, direction, target),
+        "target": cosine(exact_BRR, direction_found, target) / cosine(exact_BRR, direction, target),
     }
 
 

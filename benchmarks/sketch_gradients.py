@@ -134,4 +134,4 @@ def gradient(model: GPTModel, batch: dict[str, torch.Tensor]) -> dict[str, torch
     """Flat gradient of every parameter, in float32."""
     parameters = dict(model.named_parameters())
     grads = torch.autograd.grad(mean_loss(model, batch), list(parameters.values()))
-    return {name: g.reshape(-1) for name, g in zip(parameters, grads)}
+    return {name: g.reshape(-1) for name, g in zip(parameters, grads, strict=True)}

@@ -55,13 +55,15 @@ def loop(name: str, H_BMM: np.ndarray, l_BM: np.ndarray) -> np.ndarray:
     """w [B, M], a block at a time."""
     rows = l_BM.shape[1]
     if name == "cone":
-        return np.stack([cone(H, linear) for H, linear in zip(H_BMM, l_BM)])
+        return np.stack([cone(H, linear) for H, linear in zip(H_BMM, l_BM, strict=True)])
     upper, _ = bounds(name, rows)
     columns, at_least = [np.ones((rows, 1)), np.eye(rows)], [np.ones(1), np.zeros(rows)]
     if upper is not None:
         columns, at_least = [*columns, -np.eye(rows)], [*at_least, np.full(rows, -upper)]
     C, b = np.hstack(columns), np.concatenate(at_least)
-    return np.stack([quadprog.solve_qp(H, linear, C, b, 1)[0] for H, linear in zip(H_BMM, l_BM)])
+    return np.stack(
+        [quadprog.solve_qp(H, linear, C, b, 1)[0] for H, linear in zip(H_BMM, l_BM, strict=True)]
+    )
 
 
 def cone(H_MM: np.ndarray, l_M: np.ndarray) -> np.ndarray:

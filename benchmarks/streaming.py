@@ -55,7 +55,7 @@ class Model:
     def __init__(self, progress: Progress) -> None:
         model = demo.build()
         task = progress.add_task("training the model", total=demo.STEPS)
-        demo.train(model, lambda step, loss: progress.update(task, completed=step))
+        demo.train(model, lambda step, _: progress.update(task, completed=step))
         model.model_type = ModelType.encoder_or_decoder
         self.config = model.config
         self.config.calculate_per_token_loss = True

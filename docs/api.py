@@ -1,6 +1,6 @@
 """Makes api.md from the docstrings. Sources are read, not imported, but for DRConfig's own.
 
-    python docs/api.py
+python docs/api.py
 """
 
 import ast

@@ -105,7 +105,7 @@ def main(folder: Path) -> None:
         figure, axes = plt.subplots(
             1, len(panels), figsize=(3.3 * len(panels), 3.9), layout="constrained", squeeze=False
         )
-        for axis, panel in zip(axes[0], panels):
+        for axis, panel in zip(axes[0], panels, strict=True):
             draw(axis, panel)
         figure.legend(handles=legend(), loc="outside lower center", ncols=6, frameon=False)
         save(figure, folder / f"{name}.png")
@@ -115,7 +115,7 @@ def main(folder: Path) -> None:
 def sheet(path: Path) -> None:
     """Every set with the same rows and target."""
     figure, axes = plt.subplots(3, 4, figsize=(13, 11), layout="constrained")
-    for axis, panel in zip(axes.flat, SHEET):
+    for axis, panel in zip(axes.flat, SHEET, strict=True):
         draw(axis, panel)
     last = axes.flat[-1]
     last.axis("off")
@@ -142,7 +142,7 @@ def draw(axis: Axes, panel: Panel) -> None:
     rows_M2, target_2 = torch.tensor(panel.rows).double(), torch.tensor(panel.target).double()
     (d_2,), (w_M,) = project(panel.set, rows_M2, target_2[None])
     shade(axis, panel.set, panel.rows)
-    for number, (row_2, weight) in enumerate(zip(rows_M2, w_M), 1):
+    for number, (row_2, weight) in enumerate(zip(rows_M2, w_M, strict=True), 1):
         left_out = abs(weight) < 1e-6 and not panel.set.target_weight
         arrow(axis, row_2, ROW, 1.5, alpha=0.35 if left_out else 1.0)
         name(axis, row_2, f"$g_{number}$", ROW)

@@ -27,5 +27,3 @@ def test_targets_match_the_end_of_a_name_from_a_dot() -> None:
         assert LoRAConfig(targets=targets).matches(name)
     for targets in ("qkv", "linear_q", r"layers\.1\..*", "self_attention"):
         assert not LoRAConfig(targets=targets).matches(name)
-
-

@@ -39,5 +39,5 @@ def band(axis: Any, curves: list[dict[int, float]], label: str, **style: Any) ->
     line = axis.plot(steps, means, label=label, **style)[0]
     if len(curves) > 1:
         sd = [statistics.stdev(v) for v in values]
-        low, high = ([m + k * d for m, d in zip(means, sd)] for k in (-1, 1))
+        low, high = ([m + k * d for m, d in zip(means, sd, strict=True)] for k in (-1, 1))
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)

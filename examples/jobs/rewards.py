@@ -54,7 +54,7 @@ def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
 
 def plot(arms: dict[str, list[dict[str, Any]]], path: Path, of: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    for axis, (kind, name, _, title) in zip(axes.flat, CURVES):
+    for axis, (kind, name, _, title) in zip(axes.flat, CURVES, strict=True):
         for arm, runs in arms.items():
             report.band(axis, [curve(job, kind, name) for job in runs], arm)
         axis.set(title=title, xlabel="step", ylabel=title.partition("(")[2].rstrip(")") or "reward")

@@ -50,6 +50,7 @@ def main() -> None:
     cpu.enable()
     train.import_megatron()
     from transformers import AutoTokenizer  # noqa: F401  two seconds that each run would spend
+
     for number, job in enumerate(plan):
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
 
 def plot_losses(arms: dict[str, Any], path: Path, seeds: int) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, (key, name) in zip(axes, LOSSES.items()):
+    for axis, (key, name) in zip(axes, LOSSES.items(), strict=True):
         for arm, runs in arms.items():
             if arm == "base":
                 continue

@@ -132,8 +132,10 @@ def examine(check: Check) -> Finding:
     except (ImportError, ValueError):
         there = True  # and its import says what is wrong
     if not there:
-        return Finding(check.name, "MISSING", "not installed", check.mend) if check.needed else (
-            Finding(check.name, "absent", check.absent)
+        return (
+            Finding(check.name, "MISSING", "not installed", check.mend)
+            if check.needed
+            else (Finding(check.name, "absent", check.absent))
         )
     try:
         done = subprocess.run(

@@ -32,26 +32,62 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("prepare", __doc__)
     add = parser.add_argument
     add("data", metavar="DATA", nargs="+")
-    add("--output", metavar="PREFIX", type=Path, required=True,
-        help="path of the output without endings")
+    add(
+        "--output",
+        metavar="PREFIX",
+        type=Path,
+        required=True,
+        help="path of the output without endings",
+    )
     add("--tokenizer", required=True)
-    add("--chat-template", metavar="FILE", type=Path,
-        help="Jinja template in place of the tokenizer's own")
+    add(
+        "--chat-template",
+        metavar="FILE",
+        type=Path,
+        help="Jinja template in place of the tokenizer's own",
+    )
     add("--form", choices=FORMS, help="default: by the first record's columns")
-    add("--columns", metavar="NAME=COLUMN", nargs="+", default=[],
-        help="what the data calls " + ", ".join(COLUMNS))
-    add("--max-length", metavar="N", type=int,
-        help="most tokens of a sample: training's --seq-length + 1")
-    add("--too-long", choices=("cut", "drop", "refuse"), default="cut",
-        help="what becomes of a longer one (default: cut the end)")
-    add("--bad-lines", choices=("refuse", "skip"), default="refuse",
-        help="what becomes of a wrong line (default: refuse)")
-    add("--validation", metavar="N", type=float, default=0.0,
-        help="keep so many samples, or below 1 this fraction, for PREFIX_validation")
+    add(
+        "--columns",
+        metavar="NAME=COLUMN",
+        nargs="+",
+        default=[],
+        help="what the data calls " + ", ".join(COLUMNS),
+    )
+    add(
+        "--max-length",
+        metavar="N",
+        type=int,
+        help="most tokens of a sample: training's --seq-length + 1",
+    )
+    add(
+        "--too-long",
+        choices=("cut", "drop", "refuse"),
+        default="cut",
+        help="what becomes of a longer one (default: cut the end)",
+    )
+    add(
+        "--bad-lines",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what becomes of a wrong line (default: refuse)",
+    )
+    add(
+        "--validation",
+        metavar="N",
+        type=float,
+        default=0.0,
+        help="keep so many samples, or below 1 this fraction, for PREFIX_validation",
+    )
     add("--seed", type=int, default=0, help="of the validation split")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--shard-size", metavar="N", type=int, default=10_000,
-        help="records that are worked on, and resumed, as one")
+    add(
+        "--shard-size",
+        metavar="N",
+        type=int,
+        default=10_000,
+        help="records that are worked on, and resumed, as one",
+    )
     add("--restart", action="store_true", help="discard what an earlier run left under this output")
     args = parser.parse_args(argv)
     for name in ("workers", "shard_size", "max_length"):
@@ -81,7 +117,7 @@ def load_chat(args: argparse.Namespace) -> Chat | None:
 
 def columns(renamed: list[str]) -> dict[str, str]:
     """What the data calls each of our columns."""
-    names = dict(zip(COLUMNS, COLUMNS))
+    names = dict(zip(COLUMNS, COLUMNS, strict=True))
     for item in renamed:
         name, equals, column = item.partition("=")
         if name not in names or not equals or not column:
@@ -151,7 +187,7 @@ def report(job: prepare.Job, manifests: list[dict[str, Any]], console: Console) 
     """The table of statistics, and what was cut, dropped and skipped."""
     table = Table("", title=f"{job.prefix} ({job.encoder.form})")
     columns = []
-    for output, manifest in zip(job.outputs, manifests):
+    for output, manifest in zip(job.outputs, manifests, strict=True):
         for part, found in manifest["statistics"].items():
             name = output.name + ("" if part == "tokens" else f"_{part}")
             table.add_column(name, justify="right")

@@ -65,7 +65,7 @@ class RowKind:
     in_layers: bool = False
     named: bool = False
     target_ranks: bool = False
-    num_slots: Callable[[Any], int] = lambda config: 1
+    num_slots: Callable[[Any], int] = lambda _: 1
 
 
 ROW_KINDS = {

@@ -21,19 +21,22 @@ class RLConfig:
 
     algorithm: Literal["grpo", "ppo"] = flag(
         "grpo",
-        "train by rewards, relative to a prompt's group or to a value head; switches it on", "name",
+        "train by rewards, relative to a prompt's group or to a value head; switches it on",
+        "name",
     )
     reward: str | None = flag(
         None, "reward function: module:function of (prompt, completion, answer)", "name"
     )
     reward_model: str | None = flag(
-        None, "in place of --dr-rl-reward: a Hugging Face sequence-classification checkpoint",
+        None,
+        "in place of --dr-rl-reward: a Hugging Face sequence-classification checkpoint",
         "folder",
     )
     reward_workers: int = flag(1, "processes that evaluate rewards, on each rank", "count")
     reward_timeout: float = flag(10.0, "time for a completion's reward", "seconds, > 0")
     engine: str | None = flag(
-        None, "what answers in place of the model itself: module:function of (model, arguments)",
+        None,
+        "what answers in place of the model itself: module:function of (model, arguments)",
         "name",
     )
     prompts: int = flag(8, "general prompts in a rollout", "count")
@@ -51,8 +54,7 @@ class RLConfig:
         "factor, >= 0",
     )
     kl_target: float | None = flag(
-        None, "ppo: KL that --dr-rl-kl is steered to after each rollout",
-        "nats per completion, > 0",
+        None, "ppo: KL that --dr-rl-kl is steered to after each rollout", "nats per completion, > 0"
     )
     kl_horizon: int = flag(
         10000, "ppo: completions over which --dr-rl-kl moves by up to a fifth", "count"
@@ -64,7 +66,8 @@ class RLConfig:
         0.2, "ppo: how far a value may move from that of the rollout", "units of reward, > 0"
     )
     aggregation: Literal["token", "sequence"] = flag(
-        "token", "the loss is a mean over tokens, or over completions of their tokens' means",
+        "token",
+        "the loss is a mean over tokens, or over completions of their tokens' means",
         "name",
     )
     target: Literal["prompts", "self"] = flag(
@@ -79,8 +82,10 @@ class RLConfig:
     target_prompts: int = flag(4, "target prompts in a target rollout", "count")
     target_refresh: int = flag(1, "rollouts between two target rollouts", "count")
     filter: Literal["none", "once"] = flag(
-        "none", "once: before a cycle's steps, drop the completions whose gradient opposes the "
-        "target's (IIF); the set is then mean", "name",
+        "none",
+        "once: before a cycle's steps, drop the completions whose gradient opposes the "
+        "target's (IIF); the set is then mean",
+        "name",
     )
     offload: bool = flag(False, "free the gradient buffers during rollouts", "flag")
     valid_data: str | None = flag(

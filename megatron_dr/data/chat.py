@@ -108,9 +108,7 @@ class Chat:
         for start, end in [*spans, (len(text), len(text))]:
             ids += self._ids(text[place:start])
             answer = self._ids(text[start:end])
-            turns += self._without_tail(
-                ids + answer, list(range(len(ids), len(ids) + len(answer)))
-            )
+            turns += self._without_tail(ids + answer, list(range(len(ids), len(ids) + len(answer))))
             ids += answer
             place = end
         if self.tokenizer.decode(ids) != self.tokenizer.decode(self._ids(text)):

@@ -55,9 +55,7 @@ class Encoder:
         return make[self.form](record)
 
     def _sft(self, record: dict[str, Any]) -> Sample:
-        kinds = [
-            kind for kind in ("text", "response", "messages") if self.columns[kind] in record
-        ]
+        kinds = [kind for kind in ("text", "response", "messages") if self.columns[kind] in record]
         if len(kinds) != 1:
             columns = self.columns
             raise ValueError(
@@ -162,7 +160,9 @@ class Encoder:
 
 def _common(a: list[Message], b: list[Message]) -> int:
     """How many first messages are the same in both."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _check_unicode(column: str, text: str) -> None:

@@ -41,7 +41,7 @@ class FileSamples(Padded):
         self.pad = tokenizer.eod
         self.num_cut = 0
         self._parts: list[Part] = []
-        encoder = Encoder("sft", tokenizer, dict(zip(COLUMNS, COLUMNS)), chat)
+        encoder = Encoder("sft", tokenizer, dict(zip(COLUMNS, COLUMNS, strict=True)), chat)
         for where, record in read(path):
             with records.at(where):
                 self._parts.append(self._cut(encoder(record).parts[0]))

@@ -57,7 +57,9 @@ class Writer:
 
     def add(self, shard: Shard, file: int, chosen: np.ndarray) -> None:
         """The chosen samples of a shard of the input file with this number; bool [n]."""
-        for part, ids, mask, lengths in zip(self.parts, shard.ids, shard.mask, shard.lengths):
+        for part, ids, mask, lengths in zip(
+            self.parts, shard.ids, shard.mask, shard.lengths, strict=True
+        ):
             ends = np.cumsum(lengths)
             for n in np.flatnonzero(chosen):
                 where = slice(ends[n] - lengths[n], ends[n])
@@ -115,4 +117,4 @@ def quantiles(lengths: np.ndarray) -> dict[str, int]:
         return {}
     names = {"shortest": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
     found = np.quantile(lengths, list(names.values()), method="inverted_cdf")
-    return {name: int(value) for name, value in zip(names, found)}
+    return {name: int(value) for name, value in zip(names, found, strict=True)}

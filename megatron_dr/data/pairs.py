@@ -58,7 +58,7 @@ class Pairs(ABC):
     def _key(self, number: int) -> bytes:
         chosen, rejected = pair = self.pair(number)
         where = self.origin(number)
-        for name, part in zip(("chosen", "rejected"), pair):
+        for name, part in zip(("chosen", "rejected"), pair, strict=True):
             if len(part.ids) > self.sequence_length + 1:
                 raise ValueError(
                     f"{where}: the {name} answer and its prompt have {len(part.ids)} tokens, more "
@@ -112,7 +112,7 @@ class FilePairs(Pairs):
     ) -> None:  # fmt: skip
         self._pairs: list[Pair] = []
         self._origins: list[str] = []
-        encoder = Encoder("preference", tokenizer, dict(zip(COLUMNS, COLUMNS)), chat)
+        encoder = Encoder("preference", tokenizer, dict(zip(COLUMNS, COLUMNS, strict=True)), chat)
         for where, record in read(path):
             with records.at(where):
                 chosen, rejected = encoder(record).parts

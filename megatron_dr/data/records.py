@@ -110,7 +110,7 @@ def _table_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
     firsts = itertools.accumulate(counts, initial=1)
     return [
         Piece(number, path, first, count, group)
-        for group, (first, count) in enumerate(zip(firsts, counts))
+        for group, (first, count) in enumerate(zip(firsts, counts, strict=False))
     ]
 
 

@@ -48,7 +48,7 @@ class Adapters:
             return None
         rows, columns = tensor.shape
         shapes = ((self.rank, columns), (rows, self.rank))
-        a, b = (self.reader.read(k, tensor.index, s) for k, s in zip(keys, shapes))
+        a, b = (self.reader.read(k, tensor.index, s) for k, s in zip(keys, shapes, strict=True))
         return a, b
 
     def merged(self, tensor: Mapped, weight: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def write(adapters: Adapters, tensors: list[Mapped], dtype: torch.dtype, out: Pa
             found = {name: p for tensor in tensors for name, p in adapters.peft(tensor).items()}
             values = {}
             for name, pair in found.items():
-                for mark, value in zip(("lora_A", "lora_B"), pair):
+                for mark, value in zip(("lora_A", "lora_B"), pair, strict=True):
                     key = f"base_model.model.{name}.{mark}.weight"
                     values[key] = value.to(dtype).contiguous()
             save_file(values, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -43,7 +43,7 @@ class Entry:
     columns: Callable[[Model], int] | None
     split: Literal[0, 1] | None
     stage: Literal["first", "layers", "last"]
-    when: Callable[[Model], bool] = lambda model: True
+    when: Callable[[Model], bool] = lambda _: True
     stacked: int = 1
     extra: bool = False
     alias: str | None = None

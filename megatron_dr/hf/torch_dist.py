@@ -21,11 +21,7 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     create_default_global_save_plan,
 )
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemReader,
-    FileSystemWriter,
-    _StorageInfo,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -180,7 +176,7 @@ class Reader:
     def has(self, key: str, index: tuple[int, ...]) -> bool:
         """Whether there is anything of a tensor at place `index` on the axes in front of it."""
         return key in self.tensors and any(
-            all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes))
+            all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes, strict=True))
             for chunk in self.tensors[key].chunks
         )
 
@@ -212,7 +208,7 @@ class Reader:
 class _Unknown:
     """Stands for an object of a class that isn't needed, such as Megatron's enums."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Unknown":
+    def __new__(cls, *_: Any, **__: Any) -> "_Unknown":
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:

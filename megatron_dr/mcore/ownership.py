@@ -208,4 +208,3 @@ def block_names(owned: list[OwnedParameter], kind: str) -> tuple[str, ...]:
 def _natural(name: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", name)
     return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts]
-

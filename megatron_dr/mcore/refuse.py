@@ -21,7 +21,7 @@ class Rule:
 
     name: str
     why: str = ""
-    when: Callable[[Any, Any], Any] = lambda value, options: value
+    when: Callable[[Any, Any], Any] = lambda value, _: value
     says: str = ""
 
 

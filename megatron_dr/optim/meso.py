@@ -177,7 +177,9 @@ class Meso(torch.optim.Optimizer):
         found: dict[tuple[Any, ...], int] = {}
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if self.is_compressed(parameter):
-                for side, (length, size, columns) in zip(_SIDES, self._sides(parameter)):
+                for side, (length, size, columns) in zip(
+                    _SIDES, self._sides(parameter), strict=True
+                ):
                     held = length if columns is None else sum(b - a for a, b in columns)
                     if size < length or columns is not None:
                         key = (side, length, size, columns, parameter.dtype)
@@ -221,7 +223,9 @@ class Meso(torch.optim.Optimizer):
         for (group, _), shares in together.items():
             flat = torch.cat([share.reshape(-1) for share in shares])
             dist.all_reduce(flat, group=group)
-            for share, summed in zip(shares, torch.split(flat, [s.numel() for s in shares])):
+            for share, summed in zip(
+                shares, torch.split(flat, [s.numel() for s in shares]), strict=True
+            ):
                 share.copy_(summed.view_as(share))
 
     def _epoch(self, step: int) -> int:
@@ -252,7 +256,7 @@ class Meso(torch.optim.Optimizer):
             return None, None
         done = self.state[parameter]["step"] if self.state[parameter] else 0
         rows: list[Tensor | None] = []
-        for side, (length, size, columns) in zip(_SIDES, self._sides(parameter)):
+        for side, (length, size, columns) in zip(_SIDES, self._sides(parameter), strict=True):
             whole = size == length and columns is None
             epoch = self._epoch(done + 1)
             make = self.subspaces.rows
@@ -263,5 +267,5 @@ class Meso(torch.optim.Optimizer):
         """T and R."""
         return [
             self.subspaces.transport(side, length, size, old, new, parameter)
-            for side, (length, size, _) in zip(_SIDES, self._sides(parameter))
+            for side, (length, size, _) in zip(_SIDES, self._sides(parameter), strict=True)
         ]

@@ -81,7 +81,7 @@ def ghost_gram(pairs: Sequence[Pair]) -> Tensor:
     blocks = [
         block
         for x_LNI, dy in pairs
-        for block in zip(torch.split(x_LNI, length), torch.split(dy, length))
+        for block in zip(torch.split(x_LNI, length), torch.split(dy, length), strict=True)
     ]
     gram_NN = pairs[0][0].new_zeros((samples, samples), dtype=torch.float64)
     for n, left in enumerate(blocks):
@@ -100,7 +100,9 @@ def ghost_cross(pairs: Sequence[Pair], target_OI: Tensor) -> Tensor:
     for x_LNI, dy in pairs:
         samples, inner = x_LNI.shape[1:]
         tokens = max(1, BLOCK // (4 * samples * max(inner, len(target_OI)) or 1))  # at a time
-        for some_LNI, some_dy in zip(torch.split(x_LNI, tokens), torch.split(dy, tokens)):
+        for some_LNI, some_dy in zip(
+            torch.split(x_LNI, tokens), torch.split(dy, tokens), strict=True
+        ):
             if not dy.is_floating_point():
                 y_LNI = target_OI[some_dy.clamp(min=0)].float().mul_(some_LNI)
                 cross_N += y_LNI.sum(2).masked_fill_(some_dy < 0, 0.0).sum(0)

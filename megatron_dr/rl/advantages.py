@@ -65,11 +65,7 @@ def token_rewards(
 
 
 def gae(
-    reward_BT: Tensor,
-    value_BT: Tensor,
-    mask_BT: Tensor,
-    discount: float,
-    decay: float,
+    reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, discount: float, decay: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, [B, T] each, 0 at padding (arXiv 1506.02438).
 

@@ -98,9 +98,7 @@ class CompletionsServer:
         finally:
             threads.shutdown(cancel_futures=True)
 
-    def _body(
-        self, prompt: Sequence[int], params: SamplingParams, seed: int, number: int
-    ) -> bytes:
+    def _body(self, prompt: Sequence[int], params: SamplingParams, seed: int, number: int) -> bytes:
         return json.dumps(
             {
                 "model": self._model,

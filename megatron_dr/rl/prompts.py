@@ -34,7 +34,7 @@ def read_prompts(
         ValueError: a missing or empty file, or a wrong record: with the file, the line's or row's
             number and what is wrong with it.
     """
-    encoder = Encoder("prompts", tokenizer, dict(zip(COLUMNS, COLUMNS)), chat)
+    encoder = Encoder("prompts", tokenizer, dict(zip(COLUMNS, COLUMNS, strict=True)), chat)
     prompts: list[Prompt] = []
     for path in paths:
         before = len(prompts)

@@ -83,7 +83,9 @@ class RewardModel:
                 failures["raised"] += 1
                 self._warn(number, first_line(error))
         reward_N = self._forward(list(texts.values()))
-        for number, reward, finite in zip(texts, reward_N.tolist(), reward_N.isfinite().tolist()):
+        for number, reward, finite in zip(
+            texts, reward_N.tolist(), reward_N.isfinite().tolist(), strict=True
+        ):
             if finite:
                 rewards[number] = reward
             else:
@@ -122,7 +124,7 @@ class RewardModel:
             cut = self._tokenizer(
                 [texts[n] for n in long], truncation=True, max_length=self._context, **options
             )
-            for number, row in zip(long, cut["input_ids"]):
+            for number, row in zip(long, cut["input_ids"], strict=True):
                 rows[number] = row
         return rows
 

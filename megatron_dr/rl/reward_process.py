@@ -51,9 +51,7 @@ class RewardProcess:
             return
         self.stop()
         if isinstance(reply, RewardFailure):
-            raise ValueError(
-                f"reward {self._name!r} can't be loaded: its import {reply.message}."
-            )
+            raise ValueError(f"reward {self._name!r} can't be loaded: its import {reply.message}.")
         raise ValueError(reply["message"])
 
     def evaluate(self, sample: tuple[str, str, Any], timeout: float) -> float | RewardFailure:

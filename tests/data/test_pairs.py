@@ -30,8 +30,10 @@ def write(folder: Path, *records: Any) -> str:
 
 def answers(sample: dict[str, torch.Tensor], decode: Any) -> list[str]:
     """The labels that have a loss, decoded, of chosen and rejected."""
-    return [decode(labels[mask == 1].tolist())
-            for labels, mask in zip(sample["labels"], sample["answer_mask"])]  # fmt: skip
+    return [
+        decode(labels[mask == 1].tolist())
+        for labels, mask in zip(sample["labels"], sample["answer_mask"], strict=True)
+    ]
 
 
 def test_the_answers_alone_have_a_loss(tmp_path: Path, tokenizer: ByteTokenizer) -> None:

@@ -50,7 +50,7 @@ def test_as_files_are_read_in_training(tmp_path: Path, length: int) -> None:
     direct = FileSamples(str(data), ByteTokenizer(), length)
     found = documents(tmp_path / "p")
     assert len(found) == len(direct)
-    for (ids, mask), sample in zip(found, (direct[n] for n in range(len(direct)))):
+    for (ids, mask), sample in zip(found, (direct[n] for n in range(len(direct))), strict=True):
         assert ids == [*sample["tokens"][:1].tolist(), *sample["labels"][: len(ids) - 1].tolist()]
         assert mask == [0, *sample["loss_mask"][: len(ids) - 1].int().tolist()]
         assert sample["loss_mask"].sum() == sum(mask)
@@ -100,7 +100,7 @@ def test_conversations(tmp_path: Path) -> None:
     tokenizer = MegatronTokenizer.from_pretrained(folder, metadata_path={"library": "huggingface"})
     assert read_directly(tmp_path / "a.jsonl", tokenizer) == [(ids, mask)]
     decode = _chat.fast(None).decode
-    assert decode([i for i, m in zip(ids, mask) if m]) == "Hello there.<|im_end|>"
+    assert decode([i for i, m in zip(ids, mask, strict=True) if m]) == "Hello there.<|im_end|>"
     assert decode(ids).startswith("<|im_start|>user\nHi<|im_end|>")
 
 
@@ -117,7 +117,10 @@ def test_preference_pairs(tmp_path: Path) -> None:
     prepare(write(tmp_path / "a.jsonl", lines), tmp_path / "p", tokenizer=folder)
     decode = _chat.fast(None).decode
     trained = [
-        [decode([i for i, m in zip(*both) if m]) for both in documents(tmp_path / "p", part)]
+        [
+            decode([i for i, m in zip(*both, strict=True) if m])
+            for both in documents(tmp_path / "p", part)
+        ]
         for part in ("_chosen", "_rejected")
     ]
     end = "<|im_end|>"
@@ -137,7 +140,9 @@ def test_prompts_with_answers(tmp_path: Path) -> None:
     for prefix in (tmp_path / "p", tmp_path / "p_validation"):
         answers = [json.loads(line) for line in Path(f"{prefix}_answers.jsonl").open()]
         assert [a["id"] for a in answers] == list(range(len(documents(prefix))))
-        for (ids, mask), answer, (_, line) in zip(documents(prefix), answers, sources(prefix)):
+        for (ids, mask), answer, (_, line) in zip(
+            documents(prefix), answers, sources(prefix), strict=True
+        ):
             record, seen = lines[line - 1], seen + 1
             assert not any(mask) and answer["answer"] == record["answer"]
             assert answer.get("level") == record.get("level")

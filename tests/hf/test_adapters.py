@@ -94,7 +94,7 @@ def test_peft_files(tmp_path: Path, layers: tuple[int, ...]) -> None:
     modules = [name.removeprefix("base_model.model.") for name in names]
     ends = {module.rsplit(".", 1)[-1] for module in modules}
     assert config["target_modules"] == sorted(ends if layers == BOTH else modules)
-    for name, module in zip(names, modules):
+    for name, module in zip(names, modules, strict=True):
         a, b = (values[f"{name}.lora_{mark}.weight"] for mark in "AB")
         found = before[f"{module}.weight"] + config["lora_alpha"] / config["r"] * b @ a
         torch.testing.assert_close(found, expected[f"{module}.weight"])

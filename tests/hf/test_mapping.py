@@ -63,9 +63,7 @@ def test_heads_lie_group_by_group(seed: int) -> None:
     mapped = mapped_tensors(model, 256)
     values = tensors(hf_shapes(mapped), torch.float32)
     for kind in ("weight", "bias"):
-        (tensor,) = [
-            t for t in mapped if t.key.endswith(f"linear_qkv.{kind}") and t.index == (0,)
-        ]
+        (tensor,) = [t for t in mapped if t.key.endswith(f"linear_qkv.{kind}") and t.index == (0,)]
         queries = model.heads // model.groups
         rows = whole(tensor, values)
         shape = (model.groups, queries + 2, model.head_size, *rows.shape[1:])
@@ -83,7 +81,7 @@ def test_gate_and_up_of_a_rank_are_its_own_rows_of_each() -> None:
     tensor = next(t for t in mapped if t.key.endswith("linear_fc1.weight"))
     boxes = tensor.shards(1, 3)
     assert [box[0] for box in boxes] == [(4, 8), (16, 20)]
-    for box, name in zip(boxes, ("gate", "up")):
+    for box, name in zip(boxes, ("gate", "up"), strict=True):
         expected = values[f"model.layers.0.mlp.{name}_proj.weight"][4:8]
         assert take(tensor, box, torch.float32, sliced(values)).equal(expected)
 

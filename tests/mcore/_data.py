@@ -101,7 +101,9 @@ def sequence(role: str, step: int, row: int, number: int, full_mask: bool) -> Se
 def pack(batch: Sequence) -> Sequence:
     """The pack [1, PACK] of a batch's sequences, each cut after its last label with a loss."""
     parts = []
-    for tokens, labels, mask in zip(batch["tokens"], batch["labels"], batch["loss_mask"]):
+    for tokens, labels, mask in zip(
+        batch["tokens"], batch["labels"], batch["loss_mask"], strict=True
+    ):
         length = int(mask.sum())
         ids = [*tokens[:length].tolist(), int(labels[length - 1])]
         parts.append(Part.of(ids, [1] * len(ids)))

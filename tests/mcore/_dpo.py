@@ -99,7 +99,7 @@ class OracleRun:
     def loss(self, role: str, n: int) -> tuple[torch.Tensor, dict[str, float]]:
         chosen, rejected = (
             log_prob(self.p, side) - known
-            for side, known in zip(self.pairs[role][n], self.reference[role][n])
+            for side, known in zip(self.pairs[role][n], self.reference[role][n], strict=True)
         )
         h = BETA * (chosen - rejected)
         right, wrong = torch.sigmoid(h).log(), torch.sigmoid(-h).log()
@@ -115,7 +115,7 @@ class OracleRun:
 
     def gradient(self, role: str, numbers: list[int]) -> Parameters:
         loss = torch.stack([self.loss(role, n)[0] for n in numbers]).mean()
-        return dict(zip(self.p, torch.autograd.grad(loss, list(self.p.values()))))
+        return dict(zip(self.p, torch.autograd.grad(loss, list(self.p.values())), strict=True))
 
     def rows(self, window: list[int]) -> list[Parameters]:
         size = MICRO if self.row == "slot" else 1

@@ -67,7 +67,7 @@ def check(
     ranks = run_ranks(layout.world, run, layout, problem, initial, changes)
     parameters, history, errors = expected(layout.alone, problem)
     for _, weights, *_ in ranks:  # the same on every rank, bit for bit
-        assert all((a == b).all() for a, b in zip(weights, ranks[0][1]))
+        assert all((a == b).all() for a, b in zip(weights, ranks[0][1], strict=True))
     for found in (log for _, _, log, _ in ranks if log[0] and errors):  # of last stages
         said = [values["dr sketch error"] for values in found]
         assert said == pytest.approx(errors, rel=1e-3)

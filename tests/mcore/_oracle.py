@@ -157,7 +157,7 @@ def _gradient(p: Parameters, batches: list[dict], divisor: float | None) -> Para
     gradients = torch.autograd.grad(loss, list(p.values()), allow_unused=True)
     return {
         name: torch.zeros_like(v) if g is None else g
-        for (name, v), g in zip(p.items(), gradients)
+        for (name, v), g in zip(p.items(), gradients, strict=True)
     }
 
 
@@ -186,9 +186,7 @@ def rows(layout: Layout, p: Parameters, step: int) -> tuple[list[Parameters], Pa
 
 
 def targets(layout: Layout, step: int) -> list[dict]:
-    return [
-        _data.sequence("target", step, 0, n, layout.full_masks) for n in range(layout.targets)
-    ]
+    return [_data.sequence("target", step, 0, n, layout.full_masks) for n in range(layout.targets)]
 
 
 def _tokens(batches: list[dict], layout: Layout) -> float | None:

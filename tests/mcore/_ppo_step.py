@@ -109,7 +109,10 @@ def gradient(
     if not loss.requires_grad:
         return {name: torch.zeros_like(v) for name, v in p.items()}
     parts = torch.autograd.grad(loss / count, list(p.values()), allow_unused=True)
-    return {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(p.items(), parts)}
+    return {
+        n: torch.zeros_like(v) if g is None else g
+        for (n, v), g in zip(p.items(), parts, strict=True)
+    }
 
 
 def expected(problem: Problem) -> tuple[Parameters, list[Parameters], dict[str, float]]:
@@ -165,9 +168,7 @@ def stream(known: Experience, by_reward: bool, size: int = 1) -> ExperienceStrea
     return out
 
 
-def train(
-    layout: Layout, dr: DRConfig, steps: int, size: int = 1, by_reward: bool = True
-) -> Any:
+def train(layout: Layout, dr: DRConfig, steps: int, size: int = 1, by_reward: bool = True) -> Any:
     """On a rank: first predictions, reports, the gradient of the first step and the parameters."""
     _megatron.initialize(layout)
     model, optimizer, config = _megatron.build(layout, initial())

@@ -136,7 +136,7 @@ def project(
             d = d * np.linalg.norm(wanted) / length
         d = torch.from_numpy((1 - alpha) * d + alpha * target)
         weights[name] = w
-        for n, part in zip(members, d.split([t[n].numel() for n in members])):
+        for n, part in zip(members, d.split([t[n].numel() for n in members]), strict=True):
             update[n] = part.view(t[n].shape)
     return update, weights
 
@@ -161,9 +161,7 @@ def sketched(problem: Problem, vectors: list[Parameters], step: int) -> np.ndarr
     return out.numpy()
 
 
-def sketch_error(
-    problem: Problem, general: list[Parameters], t: Parameters, step: int
-) -> float:
+def sketch_error(problem: Problem, general: list[Parameters], t: Parameters, step: int) -> float:
     """What the log estimates: sqrt(sum_b (tr(G)^2 + |G|_F^2)/K / sum_b |G|_F^2), G sketched."""
     error = length = 0.0
     for members in blocks(problem.blocks, t).values():

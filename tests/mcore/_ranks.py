@@ -45,9 +45,7 @@ def run_ranks(
         return [pickle.loads((Path(folder) / f"result{r}").read_bytes()) for r in range(world)]
 
 
-def _child(
-    rank: int, world: int, folder: Path, function: Callable[..., Any], args: Any
-) -> None:
+def _child(rank: int, world: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
     code = 1
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))

@@ -72,7 +72,7 @@ def expected(aggregation: str, by_reward: bool) -> tuple[float, dict[str, torch.
             total = total + sum(losses) / (len(losses) if aggregation == "sequence" else 1)
             count += 1 if aggregation == "sequence" else len(losses)
     loss = total / count
-    return float(loss), dict(zip(p, torch.autograd.grad(loss, list(p.values()))))
+    return float(loss), dict(zip(p, torch.autograd.grad(loss, list(p.values())), strict=True))
 
 
 def step(layout: Layout, aggregation: Any, by_reward: bool) -> Any:

@@ -22,12 +22,12 @@ def _sample_gradients(p: Parameters, data: dict) -> tuple[list[Parameters], np.n
     for n in range(len(data["tokens"])):
         losses = _oracle.token_losses(p, data["tokens"][n], data["labels"][n])
         gradients = torch.autograd.grad((losses * data["loss_mask"][n]).sum(), list(p.values()))
-        out.append(dict(zip(p, (g.detach() for g in gradients))))
+        out.append(dict(zip(p, (g.detach() for g in gradients), strict=True)))
     return out, data["loss_mask"].sum(1).double().numpy()
 
 
 def _mix(samples: list[Parameters], factors: Any) -> Parameters:
-    return {k: sum(f * s[k] for f, s in zip(factors, samples)) for k in samples[0]}
+    return {k: sum(f * s[k] for f, s in zip(factors, samples, strict=True)) for k in samples[0]}
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,9 @@ class Oracle:
                     (1 - alpha) * scale * direction + alpha * seen_t)  # fmt: skip
             self.solved.append(Solved(block, w, *(window.logged * vector for vector in seen)))
             sizes = [t[n].numel() for n in members]
-            for name, part in zip(members, torch.from_numpy(window.share * d).split(sizes)):
+            for name, part in zip(
+                members, torch.from_numpy(window.share * d).split(sizes), strict=True
+            ):
                 update[name] = part.view(t[name].shape)
         return update
 
@@ -204,7 +206,9 @@ class Oracle:
             return g
         sketch = Kronecker(name, *g.shape, case.kronecker_out, case.kronecker_in, case.seed)
         sides = [sketch.columns(side, None, "cpu", torch.float64) for side in ("out", "in")]
-        p_out, p_in = (torch.eye(n).double() if s is None else s for s, n in zip(sides, g.shape))
+        p_out, p_in = (
+            torch.eye(n).double() if s is None else s for s, n in zip(sides, g.shape, strict=True)
+        )
         return p_out @ g @ p_in.T
 
 
@@ -223,11 +227,14 @@ class WideOracle(Oracle):
         self.solved = [s for s in self.solved if ".experts." not in s.block]
         together = max(1, self.layout.dp_per_row // self.layout.cp)
         for first in range(0, self.layout.dp, together):
-            for parts in zip(*general[first : first + together]):
+            for parts in zip(*general[first : first + together], strict=True):
                 equal = 1 / len(ranks) / len(numbers)
                 share = [own.sum() / tokens if self.layout.per_token else equal for _, own in parts]
-                rows = [_mix([s], [f / own.sum() / sum(share) * len(samples) * len(parts)])
-                        for f, (samples, own) in zip(share, parts) for s in samples]  # fmt: skip
+                rows = [
+                    _mix([s], [f / own.sum() / sum(share) * len(samples) * len(parts)])
+                    for f, (samples, own) in zip(share, parts, strict=True)
+                    for s in samples
+                ]
                 own = np.concatenate([own for _, own in parts])
                 window = Window(rows, own, target, sum(share), sum(share))
                 for name, value in self._project(window).items():

@@ -47,9 +47,7 @@ def batch(layout: Layout, role: str, step: int, rank: int, number: int, samples:
     row = rank * MICROBATCHES + number
     if layout.packed:  # packs of different numbers of samples
         samples = 2 + (row + step) % 2
-    sequences = [
-        _data.sequence(role, step, row, n, layout.full_masks) for n in range(samples)
-    ]
+    sequences = [_data.sequence(role, step, row, n, layout.full_masks) for n in range(samples)]
     return {key: torch.stack([s[key] for s in sequences]) for key in sequences[0]}
 
 

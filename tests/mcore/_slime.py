@@ -113,7 +113,9 @@ def train(
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
-    for step_id, (number, size) in enumerate(zip(num_microbatches, global_batch_sizes)):
+    for step_id, (number, size) in enumerate(
+        zip(num_microbatches, global_batch_sizes, strict=True)
+    ):
         train_one_step(get_args(), rollout_id, step_id, data_iterator, model, optimizer, scheduler,
                        number, size)  # fmt: skip
 

@@ -86,9 +86,7 @@ def both_ways(folder: Path, out: Path) -> None:
     from_megatron.convert(export, out / "hf")
 
 
-def test_several_processes_write_one_checkpoint(
-    made: Any, tmp_path: Path, clean: Clean
-) -> None:
+def test_several_processes_write_one_checkpoint(made: Any, tmp_path: Path, clean: Clean) -> None:
     folder, expected = made["qwen3"]
     run_ranks(2, both_ways, folder, tmp_path)
     assert len(list((tmp_path / "mcore" / "release").glob("*.distcp"))) == 2

@@ -69,7 +69,7 @@ def gram_of_one_step(layout: Layout, kind: Any, initial: Any) -> dict[str, np.nd
     )
     handle = attached(model)
     assert handle is not None
-    return dict(zip(handle.rows.layout.names, log[0][1].gram_BRR.numpy()))
+    return dict(zip(handle.rows.layout.names, log[0][1].gram_BRR.numpy(), strict=True))
 
 
 @pytest.mark.parametrize("layout, name", KINDS.values(), ids=KINDS.keys())

@@ -91,7 +91,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         return said
 
     (said,) = on_ranks(1, refused)
-    for message, expected in zip(said, cases.values()):
+    for message, expected in zip(said, cases.values(), strict=True):
         assert message.startswith(expected)
 
 

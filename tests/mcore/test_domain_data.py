@@ -63,7 +63,7 @@ def test_microbatches_are_of_the_domain_that_all_ranks_know(
         for step in range(3):
             first = step * PER_STEP
             known = domains_of_step(plan, first, PER_STEP, rank, ranks, peers)
-            for samples, domain in zip(microbatches[first:], known):
+            for samples, domain in zip(microbatches[first:], known, strict=True):
                 assert {d for d, _ in samples} == {domain}
 
 
@@ -72,7 +72,7 @@ def test_a_domains_samples_are_taken_once_before_any_repeats(
     ranks: int, peers: int, micro: int
 ) -> None:
     taken = [Counter[int](dict.fromkeys(range(size), 0)) for size in SIZES]
-    for together in zip(*read(ranks, peers, micro, 0)):
+    for together in zip(*read(ranks, peers, micro, 0), strict=True):
         for domain, number in (sample for samples in together for sample in samples):
             taken[domain][number] += 1
         assert all(max(t.values()) - min(t.values()) <= 1 for t in taken)

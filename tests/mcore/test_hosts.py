@@ -57,6 +57,7 @@ def misused() -> None:
         with pytest.raises(RuntimeError, match=words), hosts.regularised(handle, provider):
             run(general)
         assert untouched() and not hosts.reaching()
+
     def step(target: Any, **changes: Any) -> None:
         with hosts.regularised(handle, partial(run, target)):
             run(general, **changes)
@@ -72,7 +73,9 @@ def misused() -> None:
     with pytest.raises(RuntimeError, match="finalize_model_grads_func is not set"):
         step(target)
     assert untouched() and handle.steps == 0
-    assert all(torch.equal(a, b) for a, b in zip(parameters, engine.model[0].parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(parameters, engine.model[0].parameters(), strict=True)
+    )
 
 
 def test_misuse_is_told_and_leaves_no_trace() -> None:

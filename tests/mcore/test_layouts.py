@@ -64,9 +64,7 @@ LAYOUTS = {
     "moe-tp2-sp-ep2": Layout(moe=True, tp=2, sequence_parallel=True, ep=2),
     "moe-tp2-sp-ep2-dp2": Layout(moe=True, tp=2, sequence_parallel=True, ep=2, dp=2),
     "moe-tp2-sp-ep4-dp2": Layout(moe=True, tp=2, sequence_parallel=True, ep=4, dp=2),
-    "moe-tp2-sp-etp2-ep2-dp2": Layout(
-        moe=True, tp=2, sequence_parallel=True, etp=2, ep=2, dp=2
-    ),
+    "moe-tp2-sp-etp2-ep2-dp2": Layout(moe=True, tp=2, sequence_parallel=True, etp=2, ep=2, dp=2),
 }
 
 

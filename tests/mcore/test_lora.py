@@ -46,7 +46,7 @@ def check(layout: Layout, problem: Problem, attached: bool = True, lora: LoRACon
     start = _lora.initial(layout, lora)
     ranks = run_ranks(layout.world, run, layout, problem if attached else None, start, lora)
     expected, history = _lora.train_densely(layout, problem, STEPS, start, lora.scale)
-    for weights, dense in zip(ranks[0][1], history):
+    for weights, dense in zip(ranks[0][1], history, strict=True):
         torch.testing.assert_close(
             torch.from_numpy(weights), torch.from_numpy(dense[""]), rtol=0, atol=2e-4
         )
@@ -242,7 +242,7 @@ def slope(layout: Layout, start: Any) -> dict[str, tuple[float, float]]:
             for p in parameters:
                 p.data.add_(p.main_grad, alpha=step / float(square.sqrt()))
             values.append(loss(forward_only=True))
-            for p, value in zip(parameters, saved):
+            for p, value in zip(parameters, saved, strict=True):
                 p.data.copy_(value)
         out[matrix] = float(square.sqrt()), (values[0] - values[1]) / 2e-2
     return out

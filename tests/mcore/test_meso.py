@@ -97,9 +97,7 @@ LAYOUTS = {
     "cp2-token": Layout(cp=2, per_token=True),
     "moe": Layout(moe=True),
     "moe-tp2-sp-ep2": Layout(moe=True, tp=2, sequence_parallel=True, ep=2),
-    "moe-tp2-sp-etp2-ep2-dp2": Layout(
-        moe=True, tp=2, sequence_parallel=True, etp=2, ep=2, dp=2
-    ),
+    "moe-tp2-sp-etp2-ep2-dp2": Layout(moe=True, tp=2, sequence_parallel=True, etp=2, ep=2, dp=2),
 }
 
 
@@ -140,7 +138,9 @@ def start(layout: Layout, initial: Any) -> Any:
 def sharded(model: Any, optimizer: Any, is_loading: bool) -> dict[str, Any]:
     """As Megatron's checkpointing does it."""
     names = ["model"] if len(model) == 1 else [f"model{n}" for n in range(len(model))]
-    state = {name: chunk.module.sharded_state_dict() for name, chunk in zip(names, model)}
+    state = {
+        name: chunk.module.sharded_state_dict() for name, chunk in zip(names, model, strict=True)
+    }
     metadata = {"chained_optim_avoid_prefix": True}
     own = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return {**state, "optimizer": own}
@@ -160,8 +160,8 @@ def load_at(layout: Layout, folder: str, at: int) -> Any:
     initial = {k: torch.zeros_like(v) for k, v in _oracle.initial(layout).items()}
     model, optimizer, config = start(layout, initial)
     loaded = dist_checkpointing.load(sharded(model, optimizer, True), folder)
-    for name, chunk in zip([n for n in loaded if n.startswith("model")], model):
-        chunk.module.load_state_dict(loaded[name], strict=False)
+    for name, chunk in zip([n for n in loaded if n.startswith("model")], model, strict=True):
+        chunk.module.load_state_dict(loaded[name], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
     steps(layout, model, optimizer, at, STEPS)
     return _megatron.pieces(model, config)
@@ -174,7 +174,9 @@ CHECKPOINTS = {
     "tp2-sp-to-world1": (Layout(tp=2, sequence_parallel=True), Layout(), 2e-5),
     "pp2-tied-to-tp2-tied": (Layout(pp=2, tied=True), Layout(tp=2, tied=True), 2e-5),
     "moe-ep2-to-tp2-ep2": (
-        Layout(moe=True, ep=2, dp=2), Layout(moe=True, tp=2, sequence_parallel=True, ep=2), 2e-5
+        Layout(moe=True, ep=2, dp=2),
+        Layout(moe=True, tp=2, sequence_parallel=True, ep=2),
+        2e-5,
     ),  # fmt: skip
 }
 
@@ -205,7 +207,7 @@ def own_format(layout: Layout, initial: Any) -> Any:
     expected = _megatron.pieces(model, config)
     model, optimizer, config = _megatron.build(layout, initial)
     with_meso(MEAN, layout, model, optimizer, config)
-    model[0].load_state_dict(state, strict=False)
+    model[0].load_state_dict(state, strict=True)
     optimizer.load_state_dict(saved)
     steps(layout, model, optimizer, 3, STEPS)
     return expected, _megatron.pieces(model, config)

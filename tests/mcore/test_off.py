@@ -36,9 +36,9 @@ def state(layout: Layout, dr: DRConfig | None) -> list[torch.Tensor]:
 def assert_bitwise(layout: Layout, dr: DRConfig) -> None:
     stock = run_ranks(layout.world, state, layout, None)
     plugin = run_ranks(layout.world, state, layout, dr)
-    for a, b in zip(stock, plugin):
+    for a, b in zip(stock, plugin, strict=True):
         assert len(a) == len(b) > 0
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -57,8 +57,8 @@ def test_mean_with_a_watched_target_is_stock(overlap: bool) -> None:
     watched = Layout(dp=2, targets=2 * stock.num_general, overlap=overlap)
     expected = run_ranks(2, state, stock, None)
     found = run_ranks(2, state, watched, DRConfig(set="mean", alpha=0.0))
-    for a, b in zip(expected, found):
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    for a, b in zip(expected, found, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_detached_is_stock() -> None:
@@ -75,5 +75,5 @@ def test_detached_is_stock() -> None:
         return [p.detach() for chunk in model for p in chunk.parameters()]
 
     stock = run_ranks(2, state, layout, None)
-    for a, b in zip(stock, run_ranks(2, detached)):
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    for a, b in zip(stock, run_ranks(2, detached), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

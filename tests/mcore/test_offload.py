@@ -75,6 +75,7 @@ def between_steps(optimizer: Any, handle: Handle, act: Callable[[Handle, int], N
 
 def trained(layout: Layout, dr: DRConfig | Case, offloads: bool) -> list[torch.Tensor]:
     """On a rank: the parameters after some steps."""
+
     def plugin(model: Any, optimizer: Any, config: Any, chosen: DRConfig) -> Handle:
         handle = stock(model, optimizer, config, chosen)
         if offloads:

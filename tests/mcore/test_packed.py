@@ -1,5 +1,6 @@
 """Packed and unpacked samples: the same losses and the same gradient, in every layout."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ def forward_step(losses: list[Any], data_iterator: Any, model: Any) -> Any:
     def loss(mask: torch.Tensor, output: torch.Tensor) -> Any:
         starts = parameters.cu_seqlens_q.tolist()[: int(data["num_packed"]) + 1]
         per_token = (output * mask).detach()[0]
-        losses.append([float(per_token[a:b].sum()) for a, b in zip(starts, starts[1:])])
+        losses.append([float(per_token[a:b].sum()) for a, b in itertools.pairwise(starts)])
         return _megatron.loss_func(mask, output)
 
     return output, partial(loss, data["loss_mask"])
@@ -82,7 +83,7 @@ def test_packed_samples_have_the_losses_and_the_gradient_of_unpacked_ones(name: 
         data = batch(n)
         losses = torch.stack([
             (_oracle.token_losses(p, t, y) * m).sum()
-            for t, y, m in zip(data["tokens"], data["labels"], data["loss_mask"])
+            for t, y, m in zip(data["tokens"], data["labels"], data["loss_mask"], strict=True)
         ])  # fmt: skip
         losses.sum().backward()
         expected += losses.tolist()

@@ -205,9 +205,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("rows", [SLOTS, ROWS, LORA], ids=("slot", "sample", "adapters"))
-def test_packs_train_alike_in_every_layout(
-    data: dict[str, str], tmp_path: Path, rows: str
-) -> None:
+def test_packs_train_alike_in_every_layout(data: dict[str, str], tmp_path: Path, rows: str) -> None:
     """And the losses fall, in both roles."""
     base = tmp_path / "base"
     rows += " --num-layers 4"
@@ -264,5 +262,3 @@ def test_packs_without_the_plugin(data: dict[str, str]) -> None:
     code, out, error = run(argv, 1)[0]
     assert code == 0, error
     assert "lm loss" in out and "dr residual" not in out
-
-

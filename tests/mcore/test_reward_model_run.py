@@ -27,7 +27,9 @@ def expected_rewards(model: Any, saved: experience.Experience) -> list[float]:
     """Of each saved completion, alone: the policy's tokens as text, then the reward model's."""
     policy = transformers.AutoTokenizer.from_pretrained(ROOT / "examples/sft/tokenizer")
     rewards = []
-    for ids, next_is_answer in zip(saved.tokens_NT.tolist(), saved.mask_NT.bool().tolist()):
+    for ids, next_is_answer in zip(
+        saved.tokens_NT.tolist(), saved.mask_NT.bool().tolist(), strict=True
+    ):
         first = next_is_answer.index(True) + 1
         prompt, answer = ids[:first], ids[first : first + sum(next_is_answer)]
         if answer[-1] == policy.eos_token_id:
@@ -53,7 +55,7 @@ def test_ranks_share_the_scoring(tmp_path: Path) -> None:
         assert logged[-1][0]["reward"] == pytest.approx(sum(rewards) / 16, abs=1e-5)
     one, two = logged
     assert len(one) == len(two) == 2
-    for first, second in zip(one, two):
+    for first, second in zip(one, two, strict=True):
         for name in ("reward", "policy loss", "kl"):
             assert first[name] == pytest.approx(second[name], rel=2e-3, abs=2e-5), name
         assert first["failed rewards"] == second["failed rewards"] == 0

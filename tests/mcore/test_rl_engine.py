@@ -35,9 +35,11 @@ def test_a_server_answers_for_any_layout(data: dict[str, str], tmp_path: Path) -
 
 
 def test_a_server_that_is_not_there_ends_the_run_on_every_rank(data: dict[str, str]) -> None:
-    for engine, sentence in (("nobody", "--dr-rl-engine failed on rank 0: RuntimeError"),
-                             ("nothing", "--dr-rl-engine 'tests.mcore._engines:nothing' can't be"),
-                             ("serve --context-parallel-size 2", "rollouts")):
+    for engine, sentence in (
+        ("nobody", "--dr-rl-engine failed on rank 0: RuntimeError"),
+        ("nothing", "--dr-rl-engine 'tests.mcore._engines:nothing' can't be"),
+        ("serve --context-parallel-size 2", "rollouts"),
+    ):
         more = f"{from_base(data)} --dr-rl-engine tests.mcore._engines:{engine}"
         ended = _rl.run(data, more, 1, 2)
         assert [code for code, *_ in ended] == [2, 2]

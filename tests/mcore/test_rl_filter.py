@@ -68,7 +68,7 @@ def expected(start: Parameters, rl: RLConfig, by_reward: bool) -> Any:
     kept = [n for n in range(ROWS) if score_N[n] >= 0]
     mean = sum(gradients[n] for n in kept) / sum(parts[n][1] for n in kept)
     split = mean.split([v.numel() for v in p.values()])
-    return score_N, dict(zip(p, split))
+    return score_N, dict(zip(p, split, strict=True))
 
 
 def of_target(start: Parameters) -> Experience:

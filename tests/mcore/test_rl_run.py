@@ -31,7 +31,7 @@ def compare(ended: Any, path: Path, whole: Any, first: int = 0) -> None:
     weights, expected = _rl.parameters(ended), whole[1][first:]
     found = metrics.read(path, "train")
     assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
-    for got, want in zip(found, expected):
+    for got, want in zip(found, expected, strict=True):
         for name in SAME:
             assert got[name] == pytest.approx(want[name], rel=2e-3, abs=2e-5), (got, want)
     assert weights.keys() == whole[0].keys() and weights
@@ -57,7 +57,9 @@ LAYOUTS = {
     "tp2_sp": ("--tensor-model-parallel-size 2 --sequence-parallel", 2, 8),
     "pp2": ("--pipeline-model-parallel-size 2", 2, 8),
     "pp2_vpp2": (
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", 2, 8,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        2,
+        8,
     ),
 }
 

@@ -1,6 +1,5 @@
 """One GRPO step's gradient on a Megatron model, against plain loops over completions in float64."""
 
-
 import pytest
 import torch
 

@@ -78,15 +78,15 @@ def test_tokens_and_log_probabilities_are_the_oracles(name: str) -> None:
     expected = oracle(reduced(layout), learned)
     ranks = run_ranks(layout.world, roll_out, layout, learned, 64 if layout.tp > 1 else 4)
     for written, trained in ranks:
-        for got, want in zip(written, expected):
+        for got, want in zip(written, expected, strict=True):
             compare(got, want)
-        for forward, want in zip(trained, expected):
+        for forward, want in zip(trained, expected, strict=True):
             compare_forward(forward, want)
 
 
 def compare(got: list[Any], want: list[Any]) -> None:
     assert [(tokens, finish) for tokens, _, finish in got] == [(t, f) for t, _, f in want]
-    for (_, found, _), (_, exact, _) in zip(got, want):
+    for (_, found, _), (_, exact, _) in zip(got, want, strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=TOLERANCE)
 
 
@@ -147,9 +147,9 @@ def trained(layout: Layout, rolling: bool) -> list[torch.Tensor]:
 def test_training_goes_on_bit_for_bit(name: str) -> None:
     layout = TRAINED[name]
     without = run_ranks(layout.world, trained, layout, False)
-    for a, b in zip(without, run_ranks(layout.world, trained, layout, True)):
+    for a, b in zip(without, run_ranks(layout.world, trained, layout, True), strict=True):
         assert len(a) == len(b) > 0
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # -- where completions end -----------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_wrong_input_is_refused_in_a_sentence() -> None:
         "{True}",
     )
     assert len(said) == len(parts)
-    for sentence, part in zip(said, parts):
+    for sentence, part in zip(said, parts, strict=True):
         assert part in sentence
 
 

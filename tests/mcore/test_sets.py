@@ -11,8 +11,7 @@ TWO_RANKS = Layout(dp=2, distributed_optimizer=True)
 
 @pytest.mark.parametrize("blocks", ["model", "layer", "matrix"])
 @pytest.mark.parametrize(
-    "name",
-    ["topk", "greedy", "filter", "capped", "hull", "cone", "span", "ball", "halfspace"],
+    "name", ["topk", "greedy", "filter", "capped", "hull", "cone", "span", "ball", "halfspace"]
 )
 def test_set_and_blocks(name: str, blocks: str) -> None:
     check(TWO_RANKS, Problem(set=name, blocks=blocks, alpha=0.0), atol=5e-5)
@@ -32,7 +31,11 @@ def test_set_and_blocks(name: str, blocks: str) -> None:
         Problem(set="halfspace", norm="target", alpha=0.3),
         Problem(alpha=0.4, alpha_style="linear", end_alpha=0.1, alpha_steps=2),
         Problem(
-            alpha=0.0, alpha_style="cosine", end_alpha=0.6, alpha_steps=3, gram="sketch",
+            alpha=0.0,
+            alpha_style="cosine",
+            end_alpha=0.6,
+            alpha_steps=3,
+            gram="sketch",
             blocks="layer",
         ),  # fmt: skip
     ],

@@ -31,9 +31,7 @@ LAYOUTS = [
 
 
 def first_gram(layout: Layout, initial: Any) -> np.ndarray:
-    dr = DRConfig(
-        rows="slot", slots=layout.slots, gram="sketch", sketch_size=SIZE, seed=SEED
-    )
+    dr = DRConfig(rows="slot", slots=layout.slots, gram="sketch", sketch_size=SIZE, seed=SEED)
     log = _megatron.train(layout, 1, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr))[3]
     gram: np.ndarray = log[0][1].gram_BRR.numpy()[0]
     return gram

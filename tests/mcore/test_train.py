@@ -60,9 +60,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout, world", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layouts_train_alike(
-    data: dict[str, str], tmp_path: Path, layout: str, world: int
-) -> None:
+def test_layouts_train_alike(data: dict[str, str], tmp_path: Path, layout: str, world: int) -> None:
     """One data rank with 4 slots of 2 sequences, whatever lies below it.
 
     All start from the checkpoint of one process: Megatron draws parameters by stage.
@@ -147,10 +145,7 @@ BAD = {
         "--dr-target-data {target} --num-distributed-optimizer-instances 2",
         "--num-distributed-optimizer-instances 1",
     ),
-    "ramp-up": (
-        "--dr-target-data {target} --rampup-batch-size 2 2 8",
-        "--rampup-batch-size",
-    ),
+    "ramp-up": ("--dr-target-data {target} --rampup-batch-size 2 2 8", "--rampup-batch-size"),
     "no general file": (
         "--dr-target-data {target} --dr-slots 4 --train-data-path {tmp}/none.jsonl",
         "none.jsonl: no such file or folder.",

@@ -51,7 +51,7 @@ def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_p
     assert code == 0, error
     one, other = metrics.read(whole, "train"), metrics.read(parts, "train")
     assert len(one) == len(other) == 6
-    for a, b in zip(one, other):
+    for a, b in zip(one, other, strict=True):
         assert abs(a["dr alpha"] - b["dr alpha"]) < 1e-5
         assert abs(a["lm loss"] - b["lm loss"]) < 1e-5
 

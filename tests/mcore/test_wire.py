@@ -21,9 +21,7 @@ DP4 = Layout(dp=4, target_ranks=1)
 LAYOUTS = {
     "dp4": DP4,
     "dp4-distopt": Layout(dp=4, target_ranks=1, distributed_optimizer=True),
-    "dp4-distopt-overlap": Layout(
-        dp=4, target_ranks=1, distributed_optimizer=True, overlap=True
-    ),
+    "dp4-distopt-overlap": Layout(dp=4, target_ranks=1, distributed_optimizer=True, overlap=True),
     "dp2-tp2": Layout(dp=2, tp=2, target_ranks=1, targets=2, distributed_optimizer=True),
     "dp2-pp2": Layout(dp=2, pp=2, target_ranks=1, targets=2, distributed_optimizer=True),
 }
@@ -85,7 +83,7 @@ def test_exact_rows_send_what_plain_megatron_sends(layout: Layout) -> None:
     stock = run_ranks(layout.world, sent, layout, None, initial)
     ours = run_ranks(layout.world, sent, layout, dr, initial)
     assert min(stock) > 50_000
-    for plain, projected in zip(stock, ours):
+    for plain, projected in zip(stock, ours, strict=True):
         assert abs(projected - plain) <= 0.01 * plain, (projected, plain)
 
 
@@ -208,5 +206,5 @@ def test_a_large_unit_is_exchanged_and_multiplied_in_chunks() -> None:
 
     (whole, parameters), (parts, others) = run_ranks(2, gram, False)[0], run_ranks(2, gram, True)[0]
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
-    for (_, _, _, one), (_, _, _, other) in zip(parameters, others):
+    for (_, _, _, one), (_, _, _, other) in zip(parameters, others, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

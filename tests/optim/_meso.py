@@ -34,8 +34,7 @@ def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(OUT, IN), (IN,), (OUT, 4), (3, 4)]
     return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64))
-        for s in shapes
+        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes
     ]
 
 
@@ -46,7 +45,7 @@ def gradients(step: int, like: list[torch.nn.Parameter]) -> list[Tensor]:
 
 def train(optimizer: Any, own: list[torch.nn.Parameter], first: int, last: int) -> None:
     for step in range(first, last):
-        for parameter, gradient in zip(own, gradients(step, own)):
+        for parameter, gradient in zip(own, gradients(step, own), strict=True):
             parameter.grad = gradient
         optimizer.step()
 

@@ -151,7 +151,7 @@ def test_who_shares_the_projections_changes_nothing(form: Any, options: Any) -> 
         common.rows("out", OUT, K_OUT, 7, shared[0])
         train(neighbour, other, step, step + 1)
         train(optimizer, shared, step, step + 1)
-    for a, b in zip(alone, shared):
+    for a, b in zip(alone, shared, strict=True):
         assert torch.equal(a, b)
 
 
@@ -163,11 +163,11 @@ def test_compressing_commutes_with_sums_and_clipping(form: Any, options: Any) ->
     first, second = gradients(0, own)[0], gradients(1, own)[0]
     c = optimizer.compress
     assert_equal([c(own[0], first + 2.0 * second)], [c(own[0], first) + 2.0 * c(own[0], second)])
-    for parameter, gradient in zip(own, gradients(0, own)):
+    for parameter, gradient in zip(own, gradients(0, own), strict=True):
         parameter.grad = gradient
     norm = math.sqrt(sum(g.square().sum() for g in gradients(0, own)))
     torch.nn.utils.clip_grad_norm_(own, 1.0)
-    for parameter, gradient in zip(own, gradients(0, own)):
+    for parameter, gradient in zip(own, gradients(0, own), strict=True):
         clipped = c(parameter, parameter.grad)
         assert_equal([clipped], [c(parameter, gradient) / norm], rtol=1e-5, atol=1e-9)
 
@@ -203,7 +203,7 @@ def test_resumed_run_equals_uninterrupted_one(form: Any, options: Any, at: int) 
     second = make(form, parts, options)
     second.load_state_dict(saved)
     train(second, parts, at, 10)
-    for a, b in zip(whole, parts):
+    for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a, b)
 
 
@@ -246,23 +246,23 @@ def test_shards_move_as_the_whole(
     index = [torch.cat([torch.arange(a, b) for a, b in c]) for c in columns]
     parts = [torch.nn.Parameter(whole[0].detach().index_select(dim, i)) for i in index]
     ranks = [make(form, [part], options) for part in parts]
-    for rank, part, own in zip(ranks, parts, columns):
+    for rank, part, own in zip(ranks, parts, columns, strict=True):
         rank.shards[part] = Shard(dim, whole[0].shape[dim], own, None)
     for step in range(9):
         gradient = gradients(step, whole)[0]
         shares = [
             rank.compress(part, gradient.index_select(dim, i))
-            for rank, part, i in zip(ranks, parts, index)
+            for rank, part, i in zip(ranks, parts, index, strict=True)
         ]
         total = (shares[0] + shares[1]).reshape(-1)
         summed = functools.partial(lambda total, flat, group: flat.copy_(total), total)
         monkeypatch.setattr(torch.distributed, "all_reduce", summed)
-        for rank, part, i in zip(ranks, parts, index):
+        for rank, part, i in zip(ranks, parts, index, strict=True):
             part.grad = gradient.index_select(dim, i)
             rank.step()
         whole[0].grad = gradient
         one.step()
-    for part, i in zip(parts, index):
+    for part, i in zip(parts, index, strict=True):
         assert_equal([part], [whole[0].detach().index_select(dim, i)], rtol=1e-10, atol=1e-10)
 
 

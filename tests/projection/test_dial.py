@@ -1,6 +1,5 @@
 """alpha: the schedules, the statistics against dense vectors, and when the rule is right."""
 
-
 import pytest
 import torch
 from _samplers import SCALES, generator, rows
@@ -215,9 +214,7 @@ class World:
 def test_scaling_all_gradients_leaves_alpha(norm: str) -> None:
     gram = gram_with_halves(*(x.double() for x in halves()))
     gram[:, -2, -2] += 9.0  # halves that agree
-    alphas = [
-        alpha_of(statistics(Cone(0.3), norm, scale**2 * gram), 20.0) for scale in SCALES
-    ]
+    alphas = [alpha_of(statistics(Cone(0.3), norm, scale**2 * gram), 20.0) for scale in SCALES]
     assert 0.05 < alphas[1] < 0.95
     assert torch.allclose(torch.stack(alphas), alphas[1], rtol=1e-6)
 

@@ -33,13 +33,7 @@ from megatron_dr.projection import (
     TopK,
 )
 
-RIDGED = [
-    Capped(0.5, 1e-3),
-    Hull(1e-3),
-    Cone(1e-3),
-    Span(1e-3),
-    Ball(0.5, 1e-3),
-]
+RIDGED = [Capped(0.5, 1e-3), Hull(1e-3), Cone(1e-3), Span(1e-3), Ball(0.5, 1e-3)]
 BARE = [Capped(0.5), Hull(), Cone(), Span(), Ball(0.5)]
 SETS = [Mean(), Target(), Halfspace(), *RIDGED, *BARE]
 
@@ -198,10 +192,7 @@ def test_against_the_reference(kind: str, ridge: float) -> None:
 
 
 def compare(
-    set_: FeasibleSet,
-    J: Tensor,
-    t: Tensor,
-    solve: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    set_: FeasibleSet, J: Tensor, t: Tensor, solve: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> None:
     """The update always; the weights too where a ridge makes them unique."""
     ours = set_.weights(*products(J, t)).numpy()

@@ -109,7 +109,6 @@ def test_ghost_forms_the_gradient_of_a_long_target() -> None:
     assert flops.ghost(work) < 2 * 300 * 100 * (8 + 6 + 1)
 
 
-
 @pytest.mark.parametrize("samples", [1, 8, 64])
 @pytest.mark.parametrize("tokens", [1, 16, 256, 4096])
 @pytest.mark.parametrize("targets", [0, 2])

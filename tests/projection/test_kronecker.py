@@ -23,7 +23,10 @@ def sides(sketch: Kronecker) -> tuple[Tensor | None, Tensor | None]:
 
 
 def gram(sketch: Kronecker, g_NOI: Tensor) -> Tensor:
-    p_out, p_in = (torch.eye(n) if p is None else p for p, n in zip(sides(sketch), g_NOI.shape[1:]))
+    p_out, p_in = (
+        torch.eye(n) if p is None else p
+        for p, n in zip(sides(sketch), g_NOI.shape[1:], strict=True)
+    )
     c_NK = (p_out.double() @ g_NOI @ p_in.double().t()).flatten(1)
     return c_NK @ c_NK.t()
 
@@ -110,7 +113,7 @@ def test_deterministic_and_another_for_each_name_side_and_seed() -> None:
     made = [p for s in square for p in sides(s) if p is not None]
     assert len(made) == 6
     assert all(not torch.equal(p, q) for n, p in enumerate(made) for q in made[:n])
-    assert all(torch.equal(p, q) for s in square for p, q in zip(sides(s), sides(s)))
+    assert all(torch.equal(p, q) for s in square for p, q in zip(sides(s), sides(s), strict=True))
 
 
 def test_columns_do_not_depend_on_who_asks() -> None:

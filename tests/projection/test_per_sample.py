@@ -48,9 +48,7 @@ def sizes(g_NOI: Tensor) -> Tensor:
 def test_gradients(kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     for pair in pairs(kind, shape, dtype):
         expected = by_autograd([pair], shape[3])
-        assert_near(
-            per_sample.gradients(*pair, shape[3]), expected, sizes(expected)[:, None, None]
-        )
+        assert_near(per_sample.gradients(*pair, shape[3]), expected, sizes(expected)[:, None, None])
 
 
 @OF_EVERY_KIND
@@ -268,7 +266,7 @@ def test_on_a_gpu(kind: str, dtype: torch.dtype) -> None:
     expected.append((p_out.double() @ g_NOI @ p_in.double().t()).flatten(1))
     got = [per_sample.ghost_gram(uses), per_sample.ghost_cross(uses, target_OI.cuda())]
     got.append(per_sample.sketch(uses, p_out.cuda(), p_in.cuda()))
-    for mine, theirs in zip(got, expected):
+    for mine, theirs in zip(got, expected, strict=True):
         assert (mine.cpu().double() - theirs).norm() <= 1e-5 * math.sqrt(10) * theirs.norm()
 
 

@@ -11,9 +11,7 @@ from megatron_dr.projection import CountSketch, gram_of, key_of, split
 KEY, OTHER = key_of("decoder.layers.0.mlp.linear_fc1.weight"), key_of("output_layer.weight")
 
 
-def sketch(
-    s: CountSketch, values_RN: torch.Tensor, key: int = KEY, start: int = 0
-) -> torch.Tensor:
+def sketch(s: CountSketch, values_RN: torch.Tensor, key: int = KEY, start: int = 0) -> torch.Tensor:
     out_RK = torch.zeros(len(values_RN), s.size)
     s.add_(out_RK, values_RN, torch.arange(start, start + values_RN.shape[1]), key)
     return out_RK

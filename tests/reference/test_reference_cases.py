@@ -220,7 +220,7 @@ def test_second_order_terms_do_not_depend_on_where_the_target_is() -> None:
     """Rows and target are in one unit in a merged batch too; theirs are not."""
     merged = torch.stack([merged_gram(name) for name in matrices()])
     separate = torch.stack([separate_gram(name) for name in matrices()])
-    for m, s in zip(merged, separate):
+    for m, s in zip(merged, separate, strict=True):
         assert_close(m, s)
         assert_close(m[:-1, :-1], s[:-1, :-1])
     picks = [Greedy(0.5).weights(*split(gram)[:2]) for gram in (merged, separate)]

@@ -43,8 +43,10 @@ def value(new: Tensor, old: Tensor, target: Tensor, clip: float) -> Tensor:
 
 def group_advantages(rewards: list[float], groups: list[int]) -> list[float]:
     result = []
-    for reward, group in zip(rewards, groups):
-        peers = [r for r, g in zip(rewards, groups) if g == group and not math.isnan(r)]
+    for reward, group in zip(rewards, groups, strict=True):
+        peers = [
+            r for r, g in zip(rewards, groups, strict=True) if g == group and not math.isnan(r)
+        ]
         if math.isnan(reward) or len(peers) < 2 or len(set(peers)) == 1:
             result.append(0.0)
         else:
@@ -52,12 +54,10 @@ def group_advantages(rewards: list[float], groups: list[int]) -> list[float]:
     return result
 
 
-def gae(
-    rewards: list[float], values: list[float], discount: float, decay: float
-) -> list[float]:
+def gae(rewards: list[float], values: list[float], discount: float, decay: float) -> list[float]:
     """A_t as the double sum: sum_k (discount decay)^k delta_{t+k}."""
     following = [*values[1:], 0.0]
-    deltas = [r + discount * n - v for r, n, v in zip(rewards, following, values)]
+    deltas = [r + discount * n - v for r, n, v in zip(rewards, following, values, strict=True)]
     return [
         sum((discount * decay) ** (k - t) * deltas[k] for k in range(t, len(deltas)))
         for t in range(len(deltas))

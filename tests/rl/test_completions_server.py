@@ -32,9 +32,7 @@ def client(server: Server, **arguments: Any) -> CompletionsServer:
 def test_completions_come_in_the_prompts_order(server: Server) -> None:
     rollouts: Rollouts = client(server)
     got = rollouts.generate([[7, n] for n in range(10, 50)], PARAMS, seed=5)
-    assert got == [
-        Completion((n + 1, n + 2, 0), (-0.5, -1.0, -1.5), "stop") for n in range(10, 50)
-    ]
+    assert got == [Completion((n + 1, n + 2, 0), (-0.5, -1.0, -1.5), "stop") for n in range(10, 50)]
 
 
 def test_the_request_is_the_contract(server: Server) -> None:

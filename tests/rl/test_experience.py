@@ -51,9 +51,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks(size: int) -> None:
         return sorted(found)
 
     assert rows(0) == rows(6) == list(range(6))
-    one = ExperienceStream(
-        micro_batch_size=6, rank=0, size=1, aggregation="token", by_reward=False
-    )
+    one = ExperienceStream(micro_batch_size=6, rank=0, size=1, aggregation="token", by_reward=False)
     one.show(made(), seed=9)
     first, second = next(one)["tokens"], next(one)["tokens"]
     assert not torch.equal(first, second)  # epochs have their own order

@@ -58,9 +58,7 @@ def dense(kind: str, tensors: Inputs, aggregation: str) -> Tensor:
     return _dense.mean_over(LENGTHS, aggregation, token)
 
 
-def with_grad(
-    tensors: Inputs, compute: Callable[[Inputs], Tensor]
-) -> tuple[Tensor, Tensor]:
+def with_grad(tensors: Inputs, compute: Callable[[Inputs], Tensor]) -> tuple[Tensor, Tensor]:
     new = tensors[0].clone().requires_grad_()
     result = compute((new, *tensors[1:]))
     return result.detach(), torch.autograd.grad(result, new)[0]
@@ -110,6 +108,7 @@ def test_packing_and_a_split_over_context_change_nothing(
         return x[mask()][None]
 
     packed = tuple(pack(x) for x in inputs())
+
     def half(cut: slice) -> tuple[Tensor, Tensor]:
         part = weights.map(pack).map(lambda x: x[:, cut])
         return loss(kind, tuple(x[:, cut] for x in packed), part)

@@ -35,7 +35,7 @@ def expected(rewards: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     for n, (start, length, _) in enumerate(ROWS):
         own = slice(start, start + length)
         score = [0.0] * (length - 1) + [rewards[n]]
-        r = [s - KL * float(d) for s, d in zip(score, old[n, own] - reference[n, own])]
+        r = [s - KL * float(d) for s, d in zip(score, old[n, own] - reference[n, own], strict=True)]
         if math.isnan(rewards[n]):
             returns[n] = math.nan
         else:
@@ -54,7 +54,7 @@ def expected(rewards: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
                          ids=["some", "equal", "none"])  # fmt: skip
 def test_estimates_are_those_of_plain_loops(rewards: list[float]) -> None:
     found = estimates(*inputs(rewards), kl_weight=KL, discount=DISCOUNT, decay=DECAY)
-    for got, want in zip(found, expected(rewards)):
+    for got, want in zip(found, expected(rewards), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8, equal_nan=True)
     assert not found[0].isnan().any()
 

@@ -32,7 +32,9 @@ CASES = {
     "llama, padding outside": (made.llama, {"pad_token_id": -1}, ("<s>",)),
     "llama, chat": (made.llama, {"template": made.TEMPLATE}, ("<s>u:", "</s><s>a:", "</s>")),
     "llama, chat that ends in padding": (  # the model takes the last token that is none
-        made.llama, {"template": made.TEMPLATE, "pad_token_id": 2}, ("<s>u:", "</s><s>a:"),
+        made.llama,
+        {"template": made.TEMPLATE, "pad_token_id": 2},
+        ("<s>u:", "</s><s>a:"),
     ),
     "bert": (made.bert, {}, ("<s>", "", "</s>")),
 }
@@ -84,9 +86,7 @@ def test_long_texts_are_scored_on_their_last_tokens(
     assert "1 of 2 texts are longer than its 48 tokens and are scored on their last" in caplog.text
 
 
-def test_failures_cost_their_sample_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failures_cost_their_sample_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = made.llama(tmp_path, template=made.TEMPLATE)
     row = made.encode("#")[0]
     with torch.no_grad():
@@ -163,9 +163,7 @@ def test_bad_checkpoints_are_one_sentence(tmp_path: Path, spoil: Any, sentence: 
     assert message.startswith(str(tmp_path)) and sentence in message and "\n" not in message
 
 
-def test_without_a_folder_or_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_folder_or_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="org/name: no such folder; a reward model is a local one"):
         RewardModel("org/name", "cpu")
     monkeypatch.setitem(sys.modules, "transformers", None)

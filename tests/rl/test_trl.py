@@ -66,7 +66,7 @@ def compare(model: Any, theirs: torch.Tensor, ours: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     parameters = list(model.parameters())
     expected = torch.autograd.grad(theirs, parameters)
-    for found, wanted in zip(torch.autograd.grad(ours, parameters), expected):
+    for found, wanted in zip(torch.autograd.grad(ours, parameters), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
     assert max(gradient.abs().max() for gradient in expected) > 1e-2
 
@@ -152,9 +152,7 @@ def test_dpo(
         label_smoothing=smoothing, **COMMON,
     )  # fmt: skip
     rows = {"prompt": PROMPTS, "chosen": [" yes", "a cat", "2"], "rejected": ["no", "a", " three"]}
-    trainer = trl.DPOTrainer(
-        str(checkpoint), args=args, train_dataset=Dataset.from_dict(rows)
-    )
+    trainer = trl.DPOTrainer(str(checkpoint), args=args, train_dataset=Dataset.from_dict(rows))
     batch = next(iter(trainer.get_train_dataloader()))
     model, ids_BT = trainer.model, batch["input_ids"]
 

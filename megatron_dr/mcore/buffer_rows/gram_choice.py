@@ -24,7 +24,7 @@ def choose(
     size = config.size_of_sketch(layout.row_map.num_vectors)
     exact = ExactGram(rows, layout, model)
     bytes_each = torch.tensor(
-        [exact_gram.extra_bytes(exact), sketched_gram.extra_bytes(rows, layout, size)],
+        [exact_gram.extra_bytes(exact), sketched_gram.extra_bytes(layout, size)],
         dtype=torch.float64, device=rows.device,
     )  # fmt: skip
     dist.all_reduce(bytes_each, op=dist.ReduceOp.MAX)

@@ -60,9 +60,7 @@ def general_tokens(router: RoleRouter, like: torch.Tensor) -> torch.Tensor:
 
 def _total(amounts: Sequence[torch.Tensor | int], device: torch.device) -> torch.Tensor:
     """Microbatches, or tokens, by domain and of the target, over all data ranks, float64."""
-    counts = torch.stack(
-        [torch.as_tensor(n, dtype=torch.float64, device=device) for n in amounts]
-    )
+    counts = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in amounts])
     if not _counts_here():
         counts.zero_()
     collectives.all_reduce(counts, compat.model_group())

@@ -70,7 +70,7 @@ class SketchedGram:
         return Gram(products_BRX[:, :, :-2], finite_R, products_BRX[:, 0, -1])
 
 
-def extra_bytes(rows: GradRows, layout: Layout, size: int) -> int:
+def extra_bytes(layout: Layout, size: int) -> int:
     """What this rank will send in a step."""
     num_model = dist.get_world_size(compat.model_group())
     num_data = dist.get_world_size(compat.data_group())
@@ -78,7 +78,6 @@ def extra_bytes(rows: GradRows, layout: Layout, size: int) -> int:
     row = 4 * layout.row_map.local * size
     vectors = layout.row_map.num_vectors
     grams = 8 * blocks * vectors * (vectors + 2)
-    return (
-        wire.all_reduce(blocks * row + grams, num_model)
-        + wire.scatter(num_data * each * row, num_data)
+    return wire.all_reduce(blocks * row + grams, num_model) + wire.scatter(
+        num_data * each * row, num_data
     )

@@ -264,4 +264,3 @@ def _replace_dataset_helpers() -> None:
     from megatron.core.datasets import utils
 
     utils.compile_helpers = lambda: None
-

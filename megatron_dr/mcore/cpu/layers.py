@@ -59,9 +59,7 @@ class Attention(torch.nn.Module):
         if size > 1:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
-        key_positions = torch.cat(
-            [_positions(key.shape[0] // size, r, size) for r in range(size)]
-        )
+        key_positions = torch.cat([_positions(key.shape[0] // size, r, size) for r in range(size)])
         mask = positions[:, None] >= key_positions[None, :]
         if packed:
             token = torch.arange(query.shape[0])

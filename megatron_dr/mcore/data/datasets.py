@@ -123,7 +123,7 @@ def check_splits(config: GPTDatasetConfig, num_samples: list[int]) -> None:
         return
     for path in config.blend[0]:
         size = len(config.samples[path])
-        for split, share, wanted in zip(Split, config.split_matrix, num_samples):
+        for split, share, wanted in zip(Split, config.split_matrix, num_samples, strict=True):
             if share is not None and wanted and round(share[0] * size) == round(share[1] * size):
                 raise ValueError(
                     f"{path}: no sample is left for {split.name} of {size}: change --split, or "

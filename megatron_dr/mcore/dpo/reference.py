@@ -86,7 +86,7 @@ def save(folder: Path, every: Sequence[Pairs]) -> None:
     found: dict[bytes, torch.Tensor] = {}
     for pairs in every:
         assert pairs.reference_N2 is not None
-        found |= zip(pairs.keys, pairs.reference_N2)
+        found |= zip(pairs.keys, pairs.reference_N2, strict=True)
     keys = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).view(len(found), -1)
     partial_path = folder / f"{FILE}.partial"
     save_file({"keys": keys, "log_probs": torch.stack(list(found.values()))}, partial_path)

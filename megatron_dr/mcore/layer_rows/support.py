@@ -62,9 +62,7 @@ def is_immediate(dr: DRConfig, owned: list[OwnedParameter]) -> bool:
     return everywhere
 
 
-def announce(
-    dr: DRConfig, places: list[Place], names: tuple[str, ...], immediate: bool
-) -> None:
+def announce(dr: DRConfig, places: list[Place], names: tuple[str, ...], immediate: bool) -> None:
     """What will be projected and how, on rank 0, when the microbatches' shape is known."""
     scores = sorted({p.score for p in places if not p.is_vector})
     how = "in the backward" if immediate else f"at the step's end, {dr.passes} pass(es)"

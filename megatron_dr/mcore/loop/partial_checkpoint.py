@@ -44,4 +44,3 @@ def load(
         if values:
             state[name].update(values)
     return loaded
-

@@ -145,9 +145,7 @@ def _check_rank(
             "which A and B are sharded."
         )
     if config.init_model_with_meta_device:
-        raise ValueError(
-            "LoRA needs parameters with values: drop --init-model-with-meta-device."
-        )
+        raise ValueError("LoRA needs parameters with values: drop --init-model-with-meta-device.")
 
 
 def _check_all(targets: list[str], layers: list[str], lora: LoRAConfig) -> None:
@@ -183,7 +181,7 @@ def _freeze(chunk: Any) -> None:
         setattr(chunk, _HOOK, chunk.embedding.register_forward_hook(_needs_gradient))
 
 
-def _needs_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+def _needs_gradient(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 

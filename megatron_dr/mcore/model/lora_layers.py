@@ -86,9 +86,7 @@ class Adapted(torch.nn.Module):
         state: dict[str, Any] = stock(prefix, sharded_offsets, metadata)
         for name in NAMES:
             matrix = getattr(self, name)
-            state.update(
-                matrix.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
-            )
+            state.update(matrix.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
         if self.lora_gated:
             key = f"{prefix}lora_b.weight"
             state[key] = apply_swiglu_sharded_factory(

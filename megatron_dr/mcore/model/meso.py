@@ -97,7 +97,7 @@ def use_meso(
                     if owned[parameter].shards > 1:
                         meso.shards[parameter] = _shard(owned[parameter])
             part.optimizer = meso
-            part.init_state_fn = lambda inner, config=None: inner.init_state()
+            part.init_state_fn = lambda inner, _=None: inner.init_state()
             part.sharded_state_dict = _sharded_state_dict(part.sharded_state_dict, meso, owned)
             made.append(meso)
     return made
@@ -105,7 +105,7 @@ def use_meso(
 
 def note(made: list[Meso]) -> str:
     """What a rank keeps, in one sentence."""
-    own, stock = (sum(sizes) for sizes in zip(*[meso.moment_bytes() for meso in made]))
+    own, stock = (sum(sizes) for sizes in zip(*[meso.moment_bytes() for meso in made], strict=True))
     kept: dict[Any, int] = {}
     for meso in made:
         kept |= meso.projection_bytes()

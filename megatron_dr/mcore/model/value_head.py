@@ -84,7 +84,7 @@ def _losses_and_values(
     *, hidden_states: torch.Tensor, output_layer: torch.nn.Module,
     output_weight: torch.Tensor | None, labels: torch.Tensor, runtime_gather_output: bool | None,
     compute_language_model_loss: Callable[..., torch.Tensor], scale_logits: Callable[..., Any],
-    context: ValueHead, **rest: Any,
+    context: ValueHead, **_: Any,
 ) -> torch.Tensor:  # fmt: skip
     """What GPTModel calls in place of its own last lines."""
     logits, _ = output_layer(

@@ -116,7 +116,10 @@ class Collector:
     def _rewards(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], role: str
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        samples = [Sample(p.content, self._text(c), p.answer) for p, c in zip(prompts, completions)]
+        samples = [
+            Sample(p.content, self._text(c), p.answer)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
         reward_N, failures = score(self.scorers[role], samples)
         scored_N = reward_N[~reward_N.isnan()]
         total = len(completions)
@@ -133,7 +136,7 @@ class Collector:
         shape = (len(prompts), self.args.seq_length)
         tokens_NT = torch.full(shape, self.tokenizer.eod, dtype=torch.int32)
         mask_NT = torch.zeros(shape, dtype=torch.uint8)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             ids = [*prompt.tokens, *completion.ids]
             tokens_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
             mask_NT[row, len(prompt.tokens) : len(ids)] = 1
@@ -146,9 +149,7 @@ class Collector:
         group = parallel_state.get_data_parallel_group()
         rank, size = group.rank(), group.size()
         rows = list(range(len(tokens_NT)))[rank::size] or [0]  # a rank without rows helps too
-        own = forward(
-            self.model, tokens_NT[rows].long(), mask_NT[rows], self.args.micro_batch_size
-        )
+        own = forward(self.model, tokens_NT[rows].long(), mask_NT[rows], self.args.micro_batch_size)
         shares: list[Any] = [None] * size
         dist.all_gather_object(shares, (rows, own.cpu()), group=group)
         out = torch.zeros(*tokens_NT.shape, *own.shape[2:])

@@ -115,7 +115,7 @@ class _Passes:
             "data_iterator": iterators if len(iterators) > 1 else iterators[0],
             "micro_batch_size": batches.size,
         }
-        one = Pass(router, lambda stock, num_tokens: None, changes)  # nothing is reduced
+        one = Pass(router, lambda *_: None, changes)  # nothing is reduced
         run(self.function, self.schedule, one, get_model_config(self.model[0]))
 
 

@@ -23,9 +23,7 @@ class PolicyStep:
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         device = torch.cuda.current_device()
         batch = {name: value.to(device) for name, value in next(data_iterator).items()}
-        output = value_head.outputs(
-            model, batch["tokens"], batch["position_ids"], batch["labels"]
-        )
+        output = value_head.outputs(model, batch["tokens"], batch["position_ids"], batch["labels"])
 
         def loss_func(output: torch.Tensor) -> Any:
             losses_BT, value_BT = output.float(), None

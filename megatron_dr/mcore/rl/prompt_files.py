@@ -14,9 +14,7 @@ def prompt_files(args: Namespace) -> list[str]:
     """
     paths: list[str] = args.data_path or []
     if not paths:
-        raise ValueError(
-            "--dr-rl-algorithm needs general prompts: give --data-path prompts.jsonl."
-        )
+        raise ValueError("--dr-rl-algorithm needs general prompts: give --data-path prompts.jsonl.")
     for path in paths:
         if not is_file(path):
             raise ValueError(

@@ -57,7 +57,7 @@ class EngineRollouts:
         if failure is not None:
             raise ValueError(f"--dr-rl-engine failed on rank 0: {failure}")
         rooms = [min(params.max_tokens, self.context - len(prompt)) for prompt in prompts]
-        return [self._cut(c, room) for c, room in zip(completions, rooms)]
+        return [self._cut(c, room) for c, room in zip(completions, rooms, strict=True)]
 
     def _check(self, completions: Sequence[Completion], wanted: int) -> None:
         if len(completions) != wanted:

@@ -181,13 +181,13 @@ class MegatronRollouts:
             chosen[1] = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
             ends = [
                 ending.reached([*row.tokens[-ending.window :], token])
-                for row, token in zip(rows, tokens.tolist())
+                for row, token in zip(rows, tokens.tolist(), strict=True)
             ]
             chosen[2] = torch.tensor(ends, dtype=torch.float64)
         share_from_last_stage(chosen)
         if not chosen[1].isfinite().all():
             raise ValueError("the model's logits are not finite, so no completion can be drawn.")
-        for row, (token, log_prob, over) in zip(rows, chosen.T.tolist()):
+        for row, (token, log_prob, over) in zip(rows, chosen.T.tolist(), strict=True):
             row.tokens.append(int(token))
             row.log_probs.append(log_prob)
             if over:

@@ -38,7 +38,7 @@ def forward_only(
 
     def forward_step(data_iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Any, Any]:
         output, asked = forward(chunk, next(data_iterator))
-        return output, lambda output, non_loss_data: asked(output)
+        return output, lambda output, **_: asked(output)
 
     alone = len(model) == 1
     with evaluating(model):

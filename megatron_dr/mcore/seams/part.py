@@ -86,9 +86,7 @@ class Part:
         """Whether a key of a model's checkpoint is of what it added."""
         return False
 
-    def on_optimizer(
-        self, own: Any, args: Namespace, optimizer: Any, model: list[Any]
-    ) -> None:
+    def on_optimizer(self, own: Any, args: Namespace, optimizer: Any, model: list[Any]) -> None:
         """Change the optimizer that Megatron made, before a checkpoint is loaded."""
 
     # -- data ------------------------------------------------------------------------------------

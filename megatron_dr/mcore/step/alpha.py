@@ -21,15 +21,11 @@ class AlphaDial:
         if style != "constant" and config.alpha_steps is None:
             raise ValueError(f"alpha_style {style!r} needs alpha_steps, the run's length.")
         if style == "auto" and config.target_size is None:
-            raise ValueError(
-                "alpha_style 'auto' needs target_size, the samples of the target set."
-            )
+            raise ValueError("alpha_style 'auto' needs target_size, the samples of the target set.")
         self.config = config
         self.state: torch.Tensor | None = None
 
-    def alpha(
-        self, step: int, samples: int, gram_BRR: torch.Tensor | None
-    ) -> torch.Tensor | float:
+    def alpha(self, step: int, samples: int, gram_BRR: torch.Tensor | None) -> torch.Tensor | float:
         """Of a step with a target.
 
         Args:

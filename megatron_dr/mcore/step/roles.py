@@ -79,7 +79,7 @@ class MicrobatchRouter:
             self._backwards[chunk] += 1
             return
 
-        def begin(grad: torch.Tensor) -> None:
+        def begin(_: torch.Tensor) -> None:
             self._backwards[chunk] += 1
             self.enter(chunk, microbatch, backward=True)
 
