@@ -115,7 +115,7 @@ def main(folder: Path) -> None:
 def sheet(path: Path) -> None:
     """Every set with the same rows and target."""
     figure, axes = plt.subplots(3, 4, figsize=(13, 11), layout="constrained")
-    for axis, panel in zip(axes.flat, SHEET, strict=True):
+    for axis, panel in zip(axes.flat, SHEET, strict=False):
         draw(axis, panel)
     last = axes.flat[-1]
     last.axis("off")
