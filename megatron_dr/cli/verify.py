@@ -81,13 +81,13 @@ def logits(args: argparse.Namespace, export: from_megatron.Export) -> tuple[floa
 
     cpu.enable()  # before Megatron is imported
 
-    from megatron_dr.mcore.convert import model
+    from megatron_dr.mcore.convert import hf_model
 
-    model.initialize(args.tp, args.pp)
+    hf_model.initialize(args.tp, args.pp)
     rows = export.reader.tensors["embedding.word_embeddings.weight"].size[0]
-    gpt = model.build(export.model, rows, export.adapters)
-    model.load(gpt, export.reader.folder)
-    found = model.logits(gpt, tokens)
+    gpt = hf_model.build(export.model, rows, export.adapters)
+    hf_model.load(gpt, export.reader.folder)
+    found = hf_model.logits(gpt, tokens)
     if found is None or expected is None:
         return None
     difference = (found[..., : export.model.vocabulary] - expected).abs().max()

@@ -8,7 +8,7 @@ import transformers
 
 from megatron_dr.hf import from_megatron, to_megatron
 from megatron_dr.hf.config import parse, read_config
-from megatron_dr.mcore.convert import model
+from megatron_dr.mcore.convert import hf_model
 
 SIZES = {
     "vocab_size": 301, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -72,9 +72,9 @@ def convert(name: str, folder: Path) -> tuple[Path, torch.Tensor]:
 def megatron_logits(checkpoint: Path, tp: int, pp: int, config: Path | None = None) -> Any:
     """On a rank: logits on TOKENS, on the last stage."""
     export = from_megatron.plan(checkpoint, config)
-    model.initialize(tp, pp)
+    hf_model.initialize(tp, pp)
     rows = export.reader.tensors["embedding.word_embeddings.weight"].size[0]
-    gpt = model.build(export.model, rows, export.adapters)
-    model.load(gpt, export.reader.folder)
-    found = model.logits(gpt, TOKENS)
+    gpt = hf_model.build(export.model, rows, export.adapters)
+    hf_model.load(gpt, export.reader.folder)
+    found = hf_model.logits(gpt, TOKENS)
     return found if found is None else found[..., : export.model.vocabulary]

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_dr.hf import from_megatron, to_megatron
 from megatron_dr.hf.config import parse, read_config
 from megatron_dr.hf.torch_dist import Reader
-from megatron_dr.mcore.convert import model
+from megatron_dr.mcore.convert import hf_model
 
 from ._clean import ROOT, Clean, clean_process
 from ._converted import LINEAR, LLAMA3, MODELS, SIZES, TOKENS, YARN, convert, megatron_logits
@@ -54,8 +54,8 @@ def test_logits_are_those_of_transformers(made: Any, name: str, tp: int, pp: int
 
 def megatron_names(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Tensors and objects that Megatron's own model asks a checkpoint for."""
-    model.initialize(1, 1)
-    gpt = model.build(parse(read_config(folder / "hf")), 512)
+    hf_model.initialize(1, 1)
+    gpt = hf_model.build(parse(read_config(folder / "hf")), 512)
     tensors, objects = {}, set()
     for value in nested_values(gpt.sharded_state_dict()):
         built = value.build() if isinstance(value, ShardedTensorFactory) else value
@@ -144,8 +144,8 @@ def test_positions_are_those_of_transformers(rope: dict[str, Any]) -> None:
 
 def megatron_angles(model: Any) -> tuple[torch.Tensor, float]:
     """Angles [4000, head / 2] of GPTModel's own embedding, and the factor on q and k."""
-    model.initialize(1, 1)
-    gpt = model.build(model, 512)
+    hf_model.initialize(1, 1)
+    gpt = hf_model.build(model, 512)
     embedding = gpt.rotary_pos_emb
     assert isinstance(embedding, RotaryEmbedding)
     out = embedding(4000)

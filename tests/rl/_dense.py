@@ -57,7 +57,7 @@ def group_advantages(rewards: list[float], groups: list[int]) -> list[float]:
 def gae(rewards: list[float], values: list[float], discount: float, decay: float) -> list[float]:
     """A_t as the double sum: sum_k (discount decay)^k delta_{t+k}."""
     following = [*values[1:], 0.0]
-    deltas = [r + discount * n - v for r, n, v in zip(rewards, following, values, strict=True)]
+    deltas = [r + discount * n - v for r, n, v in zip(rewards, following, values, strict=False)]
     return [
         sum((discount * decay) ** (k - t) * deltas[k] for k in range(t, len(deltas)))
         for t in range(len(deltas))
