@@ -112,7 +112,6 @@ def test_out_of_range_is_refused(flags: str, message: str) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--dr-set sphere",
         "--dr-rows corpus",
         "--dr-slots two",
         "--dr-alpha x",
