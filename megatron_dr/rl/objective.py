@@ -1,7 +1,5 @@
 """The loss of a microbatch of completions, of either role, and what of it is logged."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Shape suffixes: N samples, B samples of a batch, T tokens.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections import Counter
