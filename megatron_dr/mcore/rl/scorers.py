@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore import errors
+from megatron_dr.mcore.collectives import of_all_ranks
 from megatron_dr.rl.reward_model import RewardModel
 from megatron_dr.rl.reward_pool import RewardPool, Sample, Scores
 
@@ -29,10 +31,7 @@ def open_scorers(rl: RLConfig) -> dict[str, Scorer]:
     Raises:
         ValueError: a rank can't load it.
     """
-
-    def pool(name: str) -> RewardPool:
-        return RewardPool(name, rl.reward_workers, rl.reward_timeout)
-
+    pool = partial(RewardPool, workers=rl.reward_workers, timeout=rl.reward_timeout)
     with errors.agreed():
         general: Scorer
         if rl.reward_model is not None:
@@ -56,11 +55,9 @@ def score(scorer: Scorer, samples: Sequence[Sample]) -> tuple[torch.Tensor, Coun
     world, rank = dist.get_world_size(), dist.get_rank()
     with errors.agreed():
         own = scorer.score(samples[rank::world])
-    shares: list[tuple[list[float | None], Counter[str]]] = [([], Counter())] * world
-    dist.all_gather_object(shares, (own.rewards, own.failures))
     rewards = torch.full((len(samples),), float("nan"), dtype=torch.float64)
     failures: Counter[str] = Counter()
-    for number, (found, failed) in enumerate(shares):
+    for number, (found, failed) in enumerate(of_all_ranks((own.rewards, own.failures))):
         values = [float("nan") if value is None else value for value in found]
         rewards[number::world] = torch.tensor(values, dtype=torch.float64)
         failures.update(failed)
