@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_dr.mcore.data.datasets import dataset_config
 from megatron_dr.mcore.data.samples import chat_of
 from megatron_dr.mcore.rl import filter_once, saved
 from megatron_dr.mcore.rl.collect import Collector, draw
-from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.forward import policy_step
 from megatron_dr.mcore.rl.offload import Offload
 from megatron_dr.mcore.rl.reference_policy import Reference
 from megatron_dr.mcore.seams.source import Source, new_folder, resumes
@@ -40,7 +41,8 @@ class RolloutSource(Source):
     """
 
     def __init__(self, args: Namespace, target: TargetConfig, rl: RLConfig) -> None:
-        self.args, self.target, self.rl, self.forward_step = args, target, rl, PolicyStep(rl)
+        self.args, self.target, self.rl = args, target, rl
+        self.forward_step = partial(policy_step, rl)
         self.tokenizer = dataset_config(args).tokenizer
         self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(args.data_path)}
         held_out = {GENERAL: rl.valid_data, TARGET: target.target_valid_data}
