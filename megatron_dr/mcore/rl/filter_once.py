@@ -162,8 +162,7 @@ def _target(
 
 
 def _buffers(chunk: Any) -> list[Any]:
-    buffers: list[Any] = [*chunk.buffers, *chunk.expert_parallel_buffers]
-    return buffers
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 
 class _Share:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,15 +11,10 @@ from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.collectives import of_all_ranks
 from megatron_dr.rl.reward_model import RewardModel
-from megatron_dr.rl.reward_pool import RewardPool, Sample, Scores
+from megatron_dr.rl.reward_pool import RewardPool, Sample
 
-
-class Scorer(Protocol):
-    """What gives rewards: a function in worker processes, or a model on the rank's device."""
-
-    def score(self, samples: Sequence[Sample]) -> Scores: ...
-
-    def close(self) -> None: ...
+# What gives rewards: a function in worker processes, or a model on the rank's device.
+Scorer = RewardPool | RewardModel
 
 
 def open_scorers(rl: RLConfig) -> dict[str, Scorer]:
