@@ -27,14 +27,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("hf-to-mcore", help="Hugging Face to Megatron's torch_dist")
-    there.add_argument("source", metavar="HF_DIR", type=Path)
-    there.add_argument("out", metavar="OUT", type=Path)
     for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         there.add_argument(f"--{name}", type=int, default=1, help=f"{what} parallel size [ranks]")
     there.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin files")
     back = commands.add_parser("mcore-to-hf", help="Megatron's torch_dist to Hugging Face")
-    back.add_argument("source", metavar="CKPT", type=Path)
-    back.add_argument("out", metavar="OUT", type=Path)
     back.add_argument("--config", type=Path, help="folder of config.json (default: the one that "
                       "travels with the checkpoint)")  # fmt: skip
     back.add_argument("--file-size", type=float, default=5.0, help="of one file [GB] (default: 5)")
@@ -42,7 +38,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                       "PEFT's format (default: merge them into the weights)")  # fmt: skip
     back.add_argument("--lora-alpha", type=float, help="of a checkpoint with adapters whose "
                       "arguments don't say it")  # fmt: skip
-    for command in (there, back):
+    for command, source in ((there, "HF_DIR"), (back, "CKPT")):
+        command.add_argument("source", metavar=source, type=Path)
+        command.add_argument("out", metavar="OUT", type=Path)
         command.add_argument("--backend", choices=("own", "megatron-bridge"), default="own",
                              help="what converts (default: own)")  # fmt: skip
         command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: theirs)")

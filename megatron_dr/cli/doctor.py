@@ -131,12 +131,10 @@ def examine(check: Check) -> Finding:
         there = importlib.util.find_spec(check.module) is not None
     except (ImportError, ValueError):
         there = True  # and its import says what is wrong
+    if not there and check.needed:
+        return Finding(check.name, "MISSING", "not installed", check.mend)
     if not there:
-        return (
-            Finding(check.name, "MISSING", "not installed", check.mend)
-            if check.needed
-            else (Finding(check.name, "absent", check.absent))
-        )
+        return Finding(check.name, "absent", check.absent)
     try:
         done = subprocess.run(
             [sys.executable, "-c", check.code], capture_output=True, text=True, timeout=_SECONDS,

@@ -26,69 +26,39 @@ from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, FORMS, Encoder, form_of
 from megatron_dr.data.shards import Rules
 
+FLAGS: dict[str, dict[str, Any]] = {
+    "--output": {"metavar": "PREFIX", "type": Path, "required": True,
+                 "help": "path of the output without endings"},
+    "--tokenizer": {"required": True},
+    "--chat-template": {"metavar": "FILE", "type": Path,
+                        "help": "Jinja template in place of the tokenizer's own"},
+    "--form": {"choices": FORMS, "help": "default: by the first record's columns"},
+    "--columns": {"metavar": "NAME=COLUMN", "nargs": "+", "default": [],
+                  "help": "what the data calls " + ", ".join(COLUMNS)},
+    "--max-length": {"metavar": "N", "type": int,
+                     "help": "most tokens of a sample: training's --seq-length + 1"},
+    "--too-long": {"choices": ("cut", "drop", "refuse"), "default": "cut",
+                   "help": "what becomes of a longer one (default: cut the end)"},
+    "--bad-lines": {"choices": ("refuse", "skip"), "default": "refuse",
+                    "help": "what becomes of a wrong line (default: refuse)"},
+    "--validation": {"metavar": "N", "type": float, "default": 0.0,
+                     "help": "keep so many samples, or below 1 this fraction, for "
+                     "PREFIX_validation"},
+    "--seed": {"type": int, "default": 0, "help": "of the validation split"},
+    "--workers": {"type": int, "default": os.cpu_count() or 1, "help": "processes"},
+    "--shard-size": {"metavar": "N", "type": int, "default": 10_000,
+                     "help": "records that are worked on, and resumed, as one"},
+    "--restart": {"action": "store_true",
+                  "help": "discard what an earlier run left under this output"},
+}  # fmt: skip
+
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = parser_of("prepare", __doc__)
-    add = parser.add_argument
-    add("data", metavar="DATA", nargs="+")
-    add(
-        "--output",
-        metavar="PREFIX",
-        type=Path,
-        required=True,
-        help="path of the output without endings",
-    )
-    add("--tokenizer", required=True)
-    add(
-        "--chat-template",
-        metavar="FILE",
-        type=Path,
-        help="Jinja template in place of the tokenizer's own",
-    )
-    add("--form", choices=FORMS, help="default: by the first record's columns")
-    add(
-        "--columns",
-        metavar="NAME=COLUMN",
-        nargs="+",
-        default=[],
-        help="what the data calls " + ", ".join(COLUMNS),
-    )
-    add(
-        "--max-length",
-        metavar="N",
-        type=int,
-        help="most tokens of a sample: training's --seq-length + 1",
-    )
-    add(
-        "--too-long",
-        choices=("cut", "drop", "refuse"),
-        default="cut",
-        help="what becomes of a longer one (default: cut the end)",
-    )
-    add(
-        "--bad-lines",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="what becomes of a wrong line (default: refuse)",
-    )
-    add(
-        "--validation",
-        metavar="N",
-        type=float,
-        default=0.0,
-        help="keep so many samples, or below 1 this fraction, for PREFIX_validation",
-    )
-    add("--seed", type=int, default=0, help="of the validation split")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    add(
-        "--shard-size",
-        metavar="N",
-        type=int,
-        default=10_000,
-        help="records that are worked on, and resumed, as one",
-    )
-    add("--restart", action="store_true", help="discard what an earlier run left under this output")
+    parser.add_argument("data", metavar="DATA", nargs="+")
+    for flag, options in FLAGS.items():
+        parser.add_argument(flag, **options)
     args = parser.parse_args(argv)
     for name in ("workers", "shard_size", "max_length"):
         least = 2 if name == "max_length" else 1

@@ -3,8 +3,6 @@
 Shape suffixes: B completions, T tokens (right-padded), G groups.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

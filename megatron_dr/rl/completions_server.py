@@ -19,8 +19,6 @@ another status ends the call with the server's message. The server's weights are
 load the policy's weights into it before each rollout.
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import time

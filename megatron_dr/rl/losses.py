@@ -6,8 +6,6 @@ microbatches and ranks by the counts over them. A count of 0 comes with a sum of
 Shape suffixes: B completions, T tokens. Advantages may be [B, 1]: one for a completion.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Functions that a flag names, as module:function."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable
 from typing import Any

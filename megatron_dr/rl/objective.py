@@ -1,7 +1,5 @@
 """The loss of a microbatch of completions, of either role, and what of it is logged."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -39,21 +37,15 @@ def objective(
             loss = loss + rl.kl_of_loss * kl_loss(log_prob_BT, reference_BT, by_policy)[0]
         report["kl"] = kl_loss(log_prob_BT.detach(), reference_BT, weights)[0]
     if value_BT is not None:
-        value = _value_loss(value_BT, batch, by_policy, rl.value_clip)
+        return_BT = batch["return"]
+        valued = by_policy.map(lambda x_BT: x_BT * ~return_BT.isnan())
+        value, _ = value_loss(value_BT, batch["value"], return_BT, valued, rl.value_clip)
         loss = loss + rl.value_weight * value
         report["value loss"] = value.detach()
     pairs = {name: torch.stack([value, count.to(value)]) for name, value in report.items()}
     if value_BT is not None:  # the others have none
         pairs["value loss"][1] = by_policy.count_BT.sum()
     return loss, count.to(torch.int), pairs
-
-
-def _value_loss(
-    value_BT: Tensor, batch: dict[str, Tensor], by_policy: TokenWeights, clip: float
-) -> Tensor:
-    return_BT = batch["return"]
-    valued = by_policy.map(lambda x_BT: x_BT * ~return_BT.isnan())
-    return value_loss(value_BT, batch["value"], return_BT, valued, clip)[0]
 
 
 def _clipped(

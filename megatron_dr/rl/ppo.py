@@ -3,8 +3,6 @@
 Shape suffixes: N completions, T tokens of a sequence; values by token stand at the token before.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

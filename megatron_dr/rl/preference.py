@@ -3,8 +3,6 @@
 Shape suffixes: P pairs, B completions, T tokens.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid

@@ -1,7 +1,5 @@
 """Prompts from files: records with `prompt` and, for the reward function, `answer`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

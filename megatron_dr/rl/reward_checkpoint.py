@@ -3,8 +3,6 @@
 Only a local folder is read, weights only as safetensors, and no code of the folder runs.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

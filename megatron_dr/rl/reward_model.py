@@ -3,8 +3,6 @@
 Shape suffixes: N samples, B samples of a batch, T tokens.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections import Counter
@@ -52,7 +50,9 @@ class RewardModel:
         self._config = self._model.config.get_text_config()
         self._config.use_cache = False
         self._tokenizer.truncation_side = "left"
-        self._pad = _padding(self._config, self._model.get_input_embeddings().num_embeddings)
+        # the id by which the model itself tells padding; None where it knows none that it embeds
+        pad, embedded = self._config.pad_token_id, self._model.get_input_embeddings().num_embeddings
+        self._pad = pad if pad is not None and 0 <= pad < embedded else None
         self._context = _context(self._config, self._tokenizer)
         try:
             self._forward([self._text(_TRIAL)])
@@ -157,12 +157,6 @@ class RewardModel:
         ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
         scores_B1: Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
         return scores_B1[:, 0].float()
-
-
-def _padding(config: Any, vocabulary: int) -> int | None:
-    """The id by which the model itself tells padding; None where it knows none that it embeds."""
-    pad = config.pad_token_id
-    return pad if pad is not None and 0 <= pad < vocabulary else None
 
 
 def _context(config: Any, tokenizer: Any) -> int:

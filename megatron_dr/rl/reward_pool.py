@@ -4,8 +4,6 @@ Workers are processes of their own, not forks: a fork of a process that runs CUD
 threads may hang. Samples go there and rewards come back as JSON lines.
 """
 
-from __future__ import annotations
-
 import logging
 import queue
 from collections import Counter

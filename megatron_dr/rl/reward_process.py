@@ -1,7 +1,5 @@
 """One worker of a `RewardPool`: starts, asks, and kills it when it is late."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

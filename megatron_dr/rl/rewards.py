@@ -5,8 +5,6 @@ messages. A wrong completion gets 0; a useless answer (not a number, not a patte
 completion could be right.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Rollouts: what samples completions for the training loop, whatever engine does it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ Files stay readable as to the user: this stops accidents and resource hogs. Agai
 written to break out, run the training in a container or a virtual machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore.attach import attach
 from megatron_dr.mcore.model.value_head import add_value_head
-from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.forward import policy_step
 from megatron_dr.mcore.rollouts.passes import log_probs_and_values
 from megatron_dr.rl.experience import Experience, ExperienceStream
 from megatron_dr.rl.ppo import Estimator
@@ -185,7 +186,8 @@ def train(layout: Layout, dr: DRConfig, steps: int, size: int = 1, by_reward: bo
         reports = handle.step(
             get_forward_backward_func(), target_data_iterator=target if layout.vpp else target[0],
             num_target_microbatches=len(TARGETS) // dp, target_micro_batch_size=1,
-            forward_step_func=PolicyStep(RL), data_iterator=general if layout.vpp else general[0],
+            forward_step_func=partial(policy_step, RL),
+            data_iterator=general if layout.vpp else general[0],
             model=model if layout.vpp else model[0], num_microbatches=len(ROWS) // dp // size,
             seq_length=LENGTH, micro_batch_size=size, forward_only=False,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """One GRPO step on a Megatron model, and plain loops over completions in float64."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dr.config.rl import RLConfig
-from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.forward import policy_step
 from megatron_dr.rl.advantages import group_advantages
 from megatron_dr.rl.experience import Experience, ExperienceStream
 
@@ -89,7 +90,7 @@ def step(layout: Layout, aggregation: Any, by_reward: bool) -> Any:
     )  # fmt: skip
     stream.show(experience({k: v.double() for k, v in initial.items()}), 3)
     reports = get_forward_backward_func()(
-        forward_step_func=PolicyStep(RL), data_iterator=stream, model=model[0],
+        forward_step_func=partial(policy_step, RL), data_iterator=stream, model=model[0],
         num_microbatches=len(ROWS) // 2 // size, seq_length=LENGTH, micro_batch_size=2,
         forward_only=False,
     )  # fmt: skip

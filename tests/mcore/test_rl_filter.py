@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore.loop import parts
 from megatron_dr.mcore.rl import filter_once
-from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.forward import policy_step
 from megatron_dr.report import metrics
 from megatron_dr.rl.experience import Experience, ExperienceStream
 
@@ -94,7 +95,8 @@ def schedule(model: list[Any], known: Experience, rl: RLConfig) -> dict[str, Any
     for stream in streams:
         stream.show(known, 3)
     return {
-        "forward_step_func": PolicyStep(rl), "data_iterator": streams if model[1:] else streams[0],
+        "forward_step_func": partial(policy_step, rl),
+        "data_iterator": streams if model[1:] else streams[0],
         "model": model if model[1:] else model[0], "num_microbatches": ROWS // 2 // size,
         "seq_length": LENGTH, "micro_batch_size": 2, "forward_only": False,
     }  # fmt: skip

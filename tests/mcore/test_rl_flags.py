@@ -90,7 +90,6 @@ def test_no_default_is_called_None() -> None:
 def test_megatrons_flags_are_set() -> None:
     args = parsed("--data-path a.jsonl b.jsonl")
     parts.prepare(args)
-    assert part.prompt_files(args) == ["a.jsonl", "b.jsonl"]
     assert (args.dataloader_type, args.calculate_per_token_loss, args.eval_iters) == (
         "external", True, 0,
     )  # fmt: skip

@@ -10,7 +10,6 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch.utils.data import default_collate
 
 from megatron_dr.config.dpo import SEQUENCES
 from megatron_dr.data.pairs import Pairs
+from megatron_dr.mcore.collectives import of_all_ranks
 from megatron_dr.mcore.dpo.step import Batch, answers, forward
 from megatron_dr.mcore.rollouts import passes
 from megatron_dr.mcore.say import say
@@ -46,7 +46,7 @@ def measure(model: Sequence[torch.nn.Module], pairs: Pairs, args: Namespace) -> 
         own = min(call, -(-left // (size * stages)) * size * stages)
         first = start + group.rank() * own
         numbers = [min(n, len(pairs) - 1) for n in range(first, first + own)]
-        shares.append(_gathered(_log_probs(model, pairs, numbers, size, args), group))
+        shares += of_all_ranks(_log_probs(model, pairs, numbers, size, args).cpu(), group)
         if time.monotonic() - said > _PATIENCE:
             said = time.monotonic()
             done = min(start + together, len(pairs))
@@ -69,13 +69,6 @@ def _log_probs(
 def _answers(model: torch.nn.Module, found: Batch) -> passes.Output:
     output, batch = forward(model, found)
     return output, lambda losses_BT: answers(losses_BT, batch)
-
-
-def _gathered(own_N2: torch.Tensor, group: Any) -> torch.Tensor:
-    """All copies' shares, rank after rank."""
-    shares = [torch.empty_like(own_N2) for _ in range(group.size())]
-    dist.all_gather(shares, own_N2.contiguous(), group=group)
-    return torch.cat(shares).cpu()
 
 
 def save(folder: Path, every: Sequence[Pairs]) -> None:

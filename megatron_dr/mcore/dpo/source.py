@@ -1,6 +1,7 @@
 """A run's data and forward step where it trains on preference pairs."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_dr.mcore import errors
 from megatron_dr.mcore.data import datasets
 from megatron_dr.mcore.data.source import noted
 from megatron_dr.mcore.dpo import data, reference
-from megatron_dr.mcore.dpo.step import PreferenceStep
+from megatron_dr.mcore.dpo.step import preference_step
 from megatron_dr.mcore.seams.source import Source, new_folder, resumes
 from megatron_dr.mcore.step.handle import Handle
 
@@ -24,7 +25,7 @@ class PairSource(Source):
     """
 
     def __init__(self, args: Namespace, target: TargetConfig, dpo: PreferenceConfig) -> None:
-        self.args, self.target, self.forward_step = args, target, PreferenceStep(dpo)
+        self.args, self.target, self.forward_step = args, target, partial(preference_step, dpo)
         config = datasets.dataset_config(args)
         paths = [*data.general_paths(config), target.target_data, target.target_valid_data]
         with errors.agreed():  # before the reference, for which ranks wait for one another

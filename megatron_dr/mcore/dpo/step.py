@@ -33,17 +33,12 @@ def answers(losses_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
     return completion_log_prob(-losses_BT.float(), batch["answer_mask"])
 
 
-class PreferenceStep:
-    """The `forward_step_func`; every rank reads the whole microbatch from its own iterator."""
-
-    def __init__(self, dpo: PreferenceConfig) -> None:
-        self.dpo = dpo
-
-    def __call__(
-        self, data_iterator: Iterator[Batch], model: torch.nn.Module
-    ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        output, batch = forward(model, next(data_iterator))
-        return output, partial(loss_func, self.dpo, batch)
+def preference_step(
+    dpo: PreferenceConfig, data_iterator: Iterator[Batch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """A `forward_step_func`; every rank reads the whole microbatch from its own iterator."""
+    output, batch = forward(model, next(data_iterator))
+    return output, partial(loss_func, dpo, batch)
 
 
 def loss_func(dpo: PreferenceConfig, batch: Batch, losses_BT: torch.Tensor) -> Any:

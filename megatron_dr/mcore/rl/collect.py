@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config.rl import RLConfig
+from megatron_dr.mcore.collectives import of_all_ranks
 from megatron_dr.mcore.rl.reference_policy import Reference
 from megatron_dr.mcore.rl.scorers import open_scorers, score
 from megatron_dr.mcore.rollouts.engine import open_rollouts
@@ -46,6 +46,7 @@ class Collector:
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.rl, self.args = model, tokenizer, rl, args
         self.reference = reference
+        self.stop = () if rl.stop is None else (rl.stop,)
         self.estimator = Estimator(rl) if rl.algorithm == "ppo" else None
         self.rollouts = open_rollouts(model, tokenizer, args, rl.engine)
         self.scorers = open_scorers(rl)
@@ -64,9 +65,7 @@ class Collector:
         """
         group = self.rl.group
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        sampling = SamplingParams(
-            self.rl.max_tokens, self.rl.temperature, self.rl.top_p, self._stop()
-        )
+        sampling = SamplingParams(self.rl.max_tokens, self.rl.temperature, self.rl.top_p, self.stop)
         completions = self._complete(repeated, sampling, draw(self.args.seed, role, number))
         reward_N, statistics = self._rewards(repeated, completions, role)
         if by_reward:
@@ -92,12 +91,9 @@ class Collector:
 
     def greedy_reward(self, prompts: Sequence[Prompt], role: str) -> float:
         """Mean reward, by the role's, of the likeliest completions; failed ones are left out."""
-        sampling = SamplingParams(self.rl.max_tokens, temperature=0.0, stop=self._stop())
+        sampling = SamplingParams(self.rl.max_tokens, temperature=0.0, stop=self.stop)
         completions = self._complete(prompts, sampling, 0)
         return self._rewards(prompts, completions, role)[1]["reward"]
-
-    def _stop(self) -> tuple[str, ...]:
-        return () if self.rl.stop is None else (self.rl.stop,)
 
     def _complete(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, seed: int
@@ -150,10 +146,8 @@ class Collector:
         rank, size = group.rank(), group.size()
         rows = list(range(len(tokens_NT)))[rank::size] or [0]  # a rank without rows helps too
         own = forward(self.model, tokens_NT[rows].long(), mask_NT[rows], self.args.micro_batch_size)
-        shares: list[Any] = [None] * size
-        dist.all_gather_object(shares, (rows, own.cpu()), group=group)
         out = torch.zeros(*tokens_NT.shape, *own.shape[2:])
-        for numbers, values in shares:
+        for numbers, values in of_all_ranks((rows, own.cpu()), group):
             out[numbers] = values
         return out
 

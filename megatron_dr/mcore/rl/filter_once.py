@@ -17,11 +17,10 @@ with the whole target add up to the score, each piece counted as `ownership` say
 Shape suffixes: N completions, n those of this rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +32,13 @@ from torch import Tensor
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore import compat, random_state
 from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
-from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.forward import Batch, policy_step
 from megatron_dr.mcore.step.roles import MicrobatchRouter
 from megatron_dr.mcore.step.schedule import Pass, ours, run
 from megatron_dr.rl.experience import Experience
-from megatron_dr.rl.weights import Aggregation, token_weights
+from megatron_dr.rl.weights import token_weights
 
 _CHUNK = 1 << 20  # elements that are multiplied at a time: bounds the temporaries
-Batch = dict[str, Tensor]
 Flats = list[list[Tensor]]  # by model chunk: one like each of its gradient buffers
 
 
@@ -72,51 +70,23 @@ def scores(
         target: for `reward_loss` where `rl.target_loss` says so.
         function, schedule: a schedule of Megatron and the arguments of a training step.
     """
-    size = schedule["micro_batch_size"]
+    schedule = {**schedule, "forward_step_func": partial(policy_step, rl)}
     with _apart(model):
-        passes = _Passes(rl, model, function, schedule)
-        passes.accumulate(_share(target, rl, size, rl.target_loss == "reward", model))
+        share = _Share(target, rl, schedule["micro_batch_size"], rl.target_loss == "reward", model)
+        _run(MicrobatchRouter(model, 0, len(share), None), share, model, function, schedule)
         owned = owned_parameters(model, get_model_config(model[0]))
         target_flats = _target(model, owned, target, rl)
-        share = _share(general, rl, 1, False, model)
-        own_n = passes.score(share, target_flats)
+        share = _Share(general, rl, 1, False, model)
+        router = _ScoreRouter(model, target_flats, len(share))
+        _run(router, share, model, function, schedule)
+        for chunk in range(len(model)):
+            router.take(chunk)
+    own_n = router.score_n
     dist.all_reduce(own_n, group=compat.model_group())
     score_N = own_n.new_zeros(len(general))
     score_N[share.numbers] = own_n[: len(share.numbers)]
     dist.all_reduce(score_N, group=parallel_state.get_data_parallel_group())
     return score_N.cpu()
-
-
-class _Passes:
-    """Schedule calls of training without its reduction."""
-
-    def __init__(
-        self, rl: RLConfig, model: list[Any], function: Callable[..., Any],
-        schedule: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.model, self.function = model, function
-        self.schedule = {**schedule, "forward_step_func": PolicyStep(rl)}
-
-    def accumulate(self, batches: _Share) -> None:
-        """The batches' summed gradient into Megatron's buffers."""
-        self._run(MicrobatchRouter(self.model, 0, len(batches), None), batches)
-
-    def score(self, batches: _Share, target: Flats) -> Tensor:
-        """This rank's part of each batch's product with the target [n]."""
-        router = _ScoreRouter(self.model, target, len(batches))
-        self._run(router, batches)
-        for chunk in range(len(self.model)):
-            router.take(chunk)
-        return router.score_n
-
-    def _run(self, router: MicrobatchRouter, batches: _Share) -> None:
-        iterators = [iter(batches) for _ in self.model]
-        changes = {
-            "data_iterator": iterators if len(iterators) > 1 else iterators[0],
-            "micro_batch_size": batches.size,
-        }
-        one = Pass(router, lambda *_: None, changes)  # nothing is reduced
-        run(self.function, self.schedule, one, get_model_config(self.model[0]))
 
 
 class _ScoreRouter(MicrobatchRouter):
@@ -192,25 +162,29 @@ def _target(
 
 
 def _buffers(chunk: Any) -> list[Any]:
-    buffers: list[Any] = [*chunk.buffers, *chunk.expert_parallel_buffers]
-    return buffers
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 
-@dataclass(frozen=True)
 class _Share:
     """This data rank's share of an experience in microbatches of one size.
+
+    Their number is one that interleaving can divide, at least one.
 
     Attributes:
         numbers: of its completions.
         filled: with what fills up the last microbatches; it counts nothing.
     """
 
-    experience: Experience
-    aggregation: Aggregation
-    by_reward: bool
-    size: int
-    numbers: list[int]
-    filled: list[int]
+    def __init__(
+        self, experience: Experience, rl: RLConfig, size: int, by_reward: bool, model: list[Any]
+    ) -> None:
+        self.experience, self.aggregation = experience.without_returns(), rl.aggregation
+        self.size, self.by_reward = size, by_reward
+        stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
+        group = parallel_state.get_data_parallel_group()
+        self.numbers = list(range(len(experience)))[group.rank() :: group.size()]
+        missing = -len(self.numbers) % (size * stages) if self.numbers else size * stages
+        self.filled = [*self.numbers, *[0] * missing]
 
     def __len__(self) -> int:
         return len(self.filled) // self.size
@@ -224,13 +198,15 @@ class _Share:
             yield batch
 
 
-def _share(
-    experience: Experience, rl: RLConfig, size: int, by_reward: bool, model: list[Any]
-) -> _Share:
-    """Of this rank, in a number of microbatches that interleaving can divide, at least one."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
-    group = parallel_state.get_data_parallel_group()
-    numbers = list(range(len(experience)))[group.rank() :: group.size()]
-    missing = -len(numbers) % (size * stages) if numbers else size * stages
-    return _Share(experience.without_returns(), rl.aggregation, by_reward, size, numbers,
-                  [*numbers, *[0] * missing])  # fmt: skip
+def _run(
+    router: MicrobatchRouter, share: _Share, model: list[Any], function: Callable[..., Any],
+    schedule: dict[str, Any],
+) -> None:  # fmt: skip
+    """A schedule call of training without its reduction: gradients into Megatron's buffers."""
+    iterators = [iter(share) for _ in model]
+    changes = {
+        "data_iterator": iterators if len(iterators) > 1 else iterators[0],
+        "micro_batch_size": share.size,
+    }
+    one = Pass(router, lambda *_: None, changes)  # nothing is reduced
+    run(function, schedule, one, get_model_config(model[0]))

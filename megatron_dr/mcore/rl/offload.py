@@ -29,17 +29,15 @@ class Offload:
             yield
             return
         try:
-            self._say(self._handle.offload() + sum(map(_free, self._handle.model)))
+            freed = self._handle.offload() + sum(map(_free, self._handle.model))
+            if not self._said:
+                say(f"{freed:,} bytes of gradient buffers on this rank are free during rollouts")
+            self._said = True
             yield
         finally:
             for chunk in self._handle.model:
                 chunk.restore_grad_buffers()  # type: ignore[operator]
             self._handle.restore()
-
-    def _say(self, freed: int) -> None:
-        if not self._said:
-            say(f"{freed:,} bytes of gradient buffers on this rank are free during rollouts")
-        self._said = True
 
 
 def _free(chunk: Any) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.config.rl import RLConfig
+from megatron_dr.data.records import SUFFIXES
+from megatron_dr.mcore.data.samples import is_file
 from megatron_dr.mcore.refuse import Rule, rules
-from megatron_dr.mcore.rl.prompt_files import prompt_files
 from megatron_dr.mcore.rl.saved import other_run
 from megatron_dr.mcore.seams.part import Part
 from megatron_dr.mcore.seams.source import Source
@@ -59,12 +60,8 @@ class RLPart(Part):
     def defaults(self, own: RLConfig, given: dict[str, Any]) -> None:
         """The set of the paper (arXiv 2605.07063) where there is a target."""
         if own.target == "self":
-            for name in ("target_data", "target_batch_size"):
-                if name in given:
-                    raise ValueError(
-                        f"--dr-{name.replace('_', '-')} has no meaning with --dr-rl-target self: "
-                        "drop one of them."
-                    )
+            names = ("target_data", "target_batch_size")
+            _refuse_given(names, given, "--dr-rl-target self: drop one of them.")
         if own.filter == "once":
             _add_filter_defaults(own, given)
         if "set" in given:
@@ -86,7 +83,7 @@ class RLPart(Part):
         return TargetConfig(target_batch_size=own.completions) if own.target == "self" else target
 
     def prepare(self, own: RLConfig, args: Namespace) -> None:
-        prompt_files(args)
+        _check_prompts(args.data_path)
         args.dataloader_type = "external"
         args.calculate_per_token_loss = True  # a mean over all tokens, however they are split
         validates = own.valid_data is not None or args.dr_target_valid_data is not None
@@ -156,9 +153,23 @@ def _add_filter_defaults(own: RLConfig, given: dict[str, Any]) -> None:
             f"{flag} is followed by plain training, and does not go with --dr-set {given['set']}: "
             "drop one of them."
         )
-    for name in ("alpha", "alpha_style", "target_batch_size"):
+    names = ("alpha", "alpha_style", "target_batch_size")
+    _refuse_given(names, given, f"{flag}, whose steps have no target in them: drop it.")
+
+
+def _refuse_given(names: tuple[str, ...], given: dict[str, Any], beside: str) -> None:
+    for name in names:
         if name in given:
+            raise ValueError(f"--dr-{name.replace('_', '-')} has no meaning with {beside}")
+
+
+def _check_prompts(paths: list[str] | None) -> None:
+    """Raise ValueError where the general prompts are not given as files."""
+    if not paths:
+        raise ValueError("--dr-rl-algorithm needs general prompts: give --data-path prompts.jsonl.")
+    for path in paths:
+        if not is_file(path):
             raise ValueError(
-                f"--dr-{name.replace('_', '-')} has no meaning with {flag}, whose steps have no "
-                "target in them: drop it."
+                f"--data-path {path}: with --dr-rl-algorithm prompts are files that end in "
+                f"{', '.join(SUFFIXES)}, or folders of them, without weights between them."
             )

@@ -78,15 +78,11 @@ class Reference:
                 f"{folder} has no {FOLDER}, so it is no checkpoint of a run with --dr-rl-kl above "
                 "0: give --finetune to begin a new run from it, or --dr-rl-kl 0."
             )
-        with evaluating(self.model):
-            policy = self._copy()
-            try:
-                found: dict[str, Any] = dist_checkpointing.load(self._sharded(), str(path))
-                for number, chunk in enumerate(self.model):
-                    unwrap(chunk).load_state_dict(found[f"model{number}"], strict=False)
-                self._values = self._copy()
-            finally:
-                self._put(policy)
+        with self.in_place():
+            found: dict[str, Any] = dist_checkpointing.load(self._sharded(), str(path))
+            for number, chunk in enumerate(self.model):
+                unwrap(chunk).load_state_dict(found[f"model{number}"], strict=False)
+            self._values = self._copy()
 
     def _sharded(self) -> dict[str, Any]:
         return {

@@ -2,23 +2,19 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.mcore import errors
+from megatron_dr.mcore.collectives import of_all_ranks
 from megatron_dr.rl.reward_model import RewardModel
-from megatron_dr.rl.reward_pool import RewardPool, Sample, Scores
+from megatron_dr.rl.reward_pool import RewardPool, Sample
 
-
-class Scorer(Protocol):
-    """What gives rewards: a function in worker processes, or a model on the rank's device."""
-
-    def score(self, samples: Sequence[Sample]) -> Scores: ...
-
-    def close(self) -> None: ...
+# What gives rewards: a function in worker processes, or a model on the rank's device.
+Scorer = RewardPool | RewardModel
 
 
 def open_scorers(rl: RLConfig) -> dict[str, Scorer]:
@@ -29,10 +25,7 @@ def open_scorers(rl: RLConfig) -> dict[str, Scorer]:
     Raises:
         ValueError: a rank can't load it.
     """
-
-    def pool(name: str) -> RewardPool:
-        return RewardPool(name, rl.reward_workers, rl.reward_timeout)
-
+    pool = partial(RewardPool, workers=rl.reward_workers, timeout=rl.reward_timeout)
     with errors.agreed():
         general: Scorer
         if rl.reward_model is not None:
@@ -56,11 +49,9 @@ def score(scorer: Scorer, samples: Sequence[Sample]) -> tuple[torch.Tensor, Coun
     world, rank = dist.get_world_size(), dist.get_rank()
     with errors.agreed():
         own = scorer.score(samples[rank::world])
-    shares: list[tuple[list[float | None], Counter[str]]] = [([], Counter())] * world
-    dist.all_gather_object(shares, (own.rewards, own.failures))
     rewards = torch.full((len(samples),), float("nan"), dtype=torch.float64)
     failures: Counter[str] = Counter()
-    for number, (found, failed) in enumerate(shares):
+    for number, (found, failed) in enumerate(of_all_ranks((own.rewards, own.failures))):
         values = [float("nan") if value is None else value for value in found]
         rewards[number::world] = torch.tensor(values, dtype=torch.float64)
         failures.update(failed)

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from megatron_dr.mcore.data.datasets import dataset_config
 from megatron_dr.mcore.data.samples import chat_of
 from megatron_dr.mcore.rl import filter_once, saved
 from megatron_dr.mcore.rl.collect import Collector, draw
-from megatron_dr.mcore.rl.forward import PolicyStep
+from megatron_dr.mcore.rl.forward import policy_step
 from megatron_dr.mcore.rl.offload import Offload
-from megatron_dr.mcore.rl.prompt_files import prompt_files
 from megatron_dr.mcore.rl.reference_policy import Reference
 from megatron_dr.mcore.seams.source import Source, new_folder, resumes
 from megatron_dr.mcore.step.handle import Handle
@@ -41,13 +41,13 @@ class RolloutSource(Source):
     """
 
     def __init__(self, args: Namespace, target: TargetConfig, rl: RLConfig) -> None:
-        self.args, self.target, self.rl, self.forward_step = args, target, rl, PolicyStep(rl)
+        self.args, self.target, self.rl = args, target, rl
+        self.forward_step = partial(policy_step, rl)
         self.tokenizer = dataset_config(args).tokenizer
-        self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(prompt_files(args))}
-        self.held_out: dict[str, list[Prompt]] = {}
-        for role, path in ((GENERAL, rl.valid_data), (TARGET, target.target_valid_data)):
-            if path is not None:
-                self.held_out[role] = self._read([path])
+        self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(args.data_path)}
+        held_out = {GENERAL: rl.valid_data, TARGET: target.target_valid_data}
+        self.held_out = {r: self._read([path]) for r, path in held_out.items() if path is not None}
+        self._by_reward = rl.target_loss == "reward"  # of the target
         self.experiences: dict[str, Experience] = {}
         self._target: list[ExperienceStream] = []
 
@@ -62,8 +62,7 @@ class RolloutSource(Source):
         self, samples: Any, micro_batch_size: int, ranks: int, chunks: int
     ) -> list[ExperienceStream]:
         """The target's; what they give is shown to them at each rollout."""
-        by_reward = self.rl.target_loss == "reward"
-        self._target = [self._stream(micro_batch_size, by_reward) for _ in range(chunks)]
+        self._target = [self._stream(micro_batch_size, self._by_reward) for _ in range(chunks)]
         return self._target
 
     def begin(self, handle: Handle) -> None:
@@ -139,12 +138,15 @@ class RolloutSource(Source):
         """What the cycle trains on, unless it is there already."""
         self._refresh(GENERAL, cycle, by_reward=False, count=self.rl.prompts)
         refresh = cycle // self.rl.target_refresh
-        by_reward = self.rl.target_loss == "reward"
         if TARGET in self.prompts:
-            self._refresh(TARGET, refresh, by_reward, self.rl.target_prompts)
+            self._refresh(TARGET, refresh, self._by_reward, self.rl.target_prompts)
         elif self._target and self._number(TARGET) != cycle:
-            general = self.experiences[GENERAL]
-            self._show(TARGET, general.by_reward() if by_reward else general)
+            self._show(TARGET, self._itself())
+
+    def _itself(self) -> Experience:
+        """The rollout as its own target."""
+        general = self.experiences[GENERAL]
+        return general.by_reward() if self._by_reward else general
 
     def _number(self, role: str) -> int | None:
         return self.experiences[role].number if role in self.experiences else None
@@ -169,10 +171,8 @@ class RolloutSource(Source):
 
     def _filter(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> None:
         """Drop completions of the new rollout for its whole cycle."""
+        target = self.experiences.get(TARGET) or self._itself()
         general = self.experiences[GENERAL]
-        by_reward = self.rl.target_loss == "reward"
-        itself = general.by_reward() if by_reward else general
-        target = self.experiences.get(TARGET, itself)
         kept = filter_once.filtered(general, target, self.rl, self.model, stock, schedule)
         self._show(GENERAL, kept)
 

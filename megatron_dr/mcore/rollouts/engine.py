@@ -57,7 +57,10 @@ class EngineRollouts:
         if failure is not None:
             raise ValueError(f"--dr-rl-engine failed on rank 0: {failure}")
         rooms = [min(params.max_tokens, self.context - len(prompt)) for prompt in prompts]
-        return [self._cut(c, room) for c, room in zip(completions, rooms, strict=True)]
+        return [
+            c if len(c.ids) <= room else Completion(c.ids[:room], c.log_probs[:room], "length")
+            for c, room in zip(completions, rooms, strict=True)
+        ]
 
     def _check(self, completions: Sequence[Completion], wanted: int) -> None:
         if len(completions) != wanted:
@@ -68,12 +71,6 @@ class EngineRollouts:
                     f"completion {number} has ids outside of the vocabulary of {self.vocab_size}: "
                     "the engine has another tokenizer."
                 )
-
-    @staticmethod
-    def _cut(completion: Completion, room: int) -> Completion:
-        if len(completion.ids) <= room:
-            return completion
-        return Completion(completion.ids[:room], completion.log_probs[:room], "length")
 
 
 def open_rollouts(

@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import errors
+from megatron_dr.mcore.collectives import of_all_ranks
 from megatron_dr.mcore.compat import unwrap
 from megatron_dr.mcore.rollouts.cache import CachedForward, share_from_last_stage
 from megatron_dr.mcore.rollouts.ending import Ending
@@ -212,9 +213,7 @@ def check_layout() -> None:
 
 def _gather(own: list[_Row], total: int) -> list[Completion]:
     """All copies' completions in the order of the prompts."""
-    group = parallel_state.get_data_parallel_group()
-    shares: list[list[_Row]] = [[] for _ in range(group.size())]
-    torch.distributed.all_gather_object(shares, own, group=group)
+    shares = of_all_ranks(own, parallel_state.get_data_parallel_group())
     rows = {row.number: row for share in shares for row in share}
     return [
         Completion(tuple(rows[n].tokens), tuple(rows[n].log_probs), rows[n].finish or "length")
