@@ -69,9 +69,6 @@ class PreparedSamples(Padded):
         self._sizes = sizes
         self.lengths = np.minimum(sizes, sequence_length + 1)
 
-    def __len__(self) -> int:
-        return len(self._sizes)
-
     def part(self, number: int) -> Part:
         length = int(self.lengths[number])
         ids = self._tokens.get(number, length=length)

@@ -132,13 +132,11 @@ def _check_together(
                 "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."
             )
         if dr.needs_target:
+            style = f" with --dr-alpha-style {dr.alpha_style}"
+            style = "" if dr.alpha_style == "constant" else style
             raise ValueError(
-                f"--dr-set {dr.set}{_style(dr)} needs --dr-target-data: give the target set's "
+                f"--dr-set {dr.set}{style} needs --dr-target-data: give the target set's "
                 "path, or --dr-set mean alone."
             )
         if "alpha" in given and dr.alpha > 0:
             raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
-
-
-def _style(dr: DRConfig) -> str:
-    return "" if dr.alpha_style == "constant" else f" with --dr-alpha-style {dr.alpha_style}"
