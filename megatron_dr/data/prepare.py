@@ -240,7 +240,7 @@ def _merge(
     for n, piece in enumerate(pieces):
         shard = shards.Shard.load(_shard(job, n))
         side = held_out[first : first + len(shard.lines)]
-        for writer, chosen in zip(writers, (~side, side), strict=True):
+        for writer, chosen in zip(writers, (~side, side), strict=False):
             writer.add(shard, piece.file, chosen)
         first += len(shard.lines)
     duplicates = len(hashes) - len(np.unique(hashes, axis=0))

@@ -176,7 +176,7 @@ class Reader:
     def has(self, key: str, index: tuple[int, ...]) -> bool:
         """Whether there is anything of a tensor at place `index` on the axes in front of it."""
         return key in self.tensors and any(
-            all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes, strict=True))
+            all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes, strict=False))
             for chunk in self.tensors[key].chunks
         )
 
