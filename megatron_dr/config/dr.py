@@ -208,9 +208,8 @@ class DRConfig:
     @property
     def num_slots(self) -> int:
         """General buffers per rank: slots, or domains; 1 for the sets that weigh no rows."""
-        if set_named(self.set).weighs_rows or self.row_kind.named:
-            return self.row_kind.num_slots(self)
-        return 1
+        many = set_named(self.set).weighs_rows or self.row_kind.named
+        return self.row_kind.num_slots(self) if many else 1
 
     @property
     def needs_target(self) -> bool:

@@ -169,14 +169,13 @@ def target_samples(args: argparse.Namespace, path: str) -> Samples:
     config = copy.copy(config)
     config.mock, config.blend, config.blend_per_split = False, ([path], None), None
     config.split, config.split_matrix = "1,0,0", [(0.0, 1.0), None, None]
-    train, _, _ = BlendedMegatronDatasetBuilder(
+    text: Samples = BlendedMegatronDatasetBuilder(
         GPTDataset, (None, None, None), lambda: True, config
-    ).build()
-    if len(train) == 0:
+    ).build()[0]
+    if len(text) == 0:
         raise ValueError(
             f"{path}: shorter than one sequence of {args.seq_length} tokens and the next token."
         )
-    text: Samples = train
     return text
 
 
