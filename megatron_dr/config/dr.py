@@ -230,8 +230,8 @@ class TargetConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.target_batch_size < 1:
-            raise ValueError(f"target_batch_size must be at least 1, not {self.target_batch_size}.")
+        size = self.target_batch_size
+        must_be("at least 1", size >= 1, "target_batch_size", size)
 
 
 def _choices() -> dict[str, tuple[str, ...]]:

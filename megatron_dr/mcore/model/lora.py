@@ -36,11 +36,11 @@ class LoRAPart(Part):
     who, refused = compat.WHO, compat.REFUSED
 
     def on_model(self, own: LoRAConfig, args: Namespace) -> Callable[[list[Any]], list[Any]]:
+        lora = dataclasses.replace(own, seed=args.seed)
+
         def hook(model: list[Any]) -> list[Any]:
             with errors.refused():
-                add_lora(
-                    model, dataclasses.replace(own, seed=args.seed), get_model_config(model[0])
-                )
+                add_lora(model, lora, get_model_config(model[0]))
             return model
 
         return hook
