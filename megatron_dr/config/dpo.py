@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_dr.config.fields import flag
+from megatron_dr.config.fields import flag, must_be
 
 SEQUENCES = 2  # of a pair
 
@@ -26,9 +26,6 @@ class PreferenceConfig:
     )
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.beta < float("inf"):
-            raise ValueError(f"--dr-dpo-beta must be finite and above 0, not {self.beta}.")
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"--dr-dpo-label-smoothing must be in [0, 0.5), not {self.label_smoothing}."
-            )
+        beta, share = self.beta, self.label_smoothing
+        must_be("finite and above 0", 0.0 < beta < float("inf"), "--dr-dpo-beta", beta)
+        must_be("in [0, 0.5)", 0.0 <= share < 0.5, "--dr-dpo-label-smoothing", share)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin
 
-from megatron_dr.config.fields import flag, known
+from megatron_dr.config.fields import flag, known, must_be
 from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS, RowKind, set_named
 from megatron_dr.projection import FeasibleSet, size_for
 
@@ -122,27 +122,22 @@ class DRConfig:
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}."
                 )
         for name in ("alpha", "end_alpha"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}.")
-        if not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"fraction must be in (0, 1], not {self.fraction}.")
+            share = getattr(self, name)
+            must_be("in [0, 1]", 0.0 <= share <= 1.0, name, share)
+        must_be("in (0, 1]", 0.0 < self.fraction <= 1.0, "fraction", self.fraction)
         for name in ("ridge", "radius"):
-            value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} must be finite and at least 0, not {value}.")
-        if self.slots < 1:
-            raise ValueError(f"slots must be at least 1, not {self.slots}.")
+            factor = getattr(self, name)
+            must_be("finite and at least 0", 0.0 <= factor < float("inf"), name, factor)
+        must_be("at least 1", self.slots >= 1, "slots", self.slots)
         if "slots" in self.row_kind.dials and self.slots == 1:
             raise ValueError("rows='slot' with slots=1 is rows='rank': say rows='rank'.")
-        if self.target_ranks < 0:
-            raise ValueError(f"target_ranks must be at least 0, not {self.target_ranks}.")
+        must_be("at least 0", self.target_ranks >= 0, "target_ranks", self.target_ranks)
         if self.target_ranks and not self.row_kind.target_ranks:
             raise ValueError(f"target_ranks needs rows='rank', not rows={self.rows!r}.")
         size = self.sketch_size
         if size is not None and (not 2 <= size <= 2**31 or size & (size - 1)):
             raise ValueError(f"sketch_size must be a power of two up to 2**31, not {size}.")
-        if not 0.0 < self.sketch_error < 1.0:
-            raise ValueError(f"sketch_error must be in (0, 1), not {self.sketch_error}.")
+        must_be("in (0, 1)", 0.0 < self.sketch_error < 1.0, "sketch_error", self.sketch_error)
         steps = self.alpha_steps
         if self.alpha_style != "constant" and steps is not None and steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
@@ -156,10 +151,8 @@ class DRConfig:
     def _check_samples(self) -> None:
         """What only sample rows have."""
         for name in ("kronecker_out", "kronecker_in", "target_refresh"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.passes not in (1, 2):
-            raise ValueError(f"passes must be 1 or 2, not {self.passes}.")
+            must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))
+        must_be("1 or 2", self.passes in (1, 2), "passes", self.passes)
         if self.alpha_style == "auto":
             raise ValueError("alpha_style='auto' needs rows='rank', 'slot' or 'domain'.")
         own = set_named(self.set)
@@ -208,9 +201,8 @@ class DRConfig:
     @property
     def num_slots(self) -> int:
         """General buffers per rank: slots, or domains; 1 for the sets that weigh no rows."""
-        if set_named(self.set).weighs_rows or self.row_kind.named:
-            return self.row_kind.num_slots(self)
-        return 1
+        many = set_named(self.set).weighs_rows or self.row_kind.named
+        return self.row_kind.num_slots(self) if many else 1
 
     @property
     def needs_target(self) -> bool:
@@ -238,8 +230,8 @@ class TargetConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.target_batch_size < 1:
-            raise ValueError(f"target_batch_size must be at least 1, not {self.target_batch_size}.")
+        size = self.target_batch_size
+        must_be("at least 1", size >= 1, "target_batch_size", size)
 
 
 def _choices() -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Fields of a configuration, with what their flags say."""
+"""Fields of a configuration, with what their flags say, and the sentence of a wrong value."""
 
 from dataclasses import field
 from typing import Any
@@ -12,3 +12,9 @@ def flag(default: Any, help: str, unit: str) -> Any:
 def known(default: Any) -> Any:
     """A field without a flag: Megatron's own flags and data tell it to the training loop."""
     return field(default=default, metadata={})
+
+
+def must_be(says: str, allowed: bool, name: str, value: Any) -> None:
+    """Raise ValueError where a dial's value is not `allowed`: what it must be is `says`."""
+    if not allowed:
+        raise ValueError(f"{name} must be {says}, not {value}.")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from megatron_dr.config.fields import flag, known
+from megatron_dr.config.fields import flag, known, must_be
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,10 @@ class LoRAConfig:
     seed: int = known(0)  # of A's initial values: the training run's own
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoRA's rank must be at least 1, not {self.rank}.")
-        if not 0.0 < self.alpha < float("inf"):
-            raise ValueError(f"LoRA's alpha must be finite and above 0, not {self.alpha}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA's dropout must be in [0, 1), not {self.dropout}.")
+        finite = 0.0 < self.alpha < float("inf")
+        must_be("at least 1", self.rank >= 1, "LoRA's rank", self.rank)
+        must_be("finite and above 0", finite, "LoRA's alpha", self.alpha)
+        must_be("in [0, 1)", 0.0 <= self.dropout < 1.0, "LoRA's dropout", self.dropout)
         try:
             self.matches("")
         except re.error as error:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_dr.config.fields import flag
+from megatron_dr.config.fields import flag, must_be
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,5 @@ class MesoConfig:
     refresh: int = flag(200, "steps between two random subspaces; 0: one for ever", "steps")
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"MeSO's size must be at least 1, not {self.size}.")
-        if self.refresh < 0:
-            raise ValueError(f"MeSO's refresh must be at least 0, not {self.refresh}.")
+        must_be("at least 1", self.size >= 1, "MeSO's size", self.size)
+        must_be("at least 0", self.refresh >= 0, "MeSO's refresh", self.refresh)

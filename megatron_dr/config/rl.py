@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_dr.config.fields import flag
+from megatron_dr.config.fields import flag, must_be
 
 _OF_PPO = ("kl_target", "kl_horizon", "discount", "gae_decay", "value_weight", "value_clip")
 
@@ -105,17 +105,12 @@ class RLConfig:
             )
         for name in ("reward_workers", "prompts", "group", "epochs", "max_tokens",
                      "target_prompts", "target_refresh", "kl_horizon"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}.")
+            must_be("at least 1", getattr(self, name) >= 1, _flag(name), getattr(self, name))
         for name in ("reward_timeout", "temperature", "clip", "value_weight", "value_clip"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{_flag(name)} must be finite and above 0, not {getattr(self, name)}."
-                )
-        if not 0.0 <= self.kl < float("inf"):
-            raise ValueError(f"{_flag('kl')} must be finite and at least 0, not {self.kl}.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"{_flag('top_p')} must be in (0, 1], not {self.top_p}.")
+            value = getattr(self, name)
+            must_be("finite and above 0", 0.0 < value < float("inf"), _flag(name), value)
+        must_be("finite and at least 0", 0.0 <= self.kl < float("inf"), _flag("kl"), self.kl)
+        must_be("in (0, 1]", 0.0 < self.top_p <= 1.0, _flag("top_p"), self.top_p)
         if self.stop == "":
             raise ValueError(f"{_flag('stop')} must not be empty.")
         if self.algorithm == "ppo":
@@ -138,14 +133,12 @@ class RLConfig:
 
     def _check_ppo(self) -> None:
         for name in ("discount", "gae_decay"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{_flag(name)} must be in [0, 1], not {getattr(self, name)}.")
-        if self.kl_target is None:
+            share = getattr(self, name)
+            must_be("in [0, 1]", 0.0 <= share <= 1.0, _flag(name), share)
+        wanted = self.kl_target
+        if wanted is None:
             return
-        if not 0.0 < self.kl_target < float("inf"):
-            raise ValueError(
-                f"{_flag('kl_target')} must be finite and above 0, not {self.kl_target}."
-            )
+        must_be("finite and above 0", 0.0 < wanted < float("inf"), _flag("kl_target"), wanted)
         if self.kl == 0:
             raise ValueError(
                 f"{_flag('kl_target')} steers {_flag('kl')}, which must then be above 0."

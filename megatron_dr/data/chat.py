@@ -56,8 +56,7 @@ class Chat:
 
     def prompt(self, messages: list[Message], tools: Any = None) -> np.ndarray:
         """Tokens after which the assistant is to answer; int32 [length]."""
-        text = self._render(messages, tools, prompt=True)
-        return np.asarray(self._ids(text), np.int32)
+        return np.asarray(self._ids(self._render(messages, tools, prompt=True)), np.int32)
 
     def _render(self, messages: list[Message], tools: Any, prompt: bool = False) -> str:
         return str(self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt))

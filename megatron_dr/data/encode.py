@@ -160,9 +160,8 @@ class Encoder:
 
 def _common(a: list[Message], b: list[Message]) -> int:
     """How many first messages are the same in both."""
-    return next(
-        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _check_unicode(column: str, text: str) -> None:

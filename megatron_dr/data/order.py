@@ -47,7 +47,7 @@ class TargetStream:
     """
 
     def __init__(
-        self, samples: Samples, *, micro_batch_size: int, rank: int, size: int, seed: int
+        self, samples: Samples, micro_batch_size: int, rank: int, size: int, seed: int
     ) -> None:
         self.samples = samples
         self.order = getattr(samples, "order", None) or EpochOrder(len(samples), seed)

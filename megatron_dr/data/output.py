@@ -46,9 +46,8 @@ class Writer:
         self.datasets: dict[str, Dataset] = {}
         for part in self.parts:
             for ending, kind in (("", self.token_type), ("_loss_mask", np.uint8)):
-                name = self.prefix.name + part + ending
-                path = str(self.folder / f"{name}.bin")
-                self.datasets[part + ending] = self.open_dataset(path, kind)
+                path = self.folder / f"{self.prefix.name}{part}{ending}.bin"
+                self.datasets[part + ending] = self.open_dataset(str(path), kind)
         self.sources: list[np.ndarray] = []
         self.lengths: dict[str, list[np.ndarray]] = {part: [] for part in self.parts}
         self.with_loss: Counter[str] = Counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -13,7 +12,7 @@ from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
 from megatron_dr.data.file_samples import read
 from megatron_dr.data.packing import causal_mask, padded
-from megatron_dr.data.sample import Part
+from megatron_dr.data.sample import Part, Sample
 
 Pair = tuple[Part, Part]  # chosen, rejected
 
@@ -69,11 +68,7 @@ class Pairs(ABC):
                 raise ValueError(f"{where}: the {name} answer has no token to train on.")
         if np.array_equal(chosen.ids, rejected.ids):
             raise ValueError(f"{where}: the chosen and the rejected answer are the same.")
-        digest = hashlib.blake2b(digest_size=16)
-        for part in pair:
-            digest.update(len(part.ids).to_bytes(8, "little"))
-            digest.update(part.ids.astype("<i4").tobytes() + part.mask.tobytes())
-        return digest.digest()
+        return Sample(pair).content(masks=True)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         """tokens, labels, answer_mask, position_ids, each [2, L], the chosen answer first.
@@ -110,21 +105,19 @@ class FilePairs(Pairs):
         self, path: str, tokenizer: Tokenizer, sequence_length: int, chat: Chat | None = None,
         attention_mask: bool = False,
     ) -> None:  # fmt: skip
-        self._pairs: list[Pair] = []
-        self._origins: list[str] = []
+        self._pairs: list[tuple[str, Pair]] = []
         encoder = Encoder("preference", tokenizer, dict(zip(COLUMNS, COLUMNS, strict=True)), chat)
         for where, record in read(path):
             with records.at(where):
                 chosen, rejected = encoder(record).parts
-            self._pairs.append((chosen, rejected))
-            self._origins.append(where)
+            self._pairs.append((where, (chosen, rejected)))
         super().__init__(path, sequence_length, tokenizer.eod, attention_mask)
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def pair(self, number: int) -> Pair:
-        return self._pairs[number]
+        return self._pairs[number][1]
 
     def origin(self, number: int) -> str:
-        return self._origins[number]
+        return self._pairs[number][0]

@@ -40,10 +40,15 @@ class Sample:
     parts: tuple[Part, ...]
     fields: dict[str, Any] | None = None
 
-    def content(self) -> bytes:
-        """Hash of the token ids [16]: samples of equal content are duplicates of each other."""
+    def content(self, masks: bool = False) -> bytes:
+        """Hash of the token ids [16]: samples of equal content are duplicates of each other.
+
+        Args:
+            masks: hash which tokens have a loss too.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for part in self.parts:
             digest.update(len(part.ids).to_bytes(8, "little"))
             digest.update(part.ids.astype("<i4").tobytes())
+            digest.update(part.mask.tobytes() if masks else b"")
         return digest.digest()

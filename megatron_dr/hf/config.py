@@ -71,9 +71,8 @@ def _need(config: Mapping[str, Any], name: str) -> Any:
 
 def _window(config: Mapping[str, Any], switch: bool) -> int | None:
     """The sliding window; families with a `use_sliding_window` have it off unless switched on."""
-    if switch and not config.get("use_sliding_window", False):
-        return None
-    return config.get("sliding_window")
+    on = not switch or config.get("use_sliding_window", False)
+    return config.get("sliding_window") if on else None
 
 
 def _experts(config: Mapping[str, Any], key: str | None) -> dict[str, Any]:

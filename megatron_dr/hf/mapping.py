@@ -103,11 +103,9 @@ def _mapped(entry: Entry, model: Model, layer: int | None, vocabulary: int) -> I
             row += length
         if row == model.vocabulary and entry.key.split(".")[0] in ("embedding", "output_layer"):
             row = vocabulary
-        index, counts = (), ()  # type: tuple[tuple[int, ...], tuple[int, ...]]
-        if layer is not None:
-            index, counts = (layer,), (model.layers,)
-        if many:
-            index, counts = (*index, expert), (*counts, model.experts)
+        axes = [] if layer is None else [(layer, model.layers)]
+        axes += [(expert, model.experts)] if many else []
+        index, counts = tuple(n for n, _ in axes), tuple(count for _, count in axes)
         shape = (row,) if entry.columns is None else (row, entry.columns(model))
         yield Mapped(entry, index, counts, shape, tuple(parts))
 
@@ -149,9 +147,8 @@ def take(tensor: Mapped, box: Box, dtype: torch.dtype, read: Read) -> torch.Tens
         low, high = max(first, part.row), min(end, part.row + part.length)
         if low < high:
             start = part.start + low - part.row
-            out[low - first : high - first] = read(
-                part.name, ((start, start + high - low), *others)
-            )
+            rows = (start, start + high - low)
+            out[low - first : high - first] = read(part.name, (rows, *others))
     return out
 
 

@@ -26,15 +26,15 @@ class Source:
         self.files: dict[str, Any] = {}
         self.pickled = False
         self.places = self._index("model.safetensors")
-        if not self.places:
-            self.pickled = True
-            if (folder / "pytorch_model.bin").exists() or self._listed("pytorch_model.bin"):
-                if not allow_pickle:
-                    raise ValueError(
-                        f"{folder}: only pytorch_model.bin, a pickle that can run code when it is "
-                        "read; give --allow-pickle if you trust it."
-                    )
-                self.places = self._index("pytorch_model.bin")
+        self.pickled = not self.places
+        name = "pytorch_model.bin"
+        if self.pickled and ((folder / name).exists() or self._listed(name)):
+            if not allow_pickle:
+                raise ValueError(
+                    f"{folder}: only pytorch_model.bin, a pickle that can run code when it is "
+                    "read; give --allow-pickle if you trust it."
+                )
+            self.places = self._index(name)
         if not self.places:
             raise ValueError(f"{folder}: no model.safetensors and no index of such files.")
 

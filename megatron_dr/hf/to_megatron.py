@@ -10,14 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dr.hf import assets, torch_dist
-from megatron_dr.hf.config import (
-    command_line,
-    megatron_arguments,
-    padded_vocabulary,
-    parse,
-    read_config,
-)
+from megatron_dr.hf import assets, config, torch_dist
 from megatron_dr.hf.mapping import Mapped, hf_shapes, mapped_tensors, take
 from megatron_dr.hf.model import Model
 from megatron_dr.hf.output import complete, rank
@@ -141,10 +134,10 @@ def plan(
     Raises:
         ValueError: what can't be converted, or isn't there.
     """
-    model = parse(read_config(folder))
+    model = config.parse(config.read_config(folder))
     layout.check(model)
     source = Source(folder, allow_pickle)
-    vocabulary = padded_vocabulary(model, layout.tp)
+    vocabulary = config.padded_vocabulary(model, layout.tp)
     tensors = mapped_tensors(model, vocabulary)
     check_tensors(hf_shapes(tensors), source, model.tied)
     for tensor in tensors:
@@ -177,7 +170,7 @@ def convert(plan: Plan, out: Path) -> None:
 
 def common_state(plan: Plan) -> dict[str, object]:
     """What Megatron's `--load` reads before the tensors, and compares with its flags."""
-    arguments = megatron_arguments(plan.model, plan.vocabulary) | {
+    arguments = config.megatron_arguments(plan.model, plan.vocabulary) | {
         "add_position_embedding": True,
         "use_rotary_position_embeddings": False,
         "tensor_model_parallel_size": plan.layout.tp,
@@ -197,5 +190,5 @@ def common_state(plan: Plan) -> dict[str, object]:
 def _write_beside(plan: Plan, folder: Path) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     assets.copy(plan.source.folder, folder / assets.FOLDER)
-    flags = command_line(megatron_arguments(plan.model, plan.vocabulary))
+    flags = config.command_line(config.megatron_arguments(plan.model, plan.vocabulary))
     (folder / assets.FOLDER / assets.FLAGS).write_text(flags + "\n")

@@ -139,5 +139,4 @@ def ranks_per_row() -> int:
 
 def data_ranks_per_row() -> int:
     """Of those, the ranks with microbatches of their own: neighbouring data-parallel ranks."""
-    cp: int = parallel_state.get_context_parallel_world_size()
-    return ranks_per_row() // cp
+    return int(ranks_per_row() // parallel_state.get_context_parallel_world_size())

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
+from megatron_dr.mcore import collectives
 
 
 @contextmanager
@@ -25,9 +25,7 @@ def agreed() -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    found = next((m for m in messages if m is not None), None)
+    found = next((m for m in collectives.of_all_ranks(message) if m is not None), None)
     if found is not None:
         raise ValueError(found)
 

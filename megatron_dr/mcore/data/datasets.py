@@ -169,14 +169,13 @@ def target_samples(args: argparse.Namespace, path: str) -> Samples:
     config = copy.copy(config)
     config.mock, config.blend, config.blend_per_split = False, ([path], None), None
     config.split, config.split_matrix = "1,0,0", [(0.0, 1.0), None, None]
-    train, _, _ = BlendedMegatronDatasetBuilder(
+    text: Samples = BlendedMegatronDatasetBuilder(
         GPTDataset, (None, None, None), lambda: True, config
-    ).build()
-    if len(train) == 0:
+    ).build()[0]
+    if len(text) == 0:
         raise ValueError(
             f"{path}: shorter than one sequence of {args.seq_length} tokens and the next token."
         )
-    text: Samples = train
     return text
 
 
@@ -194,17 +193,11 @@ def target_streams(
         ranks: the first so many data-parallel ranks share the samples.
         everywhere: no rank is told of a microbatch by another.
     """
+    packed, rank = isinstance(samples, PackedSamples), mpu.get_data_parallel_rank()
     streams: list[TargetStream | None] = []
     for chunk in range(num_chunks):
-        packed = isinstance(samples, PackedSamples)
-        reads = everywhere or _has_data(chunk if num_chunks > 1 else None, packed)
-        stream = TargetStream(
-            samples,
-            micro_batch_size=micro_batch_size,
-            rank=mpu.get_data_parallel_rank(),
-            size=ranks,
-            seed=args.seed,
-        )
-        reads = reads and mpu.get_data_parallel_rank() < ranks
+        stage = chunk if num_chunks > 1 else None
+        reads = rank < ranks and (everywhere or _has_data(stage, packed))
+        stream = TargetStream(samples, micro_batch_size, rank, size=ranks, seed=args.seed)
         streams.append(stream if reads else None)
     return streams

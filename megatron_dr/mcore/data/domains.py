@@ -11,23 +11,12 @@ from megatron_dr.data.records import SUFFIXES
 from megatron_dr.mcore import compat
 
 
-class DomainOrder:
-    """Which domain's microbatch comes when."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.plan = args, DomainPlan(domain_weights(args))
-
-    def of_step(self, num_microbatches: int) -> list[int]:
-        """Domain of each of this rank's general microbatches in the step that is under way."""
-        args, ranks = self.args, self.args.data_parallel_size
-        return domains_of_step(
-            self.plan,
-            args.consumed_train_samples // (args.micro_batch_size * ranks),
-            num_microbatches,
-            mpu.get_data_parallel_rank(),
-            ranks,
-            compat.data_ranks_per_row(),
-        )
+def of_step(plan: DomainPlan, args: argparse.Namespace, num_microbatches: int) -> list[int]:
+    """Domain of each of this rank's general microbatches in the step that is under way."""
+    ranks = args.data_parallel_size
+    first = args.consumed_train_samples // (args.micro_batch_size * ranks)
+    rank, peers = mpu.get_data_parallel_rank(), compat.data_ranks_per_row()
+    return domains_of_step(plan, first, num_microbatches, rank, ranks, peers)
 
 
 def domain_names(args: argparse.Namespace) -> tuple[str, ...]:

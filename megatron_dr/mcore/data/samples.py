@@ -66,20 +66,13 @@ class PreparedSamples(Padded):
             )
         if len(self._tokens.document_indices) != len(sizes) + 1:
             raise ValueError(f"{prefix}: a document must be one sequence, the sample.")
-        self._sizes = sizes
+        self.num_cut = int((sizes > sequence_length + 1).sum())
         self.lengths = np.minimum(sizes, sequence_length + 1)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
 
     def part(self, number: int) -> Part:
         length = int(self.lengths[number])
         ids = self._tokens.get(number, length=length)
         return Part.of(ids, self._mask.get(number, length=length))
-
-    @property
-    def num_cut(self) -> int:
-        return int((self._sizes > self.sequence_length + 1).sum())
 
 
 def is_samples(path: str) -> bool:

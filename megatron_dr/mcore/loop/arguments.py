@@ -23,15 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group; usable as Megatron's `extra_args_provider`."""
     group = parser.add_argument_group("megatron-dr (data-regularised post-training)")
     for field in (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig)):
-        default = "none" if field.default is None else field.default
-        if field.name == "set":  # no flag of ours: the plugin is off
-            default = f"off; with --dr-target-data {field.default}"
-        _add(group, field.name, field, default)
+        # no flag of ours: the plugin is off
+        off = f"off; with --dr-target-data {field.default}" if field.name == "set" else None
+        _add(group, field.name, field, off)
     for part in parts.PARTS:
         for field in dataclasses.fields(part.config) if part.config else ():
-            default = "none" if field.default is None else field.default
-            default = "off" if field.name == part.switch else default
-            _add(group, f"{part.name}_{field.name}", field, default)
+            off = "off" if field.name == part.switch else None
+            _add(group, f"{part.name}_{field.name}", field, off)
         for flag, options in part.flags.items():
             group.add_argument(flag, **options)
     group.add_argument(
@@ -45,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _add(group: Any, name: str, field: Any, default: Any) -> None:
-    """A field's flag; none for what Megatron's own flags tell."""
+def _add(group: Any, name: str, field: Any, off: str | None) -> None:
+    """A field's flag; none for what Megatron's own flags tell. `off`: what it says of a default."""
     if not field.metadata:
         return
+    default = off or ("none" if field.default is None else field.default)
     options: dict[str, Any] = {
         "dest": f"dr_{name}",
         "default": None,
@@ -132,13 +131,11 @@ def _check_together(
                 "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."
             )
         if dr.needs_target:
+            style = f" with --dr-alpha-style {dr.alpha_style}"
+            style = "" if dr.alpha_style == "constant" else style
             raise ValueError(
-                f"--dr-set {dr.set}{_style(dr)} needs --dr-target-data: give the target set's "
+                f"--dr-set {dr.set}{style} needs --dr-target-data: give the target set's "
                 "path, or --dr-set mean alone."
             )
         if "alpha" in given and dr.alpha > 0:
             raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
-
-
-def _style(dr: DRConfig) -> str:
-    return "" if dr.alpha_style == "constant" else f" with --dr-alpha-style {dr.alpha_style}"

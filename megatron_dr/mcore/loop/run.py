@@ -11,11 +11,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.data.domains import DomainPlan
 from megatron_dr.mcore.attach import Handle, attach
-from megatron_dr.mcore.data.domains import DomainOrder
+from megatron_dr.mcore.data import domains
 from megatron_dr.mcore.seams.batch import num_target_microbatches
 from megatron_dr.mcore.seams.source import Source
 from megatron_dr.report.metrics import MetricsFile
@@ -45,7 +47,7 @@ class TrainingRun:
         self.target_ranks = dr.target_ranks or args.data_parallel_size
         samples = source.target_samples()
         size = None if target is None else len(samples)
-        self._order = DomainOrder(args) if dr.row_kind.named else None
+        self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
         dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
         self.handle: Handle = attach(model, optimizer, config, dr)
         self.file = _metrics_file(args.dr_metrics)
@@ -65,11 +67,10 @@ class TrainingRun:
 
     def _open_validation(self, chunks: int) -> None:
         samples = self.source.validation_samples()
-        if samples is None:
-            return
-        size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
-        self.valid_streams = self.source.streams(samples, size, ranks, chunks)
-        self.num_valid = self.args.eval_global_batch_size // (size * ranks)
+        if samples is not None:
+            size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
+            self.valid_streams = self.source.streams(samples, size, ranks, chunks)
+            self.num_valid = self.args.eval_global_batch_size // (size * ranks)
 
     @property
     def steps_done(self) -> int:
@@ -134,9 +135,9 @@ class TrainingRun:
         training = not schedule.get("forward_only", False)
         if self.source.forward_step is not None:
             schedule = {**schedule, "forward_step_func": self.source.forward_step}
-        domains = []
-        if training and self._order is not None:
-            domains = self._order.of_step(schedule["num_microbatches"])
+        of_step = []
+        if training and self._plan is not None:
+            of_step = domains.of_step(self._plan, self.args, schedule["num_microbatches"])
 
         def of_sequences(**call: Any) -> Any:  # what stages send each other
             size = call["micro_batch_size"] * self.handle.dr.sequences
@@ -147,15 +148,12 @@ class TrainingRun:
             target_data_iterator=streams if len(streams) > 1 else streams[0],
             num_target_microbatches=number,
             target_micro_batch_size=self.target_size if training else None,
-            domains=domains,
+            domains=of_step,
             **schedule,
         )
 
 
 def _metrics_file(path: str | None) -> MetricsFile | None:
     """On the last rank, where Megatron logs; elsewhere and without --dr-metrics, None."""
-    import torch.distributed as dist
-
-    if path is None or dist.get_rank() != dist.get_world_size() - 1:
-        return None
-    return MetricsFile(path)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    return MetricsFile(path) if path is not None and last else None

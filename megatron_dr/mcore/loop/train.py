@@ -41,11 +41,7 @@ def import_megatron() -> None:
 
 def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-defined]
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training import argument_utils, pretrain
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_dr.mcore.loop import adaptor
@@ -54,7 +50,7 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
     defaults = {"tokenizer_type": "GPT2BPETokenizer", "eval_interval": 1000}
     args = parse_and_validate_args(args_defaults=defaults)
     _carry_assets(args)
-    model = gpt_config_from_args(args)
+    model = argument_utils.gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at 8
     if cpu.is_enabled():
         from megatron_dr.mcore.cpu.layers import layer_spec
@@ -63,7 +59,7 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
         # gloo may still be sending a stage's output when Megatron frees it
         model.transformer.deallocate_pipeline_outputs = False
     pretrain(
-        pretrain_cfg_container_from_args(args, model),
+        argument_utils.pretrain_cfg_container_from_args(args, model),
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,

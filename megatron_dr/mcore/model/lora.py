@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from megatron_dr.config.lora import LoRAConfig
-from megatron_dr.mcore import compat, errors
+from megatron_dr.mcore import collectives, compat, errors
 from megatron_dr.mcore.model import lora_layers
 from megatron_dr.mcore.ownership import owned_parameters
 from megatron_dr.mcore.say import say
@@ -37,11 +36,11 @@ class LoRAPart(Part):
     who, refused = compat.WHO, compat.REFUSED
 
     def on_model(self, own: LoRAConfig, args: Namespace) -> Callable[[list[Any]], list[Any]]:
+        lora = dataclasses.replace(own, seed=args.seed)
+
         def hook(model: list[Any]) -> list[Any]:
             with errors.refused():
-                add_lora(
-                    model, dataclasses.replace(own, seed=args.seed), get_model_config(model[0])
-                )
+                add_lora(model, lora, get_model_config(model[0]))
             return model
 
         return hook
@@ -150,8 +149,7 @@ def _check_rank(
 
 def _check_all(targets: list[str], layers: list[str], lora: LoRAConfig) -> None:
     """Every pipeline stage has adapters (collective)."""
-    everyone: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
-    dist.all_gather_object(everyone, (targets, layers))
+    everyone = collectives.of_all_ranks((targets, layers))
     matched = [bool(found) for found, _ in everyone]
     if not any(matched):
         kinds = sorted({name.rsplit(".", 1)[-1] for _, names in everyone for name in names})
@@ -187,8 +185,7 @@ def _needs_gradient(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.
 
 def _say(lora: LoRAConfig, sizes: dict[str, int]) -> None:
     """How much is trained, on rank 0 (collective)."""
-    everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, sizes)
+    everyone = collectives.of_all_ranks(sizes)
     whole = {name: size for part in everyone for name, size in part.items()}
     say(
         f"LoRA of rank {lora.rank} on {len(whole) // 2} layers: {sum(whole.values()):,} "

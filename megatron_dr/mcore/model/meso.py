@@ -92,10 +92,8 @@ def use_meso(
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is not None:  # a rank without parameters has none
             meso = _instead_of(part.optimizer, size, refresh, subspaces)
-            for group in meso.param_groups:
-                for parameter in group["params"]:
-                    if owned[parameter].shards > 1:
-                        meso.shards[parameter] = _shard(owned[parameter])
+            parameters = [p for group in meso.param_groups for p in group["params"]]
+            meso.shards |= {p: _shard(owned[p]) for p in parameters if owned[p].shards > 1}
             part.optimizer = meso
             part.init_state_fn = lambda inner, _=None: inner.init_state()
             part.sharded_state_dict = _sharded_state_dict(part.sharded_state_dict, meso, owned)

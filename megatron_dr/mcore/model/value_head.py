@@ -8,12 +8,14 @@ at 0. Its values are computed in fp32 and only where they are asked for (`output
 and the frozen reference the model is the one that it is without the head.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dr.mcore.compat import unwrap
 from megatron_dr.projection import UNPROJECTED
@@ -24,20 +26,18 @@ NAME = UNPROJECTED  # of the module in its chunk, and the first part of its para
 class ValueHead(torch.nn.Module):
     """A value for each token; replicated over tensor-parallel ranks.
 
-    Args:
-        sequence_parallel: whether a rank has a share of the tokens alone: its gradient is then
-            partial, and is marked as Megatron marks that of norms.
+    Under sequence parallelism a rank has a share of the tokens alone: its gradient is then partial,
+    and is marked as Megatron marks that of norms.
     """
 
-    def __init__(
-        self, hidden_size: int, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: TransformerConfig, device: torch.device) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, hidden_size, dtype=dtype, device=device))
-        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
-        self.sequence_parallel = sequence_parallel
+        zeros = functools.partial(torch.zeros, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(zeros(1, config.hidden_size))
+        self.bias = torch.nn.Parameter(zeros(1))
+        self.sequence_parallel = config.sequence_parallel
         for parameter in self.parameters():
-            parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """[B, S] of all tokens, fp32, on every tensor-parallel rank."""
@@ -56,12 +56,7 @@ def add_value_head(model: Sequence[torch.nn.Module]) -> Sequence[torch.nn.Module
     for chunk in model:
         bare: Any = unwrap(chunk)
         if bare.post_process:
-            device = next(bare.parameters()).device
-            head = ValueHead(
-                bare.config.hidden_size, bare.config.sequence_parallel, bare.config.params_dtype,
-                device,
-            )  # fmt: skip
-            setattr(bare, NAME, head)
+            setattr(bare, NAME, ValueHead(bare.config, next(bare.parameters()).device))
     return model
 
 
