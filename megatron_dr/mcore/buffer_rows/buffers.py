@@ -37,7 +37,7 @@ class Piece:
     stop: int
 
 
-class GradRows:
+class Buffers:
     """The S general slots and the target of one rank.
 
     Local buffers are numbered 0..S-1 for the slots and S, S + 1 for the target's.

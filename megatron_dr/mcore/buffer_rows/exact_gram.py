@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat, meter, wire
-from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
 from megatron_dr.mcore.buffer_rows.units import Segment, Unit, bucket_groups, by_block, units_of
 
@@ -36,9 +36,9 @@ _PRODUCT = 1 << 20  # elements in float64 that are multiplied at a time
 class ExactGram:
     """Grams of whole gradients; `combine` leaves the gradient reduced over data ranks."""
 
-    def __init__(self, rows: GradRows, layout: Layout, model: list[Any]) -> None:
-        self.rows, self.layout, self.model = rows, layout, model
-        self.units = units_of(model, rows, layout)  # by bucket group
+    def __init__(self, buffers: Buffers, layout: Layout, model: list[Any]) -> None:
+        self.buffers, self.layout, self.model = buffers, layout, model
+        self.units = units_of(model, buffers, layout)  # by bucket group
 
     def all_units(self) -> Iterator[Unit]:
         for units in self.units.values():
@@ -51,7 +51,7 @@ class ExactGram:
         gram_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 1)  # last: what is not finite
         partial: dict[str, list[tuple[int, torch.Tensor]]] = {"tensor": [], "embedding": []}
         for unit in self.all_units():
-            for row in self.rows.present():
+            for row in self.buffers.present():
                 _exchange(unit, row)
             if unit.remainder and dist.get_rank(unit.group) != 0:
                 continue
@@ -81,7 +81,7 @@ class ExactGram:
                 for start in range(segment.start, segment.stop, _CHUNK // unit.ranks):
                     columns = slice(start, min(start + _CHUNK // unit.ranks, segment.stop))
                     total_N = torch.zeros(columns.stop - start, device=out_N.device)
-                    for row in self.rows.present():
+                    for row in self.buffers.present():
                         scale_D = scale_P[unit.members * local + row].float()
                         total_N += scale_D @ unit.slices(row)[:, columns].float()
                     out_N[columns] = total_N.to(out_N.dtype)
@@ -124,7 +124,7 @@ class ExactGram:
         """Every group's buffers over some columns of the shard, in float64."""
         local = self.layout.row_map.local
         buffers_PN = mix_RP.new_zeros(mix_RP.shape[1], columns.stop - columns.start)
-        for row in self.rows.present():
+        for row in self.buffers.present():
             values_DN = unit.slices(row)[:, columns].double()
             buffers_PN.index_add_(0, unit.members * local + row, values_DN)
         return buffers_PN
@@ -183,13 +183,13 @@ def _multiply_partial(
 
 def extra_bytes(gram: ExactGram) -> int:
     """What this rank will send in a step beyond Megatron's own reduction."""
-    rows, row_map = gram.rows, gram.layout.row_map
+    buffers, row_map = gram.buffers, gram.layout.row_map
     vectors = row_map.num_vectors
-    slot_bytes = torch.empty([], dtype=rows.slot_dtype).element_size()
+    slot_bytes = torch.empty([], dtype=buffers.slot_dtype).element_size()
     sent = 0
     for unit in gram.all_units():
         numel = unit.ranks * unit.columns
-        main = rows.flat(0, unit.buffer).element_size()
+        main = buffers.flat(0, unit.buffer).element_size()
         extra = (row_map.slots - 1) * slot_bytes + row_map.num_targets * main
         sent += wire.scatter(numel * (extra + main * unit.remainder), unit.ranks)
     for kind, ranks in (("tensor", parallel_state.get_tensor_model_parallel_group),

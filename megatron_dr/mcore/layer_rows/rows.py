@@ -14,7 +14,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import compat, meter, random_state
 from megatron_dr.mcore.layer_rows import support
 from megatron_dr.mcore.layer_rows.deferred import Deferred, Replay
-from megatron_dr.mcore.layer_rows.factors import Units, units
+from megatron_dr.mcore.layer_rows.factors import Factors, factors
 from megatron_dr.mcore.layer_rows.immediate import Immediate, agree
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
 from megatron_dr.mcore.layer_rows.path import Mode, SamplePath
@@ -147,7 +147,7 @@ class _Step:
 
     def immediate(self, log: StepLog) -> Pass:
         """Weights inside the backward."""
-        found = self._units(self.own)
+        found = self._factors(self.own)
         mode = Immediate(
             self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log
         )  # fmt: skip
@@ -155,7 +155,7 @@ class _Step:
 
     def deferred(self, log: StepLog) -> Passes:
         """Weights at a call's end: then the kept uses are weighed, or a second call runs."""
-        found, rows = self._units(self.own), self.rows
+        found, rows = self._factors(self.own), self.rows
         mode = Deferred(
             self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
             keep=self.dr.passes == 1,
@@ -177,11 +177,11 @@ class _Step:
         random_state.restore(random)
         rows.forget_untapped()
         own = self.own if self.alpha > 0 else 0
-        found = self._units(own)
+        found = self._factors(own)
         yield self._pass(Replay(self._scaled(found)), own, False, found)
 
     def _pass(
-        self, mode: Mode, own: int, gather: bool, found: Units,
+        self, mode: Mode, own: int, gather: bool, found: Factors,
         at_end: Callable[[], None] = lambda: None, gradients: bool = True,
     ) -> Pass:  # fmt: skip
         """One schedule call.
@@ -212,11 +212,11 @@ class _Step:
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
         return Pass(router, of_general, changes)
 
-    def _units(self, own: int) -> Units:
+    def _factors(self, own: int) -> Factors:
         per_token = bool(self.rows.config.calculate_per_token_loss)
-        return units(self.batches, own, per_token, self.dr.window)
+        return factors(self.batches, own, per_token, self.dr.window)
 
-    def _scaled(self, found: Units) -> torch.Tensor:
+    def _scaled(self, found: Factors) -> torch.Tensor:
         """The coefficients [n, B, N] in the units of Megatron's buffer."""
         coefficient_nBN = self.rows.coefficients
         assert coefficient_nBN is not None
