@@ -7,8 +7,6 @@ lie on ranks or are split over calls (up to the order of fp32 additions).
 Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
