@@ -106,10 +106,8 @@ class Deferred:
         for number, parts in self._features.items():
             place = self._places[number]
             for microbatch, feature_NK in enumerate(self._over_stages(place, parts)):
-                ratio = self.ratio[microbatch]
-                map_RN = self._map(microbatch)
-                target = None if self.merged else self._target(place) * ratio
-                gram_RR = scoring.dense_gram(feature_NK, map_RN, target)
+                target = None if self.merged else self._target(place) * self.ratio[microbatch]
+                gram_RR = scoring.dense_gram(feature_NK, self._map(microbatch), target)
                 self._gram[microbatch, place.block] += place.share * gram_RR
         collectives.all_reduce(self._gram, compat.model_group())
         blocks = self._gram.shape[1]

@@ -30,10 +30,11 @@ from megatron_dr.projection import UNPROJECTED, block_of
 
 
 class LayerRows:
-    """Samples as rows; see `rows.Rows`.
+    """Samples as rows; see `step.rows.Rows`.
 
     Attributes:
         thresholds: [B] of the streaming window, NaN where there is none yet.
+        untapped: parameters that are not projected.
         coefficients: [n, B, N] of the last step's samples, where they were found at its end.
     """
 
@@ -41,7 +42,7 @@ class LayerRows:
         self.model, self.config, self.dr = model, config, dr
         everything = owned_parameters(model, config)
         owned = [o for o in everything if block_of(o.name, dr.blocks) != UNPROJECTED]
-        self._untapped = [o.parameter for o in everything if o not in owned]
+        self.untapped = [o.parameter for o in everything if o not in owned]
         support.check(dr, config, owned)
         self.names = block_names(owned, dr.blocks)
         self.device = owned[0].parameter.device if owned else torch.device("cpu")
@@ -52,9 +53,7 @@ class LayerRows:
         self.thresholds = blank.to(self.device)
         self._immediate = support.is_immediate(dr, owned)
         self.hold = not self._immediate  # gradients are there only after the call's backwards
-        self._undo = []
-        for chunk in model:
-            self._undo += taps.install(compat.unwrap(chunk), self.path)
+        self._taps = taps.install(map(compat.unwrap, model), self.path)
 
     # -- life ------------------------------------------------------------------------------------
     @property
@@ -69,9 +68,7 @@ class LayerRows:
 
     def close(self) -> None:
         """Take the taps off the layers."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        self._taps.close()
 
     def offload(self) -> int:
         """A target that later steps use, and projections, go to the host."""
@@ -125,11 +122,6 @@ class LayerRows:
         self.path.set_places(self.places)
         support.announce(self.dr, self.places, self.names, self._immediate)
 
-    def forget_untapped(self) -> None:
-        """What is not projected has run backward already, where a second pass is to come."""
-        for parameter in self._untapped:
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
-
 
 class _Step:
     """One step's passes."""
@@ -175,7 +167,8 @@ class _Step:
         random = random_state.save()
         yield self._pass(mode, self.own, self.own > 0, found, solve, gradients=False)
         random_state.restore(random)
-        rows.forget_untapped()
+        for parameter in rows.untapped:  # what is not projected has run backward already
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
         own = self.own if self.alpha > 0 else 0
         found = self._factors(own)
         yield self._pass(Replay(self._scaled(found)), own, False, found)
