@@ -8,7 +8,7 @@ passed by then.
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -85,10 +85,7 @@ class Meter:
 def part(name: str) -> Iterator[None]:
     """What is done inside is this part of the step (of `PARTS`); parts may lie in one another, and
     the inner one's time is not the outer's."""
-    if not _running:
-        yield
-        return
-    with _running[-1].within(name):
+    with _running[-1].within(name) if _running else nullcontext():
         yield
 
 

@@ -31,6 +31,10 @@ from megatron_dr.mcore.buffer_rows.units import Segment, Unit, bucket_groups, by
 
 _CHUNK = 1 << 25  # elements that are exchanged at a time
 _PRODUCT = 1 << 20  # elements in float64 that are multiplied at a time
+_PARTIAL = {  # ranks whose partial gradients are summed first, by the kind of these
+    "tensor": parallel_state.get_tensor_model_parallel_group,
+    "embedding": parallel_state.get_embedding_group,
+}
 
 
 class ExactGram:
@@ -49,7 +53,7 @@ class ExactGram:
         """Exchange slices, multiply them, sum the products over all ranks."""
         num_rows, blocks = len(mix_RP), len(self.layout.names)
         gram_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 1)  # last: what is not finite
-        partial: dict[str, list[tuple[int, torch.Tensor]]] = {"tensor": [], "embedding": []}
+        partial: dict[str, list[tuple[int, torch.Tensor]]] = {kind: [] for kind in _PARTIAL}
         for unit in self.all_units():
             for row in self.buffers.present():
                 _exchange(unit, row)
@@ -65,7 +69,8 @@ class ExactGram:
                 elif segment.count:
                     self._multiply(unit, segment, mix_RP, gram_BRX)
         for kind, pending in partial.items():
-            _multiply_partial(kind, pending, gram_BRX)
+            if pending:
+                _multiply_partial(_PARTIAL[kind](), pending, gram_BRX)
         for ranks in (compat.data_group(), compat.model_group()):
             collectives.all_reduce(gram_BRX, ranks)
         finite_R = (gram_BRX[:, :, -1] == 0).all(0)
@@ -163,15 +168,9 @@ def _exchange(unit: Unit, row: int) -> None:
 
 
 def _multiply_partial(
-    kind: str, pending: list[tuple[int, torch.Tensor]], gram_BRX: torch.Tensor
+    group: Any, pending: list[tuple[int, torch.Tensor]], gram_BRX: torch.Tensor
 ) -> None:
     """Sum partial rows over the ranks that have parts of them, then multiply on one of them."""
-    if not pending:
-        return
-    if kind == "tensor":
-        group = parallel_state.get_tensor_model_parallel_group()
-    else:
-        group = parallel_state.get_embedding_group()
     together = torch.cat([rows_RN.flatten() for _, rows_RN in pending])
     collectives.all_reduce(together, group)
     if dist.get_rank(group) == 0:
@@ -192,8 +191,7 @@ def extra_bytes(gram: ExactGram) -> int:
         main = buffers.flat(0, unit.buffer).element_size()
         extra = (row_map.slots - 1) * slot_bytes + row_map.num_targets * main
         sent += wire.scatter(numel * (extra + main * unit.remainder), unit.ranks)
-    for kind, ranks in (("tensor", parallel_state.get_tensor_model_parallel_group),
-                        ("embedding", parallel_state.get_embedding_group)):  # fmt: skip
+    for kind, ranks in _PARTIAL.items():
         columns = sum(s.stop - s.start for u in gram.all_units() for s in u.segments
                       if s.partial == kind)  # fmt: skip
         if columns:

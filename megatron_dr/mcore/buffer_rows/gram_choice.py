@@ -29,10 +29,9 @@ def choose(
     )  # fmt: skip
     dist.all_reduce(bytes_each, op=dist.ReduceOp.MAX)
     whole, sketched = (int(x) for x in bytes_each.tolist())
-    kind = config.gram
+    kind, why = config.gram, "as asked"
     if kind == "auto":
-        kind = "exact" if whole <= sketched else "sketch"
-    why = "as asked" if config.gram != "auto" else "auto: fewer bytes"
+        kind, why = "exact" if whole <= sketched else "sketch", "auto: fewer bytes"
     sentence = (
         f"{kind} gram ({why}): beside Megatron's own reduction a rank sends at most {whole:,} "
         f"bytes a step with exact rows, {sketched:,} with sketches of {size:,} elements"

@@ -28,7 +28,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class BufferRows:
-    """Rows of ranks, slots or domains; see `rows.Rows`.
+    """Rows of ranks, slots or domains; see `step.rows.Rows`.
 
     Attributes:
         update: what the last step did, or None.

@@ -72,7 +72,7 @@ class Unit:
         return self.whole(0) if self.remainder else self.slices(0)[dist.get_rank(self.group)]
 
 
-def units_of(model: list[Any], buffers: Buffers, layout: Layout) -> dict[int, list["Unit"]]:
+def units_of(model: list[Any], buffers: Buffers, layout: Layout) -> dict[int, list[Unit]]:
     """Every range of every bucket, by the id of Megatron's bucket group (collective)."""
     out: dict[int, list[Unit]] = {}
     members: dict[int, torch.Tensor] = {}

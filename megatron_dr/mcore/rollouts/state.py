@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+
+from megatron_dr.mcore import random_state
 
 # Attributes through which Megatron's modules know that the sequence is split over tensor ranks.
 _SPLIT = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -19,8 +20,7 @@ def evaluating(model: Sequence[torch.nn.Module]) -> Iterator[None]:
     """
     modes = [(module, module.training) for chunk in model for module in chunk.modules()]
     hooked: list[Any] = [c for c in model if getattr(c, "remove_forward_pre_hook_handles", None)]
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    states, device, host = tracker.get_states(), torch.cuda.get_rng_state(), torch.get_rng_state()
+    random = random_state.save()
     for chunk in hooked:
         chunk.disable_forward_pre_hook()
     try:
@@ -33,9 +33,7 @@ def evaluating(model: Sequence[torch.nn.Module]) -> Iterator[None]:
             module.training = mode
         for chunk in hooked:
             chunk.enable_forward_pre_hook()
-        tracker.set_states(states)
-        torch.cuda.set_rng_state(device)
-        torch.set_rng_state(host)
+        random_state.restore(random)
 
 
 @contextmanager
