@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-PARTS = ("sketch", "exchange", "solve", "combine")
 _running: list["Meter"] = []
 
 
@@ -83,8 +82,8 @@ class Meter:
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """What is done inside is this part of the step (of `PARTS`); parts may lie in one another, and
-    the inner one's time is not the outer's."""
+    """What is done inside is this part of the step: sketch, exchange, solve or combine. Parts may
+    lie in one another, and the inner one's time is not the outer's."""
     with _running[-1].within(name) if _running else nullcontext():
         yield
 

@@ -255,10 +255,11 @@ class Meso(torch.optim.Optimizer):
         if not self.is_compressed(parameter):
             return None, None
         done = self.state[parameter]["step"] if self.state[parameter] else 0
-        rows: list[Tensor | None] = []
-        for side, length, size, columns in self._sides(parameter):
-            whole = size == length and columns is None
-            epoch = self._epoch(done + 1)
-            make = self.subspaces.rows
-            rows.append(None if whole else make(side, length, size, epoch, parameter, columns))
-        return rows[0], rows[1]
+        epoch, make = self._epoch(done + 1), self.subspaces.rows
+        p_KO, q_KI = (
+            make(side, length, size, epoch, parameter, columns)
+            if size < length or columns is not None
+            else None
+            for side, length, size, columns in self._sides(parameter)
+        )
+        return p_KO, q_KI

@@ -16,6 +16,7 @@ Legend: B blocks, L buffers of a rank, P of all row groups, R rows and target, D
 N elements of a shard.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,32 +99,27 @@ class ExactGram:
         groups = list(bucket_groups(self.model))
         try:
             for group in groups:
-                group.finish_grad_sync = self._finish(group)
+                group.finish_grad_sync = functools.partial(self._finish, group)
             yield
         finally:
             for group in groups:
                 del group.finish_grad_sync
 
-    def _finish(self, group: Any) -> Any:
+    def _finish(self, group: Any, force_all_reduce: bool = False) -> None:
         """In place of a bucket group's own: what it does but for reducing."""
-
-        def finish(force_all_reduce: bool = False) -> None:
-            group.param_gather_dispatched = False
-            ddp = group.ddp_config
-            if ddp.check_for_nan_in_grad or ddp.check_for_large_grads:
-                group.check_grads(
-                    check_for_nan_or_inf=ddp.check_for_nan_in_grad,
-                    check_for_large=ddp.check_for_large_grads,
-                )
-            if force_all_reduce or not ddp.use_distributed_optimizer:
-                for unit in self.units[id(group)]:
-                    if not unit.remainder and unit.ranks > 1:
-                        whole = unit.slices(0).view(-1)
-                        shard = unit.out().clone()
-                        dist.all_gather_into_tensor(whole, shard, group=unit.group)
-            group.grad_reduce_finished = True
-
-        return finish
+        group.param_gather_dispatched = False
+        ddp = group.ddp_config
+        if ddp.check_for_nan_in_grad or ddp.check_for_large_grads:
+            group.check_grads(
+                check_for_nan_or_inf=ddp.check_for_nan_in_grad,
+                check_for_large=ddp.check_for_large_grads,
+            )
+        if force_all_reduce or not ddp.use_distributed_optimizer:
+            for unit in self.units[id(group)]:
+                if not unit.remainder and unit.ranks > 1:
+                    whole, shard = unit.slices(0).view(-1), unit.out().clone()
+                    dist.all_gather_into_tensor(whole, shard, group=unit.group)
+        group.grad_reduce_finished = True
 
     def _buffers(self, unit: Unit, columns: slice, mix_RP: torch.Tensor) -> torch.Tensor:
         """Every group's buffers over some columns of the shard, in float64."""

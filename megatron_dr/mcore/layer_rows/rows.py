@@ -155,14 +155,12 @@ class _Step:
 
         def solve() -> None:
             rows.coefficients = mode.solve(self.alpha, log)
+            if mode.keep:
+                with meter.part("combine"):
+                    mode.write(self._scaled(found))
 
-        def solve_and_write() -> None:
-            solve()
-            with meter.part("combine"):
-                mode.write(self._scaled(found))
-
-        if self.dr.passes == 1:
-            yield self._pass(mode, self.own, self.own > 0, found, solve_and_write)
+        if mode.keep:
+            yield self._pass(mode, self.own, self.own > 0, found, solve)
             return
         random = random_state.save()
         yield self._pass(mode, self.own, self.own > 0, found, solve, gradients=False)
