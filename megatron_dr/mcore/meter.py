@@ -8,11 +8,10 @@ passed by then.
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
-PARTS = ("sketch", "exchange", "solve", "combine")
 _running: list["Meter"] = []
 
 
@@ -83,12 +82,9 @@ class Meter:
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """What is done inside is this part of the step (of `PARTS`); parts may lie in one another, and
-    the inner one's time is not the outer's."""
-    if not _running:
-        yield
-        return
-    with _running[-1].within(name):
+    """What is done inside is this part of the step: sketch, exchange, solve or combine. Parts may
+    lie in one another, and the inner one's time is not the outer's."""
+    with _running[-1].within(name) if _running else nullcontext():
         yield
 
 

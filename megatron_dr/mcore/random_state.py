@@ -1,4 +1,4 @@
-"""Random state of a rank, so that a second pass drops out what the first one did."""
+"""Random state of a rank, put back: a second pass drops out what the first one did."""
 
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MeSO's two forms: what Adam and SGD do with the compressed gradient (equations: `meso.py`)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -42,7 +40,7 @@ class MesoAdamW(Meso):
         state["exp_avg_sq"].copy_(transport_square(state["exp_avg_sq"], t_KK, r_KK))
 
     def _scale(self, parameter: Tensor) -> float:
-        return math.prod(math.sqrt(length / size) for length, size, _ in self._sides(parameter))
+        return math.prod(math.sqrt(length / size) for _, length, size, _ in self._sides(parameter))
 
 
 class MesoSGD(Meso):

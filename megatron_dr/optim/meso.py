@@ -28,8 +28,6 @@ subspace again (T = R = I) nothing changes. The authors instead rescale both to 
 Shape suffixes: K size of a subspace (of either side), O and I the sides of a matrix.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,7 +91,7 @@ class Meso(torch.optim.Optimizer):
 
     def is_compressed(self, parameter: Tensor) -> bool:
         """Whether its moments are smaller than the parameter."""
-        return any(size < length for length, size, _ in self._sides(parameter))
+        return any(size < length for _, length, size, _ in self._sides(parameter))
 
     def compress(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """C = P G Q^T [K_out, K_in] as the next step has it; of a shard, its share of the sum.
@@ -177,9 +175,7 @@ class Meso(torch.optim.Optimizer):
         found: dict[tuple[Any, ...], int] = {}
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if self.is_compressed(parameter):
-                for side, (length, size, columns) in zip(
-                    _SIDES, self._sides(parameter), strict=True
-                ):
+                for side, length, size, columns in self._sides(parameter):
                     held = length if columns is None else sum(b - a for a, b in columns)
                     if size < length or columns is not None:
                         key = (side, length, size, columns, parameter.dtype)
@@ -207,7 +203,11 @@ class Meso(torch.optim.Optimizer):
         if self.is_compressed(parameter) and state["step"]:
             old, new = self._epoch(state["step"]), self._epoch(state["step"] + 1)
             if old != new:
-                self._transport(state, *self._transports(parameter, old, new))
+                t_KK, r_KK = (
+                    self.subspaces.transport(side, length, size, old, new, parameter)
+                    for side, length, size, _ in self._sides(parameter)
+                )
+                self._transport(state, t_KK, r_KK)
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
         update, size = self._direction(state, gradient, group)
         self.decompress_(parameter, update, -size * self._scale(parameter))
@@ -232,22 +232,22 @@ class Meso(torch.optim.Optimizer):
         """Of step 1, 2, ..."""
         return (step - 1) // self.refresh if self.refresh else 0
 
-    def _sides(self, parameter: Tensor) -> list[tuple[int, int, Columns | None]]:
-        """(whole length, K, columns held here; None: all) of a matrix's sides; else nothing."""
+    def _sides(self, parameter: Tensor) -> list[tuple[Side, int, int, Columns | None]]:
+        """(side, whole length, K, columns held here; None: all) of a matrix; else nothing."""
         if parameter.ndim != 2:
             return []
         shard = self.shards.get(parameter)
-        sides: list[tuple[int, int, Columns | None]] = []
-        for dim, size in enumerate(self.sizes):
+        sides: list[tuple[Side, int, int, Columns | None]] = []
+        for dim, (side, size) in enumerate(zip(_SIDES, self.sizes, strict=True)):
+            length, columns = parameter.shape[dim], None
             if shard is not None and shard.dim == dim:
-                sides.append((shard.length, min(size, shard.length), shard.columns))
-            else:
-                sides.append((parameter.shape[dim], min(size, parameter.shape[dim]), None))
+                length, columns = shard.length, shard.columns
+            sides.append((side, length, min(size, length), columns))
         return sides
 
     def _moment_shape(self, parameter: Tensor) -> torch.Size:
         if self.is_compressed(parameter):
-            return torch.Size([size for _, size, _ in self._sides(parameter)])
+            return torch.Size([size for _, _, size, _ in self._sides(parameter)])
         return parameter.shape
 
     def _projections(self, parameter: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -255,17 +255,11 @@ class Meso(torch.optim.Optimizer):
         if not self.is_compressed(parameter):
             return None, None
         done = self.state[parameter]["step"] if self.state[parameter] else 0
-        rows: list[Tensor | None] = []
-        for side, (length, size, columns) in zip(_SIDES, self._sides(parameter), strict=True):
-            whole = size == length and columns is None
-            epoch = self._epoch(done + 1)
-            make = self.subspaces.rows
-            rows.append(None if whole else make(side, length, size, epoch, parameter, columns))
-        return rows[0], rows[1]
-
-    def _transports(self, parameter: Tensor, old: int, new: int) -> list[Tensor]:
-        """T and R."""
-        return [
-            self.subspaces.transport(side, length, size, old, new, parameter)
-            for side, (length, size, _) in zip(_SIDES, self._sides(parameter), strict=True)
-        ]
+        epoch, make = self._epoch(done + 1), self.subspaces.rows
+        p_KO, q_KI = (
+            make(side, length, size, epoch, parameter, columns)
+            if size < length or columns is not None
+            else None
+            for side, length, size, columns in self._sides(parameter)
+        )
+        return p_KO, q_KI

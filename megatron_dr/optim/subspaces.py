@@ -13,8 +13,6 @@ epsilon keeps its meaning.
 Shape suffixes: K size of the subspace, N length of the side.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

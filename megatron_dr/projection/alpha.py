@@ -50,8 +50,6 @@ Scaling S, N, a and D together leaves alpha, so averages that start at 0 need no
 Shape suffixes: M rows, B blocks, R = M + 2 (rows, t, e; or rows, t_A, t_B).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ The value head of PPO is a block that is not projected: it is no direction of th
 target's loss does not see it, and it always gets the rows' mean.
 """
 
-from __future__ import annotations
-
 import re
 
 UNPROJECTED = "value_head"

@@ -12,8 +12,6 @@ values; there a bad gradient reaches the host as itself.)
 Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -121,11 +119,9 @@ class Capped(FeasibleSet):
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the capped simplex."""
-        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge)
         kept = self.fraction * cross_BM.shape[1]
-        return solve_qp(
-            hessian_BMM, linear_BM, upper=1.0 / kept if kept > 1.0 else None, sum_to=1.0
-        )
+        upper = 1.0 / kept if kept > 1.0 else None
+        return _ridged_qp(gram_BMM, cross_BM, self.ridge, upper, sum_to=1.0)
 
 
 @dataclass(frozen=True)
@@ -138,8 +134,7 @@ class Hull(FeasibleSet):
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the simplex."""
-        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge)
-        return solve_qp(hessian_BMM, linear_BM, upper=None, sum_to=1.0)
+        return _ridged_qp(gram_BMM, cross_BM, self.ridge, upper=None, sum_to=1.0)
 
 
 @dataclass(frozen=True)
@@ -152,8 +147,7 @@ class Cone(FeasibleSet):
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the non-negative weights; a zero row without ridge: 0."""
-        hessian_BMM, linear_BM = _ridged(gram_BMM, cross_BM, self.ridge)
-        return solve_qp(hessian_BMM, linear_BM, upper=None, sum_to=None)
+        return _ridged_qp(gram_BMM, cross_BM, self.ridge, upper=None, sum_to=None)
 
 
 @dataclass(frozen=True)
@@ -225,13 +219,16 @@ class Halfspace(FeasibleSet):
         return spoil(weights_B1.expand_as(cross_BM).contiguous(), gram_BMM, cross_BM)
 
 
-def _ridged(gram_BMM: Tensor, cross_BM: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """H = G/a + ridge I and l = c/a + ridge/M with a = tr(G)/M: the program divided by a."""
+def _ridged_qp(
+    gram_BMM: Tensor, cross_BM: Tensor, ridge: float, upper: float | None, sum_to: float | None
+) -> Tensor:
+    """With H = G/a + ridge I and l = c/a + ridge/M, a = tr(G)/M: the program divided by a."""
     gram_BMM, cross_BM = gram_BMM.double(), cross_BM.double()
     scale_B11, rows = _trace_scale(gram_BMM), gram_BMM.shape[1]
     identity_MM = torch.eye(rows, dtype=torch.float64, device=gram_BMM.device)
     linear_BM = cross_BM / scale_B11[..., 0] + ridge * (1.0 / rows)
-    return gram_BMM / scale_B11 + ridge * identity_MM, linear_BM
+    hessian_BMM = gram_BMM / scale_B11 + ridge * identity_MM
+    return solve_qp(hessian_BMM, linear_BM, upper=upper, sum_to=sum_to)
 
 
 def _trace_scale(gram_BMM: Tensor) -> Tensor:

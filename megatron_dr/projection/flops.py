@@ -9,8 +9,6 @@ FLOPs are not seconds: `exact` also writes and reads N O I numbers, which matter
 Shape letters: L tokens of a sample, N samples, I in, O out, K sketch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

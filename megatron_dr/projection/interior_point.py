@@ -6,8 +6,6 @@ Optimization, 2nd ed., section 16.6.
 Shape suffixes: M rows, B blocks, P = M or 2M (bounds), C right-hand sides.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -112,14 +110,14 @@ class _Newton:
         matrix_BMM.diagonal(dim1=1, dim2=2).add_(barrier_BM + (_PROXIMAL + _PIVOT))
         self.factor_BMM, self.info_B = torch.linalg.cholesky_ex(matrix_BMM)
         if problem.total is not None:
-            self.ones_BM1 = self._solved(torch.ones_like(dual_BM)[..., None])
+            self.ones_BM1 = solved(self.factor_BMM, torch.ones_like(dual_BM)[..., None])
             self.excess_B1 = _primal(problem, point).sum(1, keepdim=True) - problem.total
 
     def directions(self, wanted_BPC: Tensor) -> list[_Point]:
         """One direction for each of the C wanted changes."""
         x_BP1, m_BP1 = self.point.x_BP[..., None], self.point.m_BP[..., None]
         pull_BMC = _folded(self.problem, wanted_BPC / x_BP1, -1.0)
-        dv_BMC = self._solved(pull_BMC - self.dual_BM[..., None])
+        dv_BMC = solved(self.factor_BMM, pull_BMC - self.dual_BM[..., None])
         dnu_BC = torch.zeros_like(dv_BMC[:, 0])
         if self.problem.total is not None:
             dnu_BC = (dv_BMC.sum(1) + self.excess_B1) / self.ones_BM1.sum(1)
@@ -128,11 +126,6 @@ class _Newton:
         dm_BPC = (wanted_BPC - m_BP1 * dx_BPC) / x_BP1
         parts = (dx_BPC.unbind(2), dm_BPC.unbind(2), dnu_BC[..., None].unbind(1))
         return [_Point(*part) for part in zip(*parts, strict=True)]
-
-    def _solved(self, right_BMC: Tensor) -> Tensor:
-        half_BMC = torch.linalg.solve_triangular(self.factor_BMM, right_BMC, upper=False)
-        full_BMC: Tensor = torch.linalg.solve_triangular(self.factor_BMM.mT, half_BMC, upper=True)
-        return full_BMC
 
 
 def _choose(first_B1: Tensor, first: _Point, second: _Point) -> _Point:
@@ -172,6 +165,13 @@ def _moved(point: _Point, step: _Point, length_B1: Tensor) -> _Point:
 def _gap(point: _Point) -> Tensor:
     """Mean complementarity product [B, 1]."""
     return (point.x_BP * point.m_BP).mean(1, keepdim=True)
+
+
+def solved(factor_BMM: Tensor, right_BMC: Tensor) -> Tensor:
+    """(L L')^-1 b."""
+    half_BMC = torch.linalg.solve_triangular(factor_BMM, right_BMC, upper=False)
+    full_BMC: Tensor = torch.linalg.solve_triangular(factor_BMM.mT, half_BMC, upper=True)
+    return full_BMC
 
 
 def times(matrix_BMM: Tensor, vector_BM: Tensor) -> Tensor:

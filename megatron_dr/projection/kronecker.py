@@ -12,8 +12,6 @@ power of four.
 Shape suffixes: I in, O out, K sketch, T entries asked for.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

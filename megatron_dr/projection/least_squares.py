@@ -8,12 +8,10 @@ that tr(G)/M is about one.
 Shape suffixes: M rows, B blocks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from megatron_dr.projection.interior_point import times
+from megatron_dr.projection.interior_point import solved, times
 
 _FLOOR = 1e-10  # the least ridge in a factor: pivots stay positive whatever G's rank
 _STEPS = 4
@@ -35,7 +33,7 @@ def solve_ridge(gram_BMM: Tensor, right_BM: Tensor, ridge: float) -> Tensor:
     v_BM = torch.zeros_like(right_BM)
     for _ in range(_STEPS):
         missing_BM = right_BM - times(gram_BMM, v_BM) - ridge * v_BM
-        v_BM = v_BM + _solve(factor_BMM, missing_BM)
+        v_BM = v_BM + solved(factor_BMM, missing_BM[..., None])[..., 0]
     return v_BM
 
 
@@ -60,8 +58,10 @@ def solve_ball(gram_BMM: Tensor, right_BM: Tensor, ridge: float, bound_B1: Tenso
         for _ in range(_NEWTON_STEPS):
             s_B1 = next_B1
             factor_BMM = _factor(gram_BMM, (ridge / s_B1).clamp(min=_FLOOR))
-            x_BM = _solve(factor_BMM, right_BM)
-            slope_B1 = _forward(factor_BMM, times(gram_BMM, x_BM)).norm(dim=1, keepdim=True)
+            x_BM = solved(factor_BMM, right_BM[..., None])[..., 0]
+            pull_BM1 = times(gram_BMM, x_BM)[..., None]
+            half_BM1 = torch.linalg.solve_triangular(factor_BMM, pull_BM1, upper=False)
+            slope_B1 = half_BM1[..., 0].norm(dim=1, keepdim=True)
             size_B1 = _size(gram_BMM, x_BM)
             step_B1 = (size_B1 / slope_B1) ** 2 * (size_B1 / bound_B1 - s_B1)
             next_B1 = torch.where(slope_B1 > 0, s_B1 + step_B1, s_B1).clamp(min=1.0)
@@ -75,19 +75,6 @@ def _factor(gram_BMM: Tensor, ridge_B1: Tensor) -> Tensor:
     matrix_BMM.diagonal(dim1=1, dim2=2).add_(ridge_B1)
     factor_BMM: Tensor = torch.linalg.cholesky_ex(matrix_BMM)[0]
     return factor_BMM
-
-
-def _solve(factor_BMM: Tensor, right_BM: Tensor) -> Tensor:
-    """(L L')^-1 b."""
-    half_BM1 = _forward(factor_BMM, right_BM)[..., None]
-    full_BM1: Tensor = torch.linalg.solve_triangular(factor_BMM.mT, half_BM1, upper=True)
-    return full_BM1[..., 0]
-
-
-def _forward(factor_BMM: Tensor, right_BM: Tensor) -> Tensor:
-    """L^-1 b."""
-    half_BM1: Tensor = torch.linalg.solve_triangular(factor_BMM, right_BM[..., None], upper=False)
-    return half_BM1[..., 0]
 
 
 def _size(gram_BMM: Tensor, v_BM: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ So a direction may hold the target itself, as an update (1 - alpha) d + alpha t 
 Shape suffixes: M rows, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

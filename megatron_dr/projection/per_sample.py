@@ -16,8 +16,6 @@ arXiv 2406.11011 (ghost); sketches of the two factors: Choe et al., arXiv 2405.1
 Shape suffixes: L tokens of a sample, N samples, T tokens of all samples, I in, O out, K sketch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,9 +98,8 @@ def ghost_cross(pairs: Sequence[Pair], target_OI: Tensor) -> Tensor:
     for x_LNI, dy in pairs:
         samples, inner = x_LNI.shape[1:]
         tokens = max(1, BLOCK // (4 * samples * max(inner, len(target_OI)) or 1))  # at a time
-        for some_LNI, some_dy in zip(
-            torch.split(x_LNI, tokens), torch.split(dy, tokens), strict=True
-        ):
+        parts = zip(torch.split(x_LNI, tokens), torch.split(dy, tokens), strict=True)
+        for some_LNI, some_dy in parts:
             if not dy.is_floating_point():
                 y_LNI = target_OI[some_dy.clamp(min=0)].float().mul_(some_LNI)
                 cross_N += y_LNI.sum(2).masked_fill_(some_dy < 0, 0.0).sum(0)

@@ -3,8 +3,6 @@
 The problem, the shapes and the rule for values that are not finite: `feasible_sets`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

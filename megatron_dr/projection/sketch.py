@@ -7,8 +7,6 @@ lie on ranks or are split over calls (up to the order of fp32 additions).
 Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +44,9 @@ class CountSketch:
         no fixed order, unless `torch.use_deterministic_algorithms` is on.
         """
         hashed_N = hash_bits(index_N, *salts(key, self.seed))
-        sign_N = _sign(hashed_N).to(out_RK.dtype)
+        # bit 31 is a float's sign, and 0x3F800000 is 1.0: where it is set -1.0, else +1.0
+        sign_N = hashed_N.bitwise_and(-(2**31)).bitwise_or_(0x3F800000).view(torch.float32)
+        sign_N = sign_N.to(out_RK.dtype)
         bucket_N = hashed_N.bitwise_and_(self.size - 1).long()  # the low bits
         for out_K, values_N in zip(out_RK, values_RN, strict=True):
             # not index_add_, which does the same in twice the time on a CPU
@@ -81,8 +81,3 @@ def _finalise_(x_N: Tensor) -> Tensor:
     x_N.bitwise_xor_((x_N >> 16).bitwise_and_(0xFFFF)).mul_(0x21F0AAAD)
     x_N.bitwise_xor_((x_N >> 15).bitwise_and_(0x1FFFF)).mul_(0x735A2D97)
     return x_N.bitwise_xor_((x_N >> 15).bitwise_and_(0x1FFFF))
-
-
-def _sign(hashed_N: Tensor) -> Tensor:
-    """+1.0 or, where bit 31 is set, -1.0: that bit is a float's sign, 0x3F800000 is 1.0."""
-    return hashed_N.bitwise_and(-(2**31)).bitwise_or_(0x3F800000).view(torch.float32)

@@ -18,8 +18,6 @@ relative error is at most sqrt((R + 1)/K), which vectors of one length at right 
 Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor

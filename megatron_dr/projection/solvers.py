@@ -8,8 +8,6 @@ rounding and the residual; the method is in `interior_point`.
 Shape suffixes: M rows, N elements, K sketch size, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -12,8 +12,6 @@ their coefficients [R] over the rows and, last, t.
 Shape suffixes: M rows, B blocks, R = M + 1 (rows plus target).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -37,7 +37,7 @@ class Piece:
     stop: int
 
 
-class GradRows:
+class Buffers:
     """The S general slots and the target of one rank.
 
     Local buffers are numbered 0..S-1 for the slots and S, S + 1 for the target's.
@@ -57,6 +57,7 @@ class GradRows:
         self.owned, self.row_map, self.slot_dtype = owned, row_map, slot_dtype
         self.buffers = [b for module in model for b in module.buffers]
         self.buffers += [b for module in model for b in module.expert_parallel_buffers]
+        self.device: torch.device = self.buffers[0].grad_data.device
         number = {id(o.parameter): n for n, o in enumerate(owned)}
         places = {
             number[id(parameter)]: Piece(number[id(parameter)], j, start, stop)
@@ -85,11 +86,6 @@ class GradRows:
         """Bytes of the target's buffers, allocated with the first target batch."""
         each: int = sum(b.grad_data.nbytes for b in self.buffers)
         return self.row_map.num_targets * each
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.buffers[0].grad_data.device
-        return device
 
     def begin_step(self, with_target: bool) -> None:
         """Zero the rows; Megatron has zeroed its own."""

@@ -16,6 +16,7 @@ Legend: B blocks, L buffers of a rank, P of all row groups, R rows and target, D
 N elements of a shard.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,20 +26,24 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat, meter, wire
-from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
 from megatron_dr.mcore.buffer_rows.units import Segment, Unit, bucket_groups, by_block, units_of
 
 _CHUNK = 1 << 25  # elements that are exchanged at a time
 _PRODUCT = 1 << 20  # elements in float64 that are multiplied at a time
+_PARTIAL = {  # ranks whose partial gradients are summed first, by the kind of these
+    "tensor": parallel_state.get_tensor_model_parallel_group,
+    "embedding": parallel_state.get_embedding_group,
+}
 
 
 class ExactGram:
     """Grams of whole gradients; `combine` leaves the gradient reduced over data ranks."""
 
-    def __init__(self, rows: GradRows, layout: Layout, model: list[Any]) -> None:
-        self.rows, self.layout, self.model = rows, layout, model
-        self.units = units_of(model, rows, layout)  # by bucket group
+    def __init__(self, buffers: Buffers, layout: Layout, model: list[Any]) -> None:
+        self.buffers, self.layout, self.model = buffers, layout, model
+        self.units = units_of(model, buffers, layout)  # by bucket group
 
     def all_units(self) -> Iterator[Unit]:
         for units in self.units.values():
@@ -49,9 +54,9 @@ class ExactGram:
         """Exchange slices, multiply them, sum the products over all ranks."""
         num_rows, blocks = len(mix_RP), len(self.layout.names)
         gram_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 1)  # last: what is not finite
-        partial: dict[str, list[tuple[int, torch.Tensor]]] = {"tensor": [], "embedding": []}
+        partial: dict[str, list[tuple[int, torch.Tensor]]] = {kind: [] for kind in _PARTIAL}
         for unit in self.all_units():
-            for row in self.rows.present():
+            for row in self.buffers.present():
                 _exchange(unit, row)
             if unit.remainder and dist.get_rank(unit.group) != 0:
                 continue
@@ -65,7 +70,8 @@ class ExactGram:
                 elif segment.count:
                     self._multiply(unit, segment, mix_RP, gram_BRX)
         for kind, pending in partial.items():
-            _multiply_partial(kind, pending, gram_BRX)
+            if pending:
+                _multiply_partial(_PARTIAL[kind](), pending, gram_BRX)
         for ranks in (compat.data_group(), compat.model_group()):
             collectives.all_reduce(gram_BRX, ranks)
         finite_R = (gram_BRX[:, :, -1] == 0).all(0)
@@ -81,7 +87,7 @@ class ExactGram:
                 for start in range(segment.start, segment.stop, _CHUNK // unit.ranks):
                     columns = slice(start, min(start + _CHUNK // unit.ranks, segment.stop))
                     total_N = torch.zeros(columns.stop - start, device=out_N.device)
-                    for row in self.rows.present():
+                    for row in self.buffers.present():
                         scale_D = scale_P[unit.members * local + row].float()
                         total_N += scale_D @ unit.slices(row)[:, columns].float()
                     out_N[columns] = total_N.to(out_N.dtype)
@@ -93,38 +99,33 @@ class ExactGram:
         groups = list(bucket_groups(self.model))
         try:
             for group in groups:
-                group.finish_grad_sync = self._finish(group)
+                group.finish_grad_sync = functools.partial(self._finish, group)
             yield
         finally:
             for group in groups:
                 del group.finish_grad_sync
 
-    def _finish(self, group: Any) -> Any:
+    def _finish(self, group: Any, force_all_reduce: bool = False) -> None:
         """In place of a bucket group's own: what it does but for reducing."""
-
-        def finish(force_all_reduce: bool = False) -> None:
-            group.param_gather_dispatched = False
-            ddp = group.ddp_config
-            if ddp.check_for_nan_in_grad or ddp.check_for_large_grads:
-                group.check_grads(
-                    check_for_nan_or_inf=ddp.check_for_nan_in_grad,
-                    check_for_large=ddp.check_for_large_grads,
-                )
-            if force_all_reduce or not ddp.use_distributed_optimizer:
-                for unit in self.units[id(group)]:
-                    if not unit.remainder and unit.ranks > 1:
-                        whole = unit.slices(0).view(-1)
-                        shard = unit.out().clone()
-                        dist.all_gather_into_tensor(whole, shard, group=unit.group)
-            group.grad_reduce_finished = True
-
-        return finish
+        group.param_gather_dispatched = False
+        ddp = group.ddp_config
+        if ddp.check_for_nan_in_grad or ddp.check_for_large_grads:
+            group.check_grads(
+                check_for_nan_or_inf=ddp.check_for_nan_in_grad,
+                check_for_large=ddp.check_for_large_grads,
+            )
+        if force_all_reduce or not ddp.use_distributed_optimizer:
+            for unit in self.units[id(group)]:
+                if not unit.remainder and unit.ranks > 1:
+                    whole, shard = unit.slices(0).view(-1), unit.out().clone()
+                    dist.all_gather_into_tensor(whole, shard, group=unit.group)
+        group.grad_reduce_finished = True
 
     def _buffers(self, unit: Unit, columns: slice, mix_RP: torch.Tensor) -> torch.Tensor:
         """Every group's buffers over some columns of the shard, in float64."""
         local = self.layout.row_map.local
         buffers_PN = mix_RP.new_zeros(mix_RP.shape[1], columns.stop - columns.start)
-        for row in self.rows.present():
+        for row in self.buffers.present():
             values_DN = unit.slices(row)[:, columns].double()
             buffers_PN.index_add_(0, unit.members * local + row, values_DN)
         return buffers_PN
@@ -163,15 +164,9 @@ def _exchange(unit: Unit, row: int) -> None:
 
 
 def _multiply_partial(
-    kind: str, pending: list[tuple[int, torch.Tensor]], gram_BRX: torch.Tensor
+    group: Any, pending: list[tuple[int, torch.Tensor]], gram_BRX: torch.Tensor
 ) -> None:
     """Sum partial rows over the ranks that have parts of them, then multiply on one of them."""
-    if not pending:
-        return
-    if kind == "tensor":
-        group = parallel_state.get_tensor_model_parallel_group()
-    else:
-        group = parallel_state.get_embedding_group()
     together = torch.cat([rows_RN.flatten() for _, rows_RN in pending])
     collectives.all_reduce(together, group)
     if dist.get_rank(group) == 0:
@@ -183,17 +178,16 @@ def _multiply_partial(
 
 def extra_bytes(gram: ExactGram) -> int:
     """What this rank will send in a step beyond Megatron's own reduction."""
-    rows, row_map = gram.rows, gram.layout.row_map
+    buffers, row_map = gram.buffers, gram.layout.row_map
     vectors = row_map.num_vectors
-    slot_bytes = torch.empty([], dtype=rows.slot_dtype).element_size()
+    slot_bytes = torch.empty([], dtype=buffers.slot_dtype).element_size()
     sent = 0
     for unit in gram.all_units():
         numel = unit.ranks * unit.columns
-        main = rows.flat(0, unit.buffer).element_size()
+        main = buffers.flat(0, unit.buffer).element_size()
         extra = (row_map.slots - 1) * slot_bytes + row_map.num_targets * main
         sent += wire.scatter(numel * (extra + main * unit.remainder), unit.ranks)
-    for kind, ranks in (("tensor", parallel_state.get_tensor_model_parallel_group),
-                        ("embedding", parallel_state.get_embedding_group)):  # fmt: skip
+    for kind, ranks in _PARTIAL.items():
         columns = sum(s.stop - s.start for u in gram.all_units() for s in u.segments
                       if s.partial == kind)  # fmt: skip
         if columns:

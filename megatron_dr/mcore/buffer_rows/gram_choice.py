@@ -7,14 +7,14 @@ import torch.distributed as dist
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore.buffer_rows import exact_gram, sketched_gram
-from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.exact_gram import ExactGram
 from megatron_dr.mcore.buffer_rows.layout import Layout
 from megatron_dr.mcore.buffer_rows.sketched_gram import SketchedGram
 
 
 def choose(
-    config: DRConfig, rows: GradRows, layout: Layout, model: list[Any]
+    config: DRConfig, buffers: Buffers, layout: Layout, model: list[Any]
 ) -> tuple[ExactGram | SketchedGram, str]:
     """The source of grams, and a sentence that says why (collective).
 
@@ -22,21 +22,20 @@ def choose(
     most; where both send the same, the exact gram.
     """
     size = config.size_of_sketch(layout.row_map.num_vectors)
-    exact = ExactGram(rows, layout, model)
+    exact = ExactGram(buffers, layout, model)
     bytes_each = torch.tensor(
         [exact_gram.extra_bytes(exact), sketched_gram.extra_bytes(layout, size)],
-        dtype=torch.float64, device=rows.device,
+        dtype=torch.float64, device=buffers.device,
     )  # fmt: skip
     dist.all_reduce(bytes_each, op=dist.ReduceOp.MAX)
     whole, sketched = (int(x) for x in bytes_each.tolist())
-    kind = config.gram
+    kind, why = config.gram, "as asked"
     if kind == "auto":
-        kind = "exact" if whole <= sketched else "sketch"
-    why = "as asked" if config.gram != "auto" else "auto: fewer bytes"
+        kind, why = "exact" if whole <= sketched else "sketch", "auto: fewer bytes"
     sentence = (
         f"{kind} gram ({why}): beside Megatron's own reduction a rank sends at most {whole:,} "
         f"bytes a step with exact rows, {sketched:,} with sketches of {size:,} elements"
     )
     if kind == "exact":
         return exact, sentence
-    return SketchedGram(rows, layout, size, config.seed), sentence
+    return SketchedGram(buffers, layout, size, config.seed), sentence

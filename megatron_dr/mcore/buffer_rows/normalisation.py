@@ -61,14 +61,9 @@ def general_tokens(router: RoleRouter, like: torch.Tensor) -> torch.Tensor:
 def _total(amounts: Sequence[torch.Tensor | int], device: torch.device) -> torch.Tensor:
     """Microbatches, or tokens, by domain and of the target, over all data ranks, float64."""
     counts = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in amounts])
-    if not _counts_here():
-        counts.zero_()
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    if not last or parallel_state.get_tensor_model_parallel_rank() != 0:
+        counts.zero_()  # one rank of a model copy counts
     collectives.all_reduce(counts, compat.model_group())
     collectives.all_reduce(counts, compat.data_group())
     return counts
-
-
-def _counts_here() -> bool:
-    """One rank of a model copy counts: the first tensor-parallel rank of the last stage."""
-    last: bool = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    return last and parallel_state.get_tensor_model_parallel_rank() == 0

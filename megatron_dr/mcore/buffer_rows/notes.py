@@ -5,20 +5,20 @@ import torch.distributed as dist
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import compat
-from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Layout
 from megatron_dr.mcore.say import say
 
 
-def attached(dr: DRConfig, rows: GradRows, layout: Layout, why: str) -> None:
+def attached(dr: DRConfig, buffers: Buffers, layout: Layout, why: str) -> None:
     """What will be projected, and what it costs."""
     num_rows, feasible_set = layout.row_map.num_rows, dr.feasible_set()
     alpha = f"alpha {_alpha(dr)}, " if feasible_set.alpha is None else ""
     say(
         f"set {dr.set}, {num_rows} rows a step ({dr.rows}), {layout.projected} block(s) "
         f"({dr.blocks}), {alpha}norm {dr.norm}; this rank keeps "
-        f"{rows.extra_bytes:,} bytes for slots and, with a target batch, {rows.target_bytes:,} for "
-        "the target"
+        f"{buffers.extra_bytes:,} bytes for slots and, with a target batch, "
+        f"{buffers.target_bytes:,} for the target"
     )
     say(why)
     if num_rows == 1 and feasible_set.one_row:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.step.roles import MicrobatchRouter
 
 
@@ -17,7 +17,7 @@ class RoleRouter(MicrobatchRouter):
     """Binds each microbatch's gradient to the buffer of its row.
 
     Args:
-        rows: the buffers.
+        buffers: of this rank.
         domains: domain number of each general microbatch, with domain rows.
 
     Attributes:
@@ -27,14 +27,14 @@ class RoleRouter(MicrobatchRouter):
     def __init__(
         self,
         model: list[torch.nn.Module],
-        rows: GradRows,
+        buffers: Buffers,
         num_target: int,
         num_general: int,
         target_data_iterator: Any,
         domains: Sequence[int],
     ) -> None:
         super().__init__(model, num_target, num_general, target_data_iterator)
-        self.rows, self._domains, row_map = rows, domains, rows.row_map
+        self.buffers, self._domains, row_map = buffers, domains, buffers.row_map
         kinds = row_map.slots if row_map.by_domain else 1
         self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
         self.microbatches: list[torch.Tensor | int] = [0] * (kinds + 1)
@@ -42,7 +42,7 @@ class RoleRouter(MicrobatchRouter):
             self._check_domains()
 
     def _check_domains(self) -> None:
-        slots = self.rows.row_map.slots
+        slots = self.buffers.row_map.slots
         if len(self._domains) != self.num_general or not all(0 <= d < slots for d in self._domains):
             raise ValueError(
                 f"domain rows need a domain number below {slots} for each of the "
@@ -51,7 +51,7 @@ class RoleRouter(MicrobatchRouter):
 
     def row(self, microbatch: int) -> int:
         """Local buffer of a microbatch: the target's, or the slot of a general one."""
-        general, row_map = microbatch - self.num_target, self.rows.row_map
+        general, row_map = microbatch - self.num_target, self.buffers.row_map
         if general < 0 and row_map.target_groups:
             return 0
         if general < 0:
@@ -68,7 +68,7 @@ class RoleRouter(MicrobatchRouter):
         return self._domains[general] if self._domains else 0
 
     def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
-        self.rows.bind(self.row(microbatch), chunk)
+        self.buffers.bind(self.row(microbatch), chunk)
 
     def forwarded(self, chunk: int, microbatch: int, loss_func: Any) -> Any:
         kind = self._kind(microbatch)

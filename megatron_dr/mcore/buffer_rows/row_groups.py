@@ -1,8 +1,4 @@
-"""The rows that a configuration makes on the ranks there are, and what can't be made: refused.
-
-At attach, from Megatron's groups: `row_map_of`. Before a step, from its microbatches:
-`check_batch`. What rows are: `row_map`.
-"""
+"""The rows that a configuration makes on the ranks there are, and what can't be made: refused."""
 
 from typing import Literal
 

@@ -17,7 +17,7 @@ c itself is left to Megatron.
 n counts microbatches, or tokens where the loss is normalised per token: then a rank or slot with
 more tokens has a longer row, as it has a larger part in Megatron's gradient.
 
-The halves row is e = (t_A - t_B) / 2 with t = (t_A + t_B) / 2; see `projection/dial.py`.
+The halves row is e = (t_A - t_B) / 2 with t = (t_A + t_B) / 2; see `projection/alpha.py`.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ import torch
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import meter
 from megatron_dr.mcore.buffer_rows import normalisation, notes, row_groups
-from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.gram_choice import choose
 from megatron_dr.mcore.buffer_rows.layout import Layout
 from megatron_dr.mcore.buffer_rows.router import RoleRouter
@@ -28,7 +28,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class BufferRows:
-    """Rows of ranks, slots or domains; see `rows.Rows`.
+    """Rows of ranks, slots or domains; see `step.rows.Rows`.
 
     Attributes:
         update: what the last step did, or None.
@@ -46,7 +46,7 @@ class BufferRows:
             blocks=tuple(number[block_of(o.name, dr.blocks)] for o in owned),
             row_map=row_groups.row_map_of(dr),
         )
-        self.buffers = GradRows(owned, model, self.layout.row_map, _DTYPES[dr.slot_dtype])
+        self.buffers = Buffers(owned, model, self.layout.row_map, _DTYPES[dr.slot_dtype])
         self.names, self.device = names[: self.layout.projected], self.buffers.device
         self.source, why = choose(dr, self.buffers, self.layout, model)
         self.update: Update | None = None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dr.mcore import collectives, compat, meter, wire
-from megatron_dr.mcore.buffer_rows.buffers import GradRows
+from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
 from megatron_dr.projection import CountSketch, gram_and_error
 
@@ -27,8 +27,8 @@ class SketchedGram:
         size: K.
     """
 
-    def __init__(self, rows: GradRows, layout: Layout, size: int, seed: int) -> None:
-        self.rows, self.layout, self.size, self.seed = rows, layout, size, seed
+    def __init__(self, buffers: Buffers, layout: Layout, size: int, seed: int) -> None:
+        self.buffers, self.layout, self.size, self.seed = buffers, layout, size, seed
 
     def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
@@ -36,14 +36,14 @@ class SketchedGram:
         shape = (len(self.layout.names), self.layout.row_map.local, self.size)
         local_BLK = torch.zeros(shape, device=mix_RP.device)
         with meter.part("sketch"):
-            self.rows.sketch_(local_BLK, sketch, self.layout.blocks)
+            self.buffers.sketch_(local_BLK, sketch, self.layout.blocks)
         return self._exchange(local_BLK, mix_RP)
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """This rank's share of the update into Megatron's buffer."""
         local = self.layout.row_map.local
         mine_BL = coefficients_BP[:, self.layout.group * local : (self.layout.group + 1) * local]
-        self.rows.combine_(mine_BL, self.layout.blocks)
+        self.buffers.combine_(mine_BL, self.layout.blocks)
 
     def reduced(self) -> AbstractContextManager[None]:
         """Megatron's finalize reduces what was combined."""

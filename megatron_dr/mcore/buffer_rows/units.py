@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dr.mcore import collectives
-from megatron_dr.mcore.buffer_rows.buffers import GradRows, Piece
+from megatron_dr.mcore.buffer_rows.buffers import Buffers, Piece
 from megatron_dr.mcore.buffer_rows.layout import Layout
 
 
@@ -51,7 +51,7 @@ class Unit:
     scale: float
     segments: list[Segment]
     remainder: bool
-    buffers: GradRows
+    buffers: Buffers
     gathered: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -72,7 +72,7 @@ class Unit:
         return self.whole(0) if self.remainder else self.slices(0)[dist.get_rank(self.group)]
 
 
-def units_of(model: list[Any], rows: GradRows, layout: Layout) -> dict[int, list["Unit"]]:
+def units_of(model: list[Any], buffers: Buffers, layout: Layout) -> dict[int, list[Unit]]:
     """Every range of every bucket, by the id of Megatron's bucket group (collective)."""
     out: dict[int, list[Unit]] = {}
     members: dict[int, torch.Tensor] = {}
@@ -80,11 +80,11 @@ def units_of(model: list[Any], rows: GradRows, layout: Layout) -> dict[int, list
         ranks = _ranks(group)
         if id(ranks) not in members:
             row_groups = collectives.of_all_ranks(layout.group, ranks)
-            members[id(ranks)] = torch.tensor(row_groups, device=rows.device)
+            members[id(ranks)] = torch.tensor(row_groups, device=buffers.device)
         out[id(group)] = [
             unit
             for bucket in group.buckets
-            for unit in _units(bucket, group, rows, layout, members[id(ranks)])
+            for unit in _units(bucket, group, buffers, layout, members[id(ranks)])
         ]
     return out
 
@@ -103,17 +103,17 @@ def _ranks(group: Any) -> Any:
 
 
 def _units(
-    bucket: Any, group: Any, rows: GradRows, layout: Layout, members: torch.Tensor
+    bucket: Any, group: Any, buffers: Buffers, layout: Layout, members: torch.Tensor
 ) -> Iterator[Unit]:
     """A bucket's ranges. The distributed optimizer's shards are its own: one range."""
     ddp, peers, ranks = group.ddp_config, _ranks(group), len(members)
     inside = {id(p) for p in bucket.params_list}
-    pieces = [p for p in rows.pieces if id(rows.owned[p.number].parameter) in inside]
+    pieces = [p for p in buffers.pieces if id(buffers.owned[p.number].parameter) in inside]
     pieces.sort(key=lambda p: p.start)
     begin, end = bucket.offset, bucket.offset + bucket.grad_data.numel()
     cuts = [begin, end]
     if not ddp.use_distributed_optimizer:  # a tied embedding's shards are alike on both stages
-        tied = [p for p in pieces if rows.owned[p.number].partial == "embedding"]
+        tied = [p for p in pieces if buffers.owned[p.number].partial == "embedding"]
         cuts = sorted({begin, end, *(x for p in tied for x in (p.start, p.stop))})
     scale = bucket.gradient_scaling_factor / (ranks if ddp.average_in_collective else 1)
     for start, stop in itertools.pairwise(cuts):
@@ -122,13 +122,13 @@ def _units(
         parts = ((start, columns, shard, False), (rest, left, rest, True))
         for first, size, low, remainder in parts:
             if size:
-                segments = _segments(pieces, rows, layout, low, low + size)
+                segments = _segments(pieces, buffers, layout, low, low + size)
                 yield Unit(pieces[0].buffer, first, size, peers, members, scale, segments,
-                           remainder, buffers=rows)  # fmt: skip
+                           remainder, buffers=buffers)  # fmt: skip
 
 
 def _segments(
-    pieces: list[Piece], rows: GradRows, layout: Layout, low: int, high: int
+    pieces: list[Piece], buffers: Buffers, layout: Layout, low: int, high: int
 ) -> list[Segment]:
     """What lies in [low, high) of a buffer, in columns from `low`; like neighbours joined."""
     out: list[Segment] = []
@@ -136,7 +136,7 @@ def _segments(
         start, stop = max(piece.start, low) - low, min(piece.stop, high) - low
         if start >= stop:
             continue
-        owned, block = rows.owned[piece.number], layout.blocks[piece.number]
+        owned, block = buffers.owned[piece.number], layout.blocks[piece.number]
         out.append(Segment(block, owned.count, owned.partial, start, stop))
     return _joined(out)
 

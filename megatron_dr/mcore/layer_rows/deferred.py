@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.layer_rows import scoring
-from megatron_dr.mcore.layer_rows.factors import Units
+from megatron_dr.mcore.layer_rows.factors import Factors
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
 from megatron_dr.mcore.layer_rows.path import gradient_of
 from megatron_dr.mcore.layer_rows.places import Place
@@ -38,11 +38,11 @@ class Deferred:
 
     def __init__(
         self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
-        batches: Microbatches, units: Units, keep: bool,
+        batches: Microbatches, factors: Factors, keep: bool,
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
-        self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, units.ratio
-        self.row_scale = units.row_scale
+        self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, factors.ratio
+        self.row_scale = factors.row_scale
         (n, b), device = self.tokens.shape, self.tokens.device
         self._samples = b
         self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=device)
@@ -106,10 +106,8 @@ class Deferred:
         for number, parts in self._features.items():
             place = self._places[number]
             for microbatch, feature_NK in enumerate(self._over_stages(place, parts)):
-                ratio = self.ratio[microbatch]
-                map_RN = self._map(microbatch)
-                target = None if self.merged else self._target(place) * ratio
-                gram_RR = scoring.dense_gram(feature_NK, map_RN, target)
+                target = None if self.merged else self._target(place) * self.ratio[microbatch]
+                gram_RR = scoring.dense_gram(feature_NK, self._map(microbatch), target)
                 self._gram[microbatch, place.block] += place.share * gram_RR
         collectives.all_reduce(self._gram, compat.model_group())
         blocks = self._gram.shape[1]

@@ -23,7 +23,7 @@ from megatron_dr.mcore.layer_rows.microbatches import Microbatches, total
 
 
 @dataclass(frozen=True)
-class Units:
+class Factors:
     """Of one schedule call with n_t target and n_g general microbatches.
 
     Attributes:
@@ -41,10 +41,10 @@ class Units:
     target_scale: float
 
 
-def units(
+def factors(
     batches: Microbatches, num_target: int, per_token: bool,
     window: Literal["microbatch", "streaming", "step"],
-) -> Units:  # fmt: skip
+) -> Factors:  # fmt: skip
     """The units of a schedule call (collective where the loss is per token).
 
     Args:
@@ -62,14 +62,14 @@ def units(
         target_n = target_tokens.sum(1).clamp(min=1)
         if per_token:
             ratio_n = torch.full_like(general_n, T_g / T_t) if whole else general_n / target_n
-            return Units(ratio_n.tolist(), ones, 1.0, 1.0, 0.0)
+            return Factors(ratio_n.tolist(), ones, 1.0, 1.0, 0.0)
         scale_n = (general_n + target_n) / general_n.clamp(min=1)
-        return Units((general_n / target_n).tolist(), scale_n.tolist(), 1.0, 1.0, 0.0)
+        return Factors((general_n / target_n).tolist(), scale_n.tolist(), 1.0, 1.0, 0.0)
     if per_token:
         ratio_n = torch.full_like(general_n, T_g) if whole else general_n
-        return Units(ratio_n.tolist(), ones, 1.0, 1.0 / T_t, T_g / T_t)
+        return Factors(ratio_n.tolist(), ones, 1.0, 1.0 / T_t, T_g / T_t)
     n = num_target + n_g
     to_mean = n / (num_target * ranks) if num_target else 0.0
     target_scale = n / num_target if num_target else 0.0
     ratio = n_g * ranks / n if whole else 1.0 / n
-    return Units([ratio] * n_g, ones, n / n_g, to_mean, target_scale)
+    return Factors([ratio] * n_g, ones, n / n_g, to_mean, target_scale)

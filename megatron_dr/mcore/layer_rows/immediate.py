@@ -10,7 +10,7 @@ import torch
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.layer_rows import scoring
-from megatron_dr.mcore.layer_rows.factors import Units
+from megatron_dr.mcore.layer_rows.factors import Factors
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
 from megatron_dr.mcore.layer_rows.places import Place
 from megatron_dr.mcore.layer_rows.scoring import Use
@@ -32,12 +32,12 @@ class Immediate:
     """
 
     def __init__(
-        self, dr: DRConfig, targets: Targets, batches: Microbatches, units: Units, alpha: float,
+        self, dr: DRConfig, targets: Targets, batches: Microbatches, factors: Factors, alpha: float,
         thresholds: torch.Tensor, log: StepLog,
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.alpha = dr, targets, batches.merged, alpha
-        self.tokens, self.counts, self.ratio = batches.tokens, batches.counts, units.ratio
-        self.scale = [units.scale * scale for scale in units.row_scale]
+        self.tokens, self.counts, self.ratio = batches.tokens, batches.counts, factors.ratio
+        self.scale = [factors.scale * scale for scale in factors.row_scale]
         self.thresholds, self.log = thresholds, log
         self.peers = experts.windows(self.tokens, self.ratio)
 

@@ -154,7 +154,7 @@ class SamplePath:
         """The pack under way, as a role's packs and its number among them."""
         if self._packs is None:
             return None
-        number = self._current[self._place[id(parameter)].chunk] - self._num_target
+        number = self._current[self._place[id(parameter)].owned.chunk] - self._num_target
         general, target = self._packs
         return (general, number) if number >= 0 else (target, number + self._num_target)
 
@@ -167,7 +167,7 @@ class SamplePath:
         if len(uses) < place.uses:
             self._held[place.number] = uses
             return None
-        microbatch = self._current[place.chunk]
+        microbatch = self._current[place.owned.chunk]
         assert self._mode is not None
         if microbatch < self._num_target:
             if self.targets.wanted:

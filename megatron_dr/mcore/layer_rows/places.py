@@ -1,7 +1,7 @@
 """A parameter's place in the layer path: how it is scored, and over which ranks."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,8 @@ from megatron_dr.mcore.layer_rows.taps import experts
 from megatron_dr.mcore.layer_rows.weigh import needs_rows
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.projection import block_of
-from megatron_dr.projection.flops import Work, cheapest
+from megatron_dr.projection.flops import Score, Work, cheapest
 from megatron_dr.projection.kronecker import Kronecker
-
-Score = Literal["ghost", "sketched", "exact"]
 
 
 @dataclass
@@ -50,10 +48,6 @@ class Place:
     target_sums: list[Any]
     gram_group: Any
     is_first: bool
-
-    @property
-    def chunk(self) -> int:
-        return self.owned.chunk
 
     @property
     def is_vector(self) -> bool:

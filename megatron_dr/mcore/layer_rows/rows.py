@@ -14,7 +14,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import compat, meter, random_state
 from megatron_dr.mcore.layer_rows import support
 from megatron_dr.mcore.layer_rows.deferred import Deferred, Replay
-from megatron_dr.mcore.layer_rows.factors import Units, units
+from megatron_dr.mcore.layer_rows.factors import Factors, factors
 from megatron_dr.mcore.layer_rows.immediate import Immediate, agree
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
 from megatron_dr.mcore.layer_rows.path import Mode, SamplePath
@@ -30,10 +30,11 @@ from megatron_dr.projection import UNPROJECTED, block_of
 
 
 class LayerRows:
-    """Samples as rows; see `rows.Rows`.
+    """Samples as rows; see `step.rows.Rows`.
 
     Attributes:
         thresholds: [B] of the streaming window, NaN where there is none yet.
+        untapped: parameters that are not projected.
         coefficients: [n, B, N] of the last step's samples, where they were found at its end.
     """
 
@@ -41,7 +42,7 @@ class LayerRows:
         self.model, self.config, self.dr = model, config, dr
         everything = owned_parameters(model, config)
         owned = [o for o in everything if block_of(o.name, dr.blocks) != UNPROJECTED]
-        self._untapped = [o.parameter for o in everything if o not in owned]
+        self.untapped = [o.parameter for o in everything if o not in owned]
         support.check(dr, config, owned)
         self.names = block_names(owned, dr.blocks)
         self.device = owned[0].parameter.device if owned else torch.device("cpu")
@@ -52,9 +53,7 @@ class LayerRows:
         self.thresholds = blank.to(self.device)
         self._immediate = support.is_immediate(dr, owned)
         self.hold = not self._immediate  # gradients are there only after the call's backwards
-        self._undo = []
-        for chunk in model:
-            self._undo += taps.install(compat.unwrap(chunk), self.path)
+        self._taps = taps.install(map(compat.unwrap, model), self.path)
 
     # -- life ------------------------------------------------------------------------------------
     @property
@@ -69,9 +68,7 @@ class LayerRows:
 
     def close(self) -> None:
         """Take the taps off the layers."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        self._taps.close()
 
     def offload(self) -> int:
         """A target that later steps use, and projections, go to the host."""
@@ -125,11 +122,6 @@ class LayerRows:
         self.path.set_places(self.places)
         support.announce(self.dr, self.places, self.names, self._immediate)
 
-    def forget_untapped(self) -> None:
-        """What is not projected has run backward already, where a second pass is to come."""
-        for parameter in self._untapped:
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
-
 
 class _Step:
     """One step's passes."""
@@ -147,7 +139,7 @@ class _Step:
 
     def immediate(self, log: StepLog) -> Pass:
         """Weights inside the backward."""
-        found = self._units(self.own)
+        found = self._factors(self.own)
         mode = Immediate(
             self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log
         )  # fmt: skip
@@ -155,7 +147,7 @@ class _Step:
 
     def deferred(self, log: StepLog) -> Passes:
         """Weights at a call's end: then the kept uses are weighed, or a second call runs."""
-        found, rows = self._units(self.own), self.rows
+        found, rows = self._factors(self.own), self.rows
         mode = Deferred(
             self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
             keep=self.dr.passes == 1,
@@ -163,25 +155,24 @@ class _Step:
 
         def solve() -> None:
             rows.coefficients = mode.solve(self.alpha, log)
+            if mode.keep:
+                with meter.part("combine"):
+                    mode.write(self._scaled(found))
 
-        def solve_and_write() -> None:
-            solve()
-            with meter.part("combine"):
-                mode.write(self._scaled(found))
-
-        if self.dr.passes == 1:
-            yield self._pass(mode, self.own, self.own > 0, found, solve_and_write)
+        if mode.keep:
+            yield self._pass(mode, self.own, self.own > 0, found, solve)
             return
         random = random_state.save()
         yield self._pass(mode, self.own, self.own > 0, found, solve, gradients=False)
         random_state.restore(random)
-        rows.forget_untapped()
+        for parameter in rows.untapped:  # what is not projected has run backward already
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
         own = self.own if self.alpha > 0 else 0
-        found = self._units(own)
+        found = self._factors(own)
         yield self._pass(Replay(self._scaled(found)), own, False, found)
 
     def _pass(
-        self, mode: Mode, own: int, gather: bool, found: Units,
+        self, mode: Mode, own: int, gather: bool, found: Factors,
         at_end: Callable[[], None] = lambda: None, gradients: bool = True,
     ) -> Pass:  # fmt: skip
         """One schedule call.
@@ -212,11 +203,11 @@ class _Step:
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
         return Pass(router, of_general, changes)
 
-    def _units(self, own: int) -> Units:
+    def _factors(self, own: int) -> Factors:
         per_token = bool(self.rows.config.calculate_per_token_loss)
-        return units(self.batches, own, per_token, self.dr.window)
+        return factors(self.batches, own, per_token, self.dr.window)
 
-    def _scaled(self, found: Units) -> torch.Tensor:
+    def _scaled(self, found: Factors) -> torch.Tensor:
         """The coefficients [n, B, N] in the units of Megatron's buffer."""
         coefficient_nBN = self.rows.coefficients
         assert coefficient_nBN is not None

@@ -66,7 +66,7 @@ class Targets:
         (collective: one all-reduce per group)."""
         if not self.wanted:
             return
-        own = [p for p in self._places if p.chunk == chunk and p.number in self._value]
+        own = [p for p in self._places if p.owned.chunk == chunk and p.number in self._value]
         groups = {id(g): g for p in own for g in p.target_sums}
         for group in groups.values():
             members = [p for p in own if any(g is group for g in p.target_sums)]

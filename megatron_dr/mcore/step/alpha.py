@@ -1,4 +1,4 @@
-"""The mixing dial over a run: constant, scheduled, or chosen at every step (`projection/dial`)."""
+"""The mixing dial over a run: constant, scheduled, or chosen at every step (`projection/alpha`)."""
 
 import torch
 
@@ -6,7 +6,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.projection import alpha_at, alpha_of, smoothed, statistics
 
 
-class AlphaDial:
+class Alpha:
     """alpha of each step.
 
     Attributes:

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore.meter import Meter
 from megatron_dr.mcore.step import schedule as schedules
-from megatron_dr.mcore.step.alpha import AlphaDial
+from megatron_dr.mcore.step.alpha import Alpha
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.roles import MicrobatchRouter, merge_reports
 from megatron_dr.mcore.step.rows import Call, Rows
@@ -45,7 +45,7 @@ class Handle:
         dr: DRConfig,
         rows: Callable[[list[Any], Any, DRConfig], Rows],
     ) -> None:
-        self.dial = AlphaDial(dr)
+        self.dial = Alpha(dr)
         self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
         self.rows = rows(model, config, dr)
         self.steps = 0

@@ -6,7 +6,7 @@ hook on the stage's output tells.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +49,10 @@ class MicrobatchRouter:
             microbatch = self._forwards[chunk]
             self._forwards[chunk] += 1
             self.enter(chunk, microbatch, backward=False)
-            is_target = microbatch < self.num_target
-            data = self._target_iterator(chunk) if is_target else data_iterator
-            output, loss_func = forward_step_func(data, module, *args)
+            if microbatch < self.num_target:
+                target = self._target_data
+                data_iterator = target[chunk] if isinstance(target, list) else target
+            output, loss_func = forward_step_func(data_iterator, module, *args)
             if isinstance(output, torch.Tensor):
                 self._mark_backward(output, chunk, microbatch)
             else:  # a last stage with several outputs: backward begins at their loss
@@ -59,12 +60,6 @@ class MicrobatchRouter:
             return output, self.forwarded(chunk, microbatch, loss_func)
 
         return forward_step
-
-    def _target_iterator(self, chunk: int) -> Iterator[Any] | None:
-        if isinstance(self._target_data, list):
-            iterator: Iterator[Any] | None = self._target_data[chunk]
-            return iterator
-        return self._target_data  # type: ignore[no-any-return]
 
     def _marking(self, loss_func: Any, chunk: int, microbatch: int) -> Callable[..., Any]:
         def marked(output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -32,8 +32,7 @@ class Call:
 
     @property
     def num_general(self) -> int:
-        number: int = self.schedule["num_microbatches"]
-        return number
+        return int(self.schedule["num_microbatches"])
 
 
 class Rows(Protocol):

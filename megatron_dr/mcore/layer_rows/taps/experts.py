@@ -169,11 +169,7 @@ def _indices(
 
 def by_sample(weigh: Callable[..., Any], index_LN: torch.Tensor) -> Callable[..., Any]:
     """`weigh` of [L, N, I] and [L, N, O], for tokens [T, I] and [T, O]."""
-
-    def weigh_tokens(x_TI: torch.Tensor, dy_TO: torch.Tensor) -> Any:
-        return weigh(rows(x_TI, index_LN), rows(dy_TO, index_LN))
-
-    return weigh_tokens
+    return lambda x_TI, dy_TO: weigh(rows(x_TI, index_LN), rows(dy_TO, index_LN))
 
 
 def rows(x_TI: torch.Tensor, index_LN: torch.Tensor) -> torch.Tensor:

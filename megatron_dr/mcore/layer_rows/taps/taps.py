@@ -14,7 +14,8 @@ tapped by `te.py`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -34,29 +35,26 @@ from megatron_dr.mcore.layer_rows.taps.hooks import Undo, Written, put, trained,
 from megatron_dr.mcore.layer_rows.taps.linear import Linear
 
 
-def install(chunk: torch.nn.Module, observer: SamplePath) -> list[Undo]:
-    """Tap every layer of a model chunk; returns what takes the taps off.
+def install(chunks: Iterable[torch.nn.Module], observer: SamplePath) -> ExitStack:
+    """Tap every layer of a model's chunks; returns what takes the taps off.
 
     Raises:
         ValueError: a trained parameter that no tap covers, naming it.
     """
-    undo: list[Undo] = []
-    try:
-        _install(chunk, observer, undo)
-    except ValueError:
-        for step in undo:
-            step()
-        raise
-    return undo
+    with ExitStack() as undo:
+        for chunk in chunks:
+            _install(chunk, observer, undo)
+        return undo.pop_all()
 
 
-def _install(chunk: torch.nn.Module, observer: SamplePath, undo: list[Undo]) -> None:
+def _install(chunk: torch.nn.Module, observer: SamplePath, undo: ExitStack) -> None:
     covered: set[int] = set()
     table = _taps({})
     for path, module in chunk.named_modules():
         tap = next((tap for kind, tap in table if kind(module)), None)
         if tap is not None:
-            undo += tap(module, observer)
+            for step in tap(module, observer):
+                undo.callback(step)
             covered |= {
                 id(p)
                 for name, p in module.named_parameters(recurse=False)
