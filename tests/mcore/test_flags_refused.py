@@ -111,12 +111,7 @@ def test_out_of_range_is_refused(flags: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        "--dr-rows corpus",
-        "--dr-slots two",
-        "--dr-alpha x",
-        "--dr-log-blocks 1",
-    ],  # fmt: skip
+    ["--dr-rows corpus", "--dr-slots two", "--dr-alpha x", "--dr-log-blocks 1"],  # fmt: skip
 )
 def test_what_is_no_value_of_a_flag_ends_the_parser(flags: str) -> None:
     with pytest.raises(SystemExit) as end:

@@ -35,7 +35,9 @@ def expected(rewards: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     for n, (start, length, _) in enumerate(ROWS):
         own = slice(start, start + length)
         score = [0.0] * (length - 1) + [rewards[n]]
-        r = [s - KL * float(d) for s, d in zip(score, old[n, own] - reference[n, own], strict=False)]
+        r = [
+            s - KL * float(d) for s, d in zip(score, old[n, own] - reference[n, own], strict=False)
+        ]
         if math.isnan(rewards[n]):
             returns[n] = math.nan
         else:

@@ -6,6 +6,7 @@ microbatches' (1 - f) quantiles, and has the weight 1 / (f M) that it has in a s
 """
 
 import torch
+import torch.distributed as dist
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
@@ -60,7 +61,8 @@ class Immediate:
             update = project(
                 gram_RR[None], self.dr.feasible_set(), self.dr.norm, self.alpha, share_M, weights
             )
-        if place.is_first:
+        # ranks that share a weight's shards or its samples' tokens have the same: one logs it
+        if place.is_first and not any(map(dist.get_rank, place.tokens)):
             self.log.add(update, [place.block])
         return self.scale[microbatch] * (update.update_BR[0] @ map_RN)
 
