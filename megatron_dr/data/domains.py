@@ -60,13 +60,9 @@ class DomainPlan:
 
 
 def domains_of_step(
-    plan: DomainPlan,
-    first_microbatch: int,
-    num_microbatches: int,
-    rank: int,
-    ranks: int,
+    plan: DomainPlan, first_microbatch: int, num_microbatches: int, rank: int, ranks: int,
     peers: int,
-) -> list[int]:
+) -> list[int]:  # fmt: skip
     """Domains of a data-parallel rank's general microbatches in a step.
 
     Microbatch m of the run on rank r is in unit q = m D/P + r // P.

@@ -74,12 +74,9 @@ class Job:
 
 
 def prepare(
-    job: Job,
-    open_dataset: OpenDataset,
-    token_type: type,
-    workers: int,
+    job: Job, open_dataset: OpenDataset, token_type: type, workers: int,
     progress: Callable[[int], None],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Write the outputs; the manifests. What an earlier run finished is not done again.
 
     Args:

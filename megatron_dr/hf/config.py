@@ -44,23 +44,14 @@ def parse(config: Mapping[str, Any]) -> Model:
         raise ValueError(f"config.json: {heads} heads can't be divided into {groups} groups.")
     positions = _need(config, "max_position_embeddings")
     return Model(
-        architecture=family.architecture,
-        layers=_need(config, "num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_size=_need(config, family.ffn_key),
-        heads=heads,
-        groups=groups,
+        architecture=family.architecture, layers=_need(config, "num_hidden_layers"),
+        hidden_size=hidden, ffn_size=_need(config, family.ffn_key), heads=heads, groups=groups,
         head_size=config.get("head_dim") or family.head_size or hidden // heads,
-        vocabulary=_need(config, "vocab_size"),
-        positions=positions,
-        epsilon=_need(config, "rms_norm_eps"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-        rope=read_rope(config, family.rope_base),
-        window=_window(config, family.window_switch),
-        **_experts(config, family.experts_key),
-    )
+        vocabulary=_need(config, "vocab_size"), positions=positions,
+        epsilon=_need(config, "rms_norm_eps"), tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias, qk_norm=family.qk_norm, rope=read_rope(config, family.rope_base),
+        window=_window(config, family.window_switch), **_experts(config, family.experts_key),
+    )  # fmt: skip
 
 
 def _need(config: Mapping[str, Any], name: str) -> Any:

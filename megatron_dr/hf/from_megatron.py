@@ -83,12 +83,9 @@ def find_assets(path: Path, reader: Reader, given: Path | None) -> Path:
 
 
 def plan(
-    path: Path,
-    config: Path | None = None,
-    dtype: torch.dtype | None = None,
-    file_size: int = 5 * 10**9,
-    lora_alpha: float | None = None,
-) -> Export:
+    path: Path, config: Path | None = None, dtype: torch.dtype | None = None,
+    file_size: int = 5 * 10**9, lora_alpha: float | None = None,
+) -> Export:  # fmt: skip
     """Look at everything but the weights.
 
     `dtype`: of the exported weights, None: as they are; `file_size`: bytes of one file, about;

@@ -49,12 +49,9 @@ class Kronecker:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
 
     def columns(
-        self,
-        side: Literal["out", "in"],
-        index: Tensor | None,
-        device: torch.device | str,
+        self, side: Literal["out", "in"], index: Tensor | None, device: torch.device | str,
         dtype: torch.dtype,
-    ) -> Tensor | None:
+    ) -> Tensor | None:  # fmt: skip
         """P_out's columns [K_out, T] for the weight's rows `index` (int64, of the whole weight),
         or P_in's [K_in, T] for its columns.
 

@@ -111,12 +111,10 @@ def _normalise(
         linear_BM = linear_BM - linear_BM.mean(1, keepdim=True)
     scale_B1 = torch.maximum(unit * mean_B1, linear_BM.abs().amax(1, keepdim=True))
     return Problem(
-        hessian_BMM * (unit / scale_B1[..., None]),
-        linear_BM / scale_B1,
-        torch.full_like(linear_BM, unit),
-        None if upper is None else upper / unit,
+        hessian_BMM * (unit / scale_B1[..., None]), linear_BM / scale_B1,
+        torch.full_like(linear_BM, unit), None if upper is None else upper / unit,
         None if sum_to is None else float(rows),
-    )
+    )  # fmt: skip
 
 
 def _normalise_cone(

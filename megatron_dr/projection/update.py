@@ -44,13 +44,9 @@ class Update:
 
 
 def project(
-    gram_BRR: Tensor,
-    set_: FeasibleSet,
-    norm: str,
-    alpha: Tensor | float = 0.0,
-    share_M: Tensor | None = None,
-    weights_BM: Tensor | None = None,
-) -> Update:
+    gram_BRR: Tensor, set_: FeasibleSet, norm: str, alpha: Tensor | float = 0.0,
+    share_M: Tensor | None = None, weights_BM: Tensor | None = None,
+) -> Update:  # fmt: skip
     """u of every block: the equation above, line by line.
 
     Args:

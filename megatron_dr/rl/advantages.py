@@ -41,12 +41,9 @@ def normalised(reward_B: Tensor) -> Tensor:
 
 
 def token_rewards(
-    reward_B: Tensor,
-    log_prob_BT: Tensor,
-    reference_log_prob_BT: Tensor,
-    mask_BT: Tensor,
+    reward_B: Tensor, log_prob_BT: Tensor, reference_log_prob_BT: Tensor, mask_BT: Tensor,
     kl_weight: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """RLHF's rewards by token [B, T]: the reward at the last token, less the KL's terms.
 
         r_t = [t is last] r - kl_weight (log_prob_t - reference_log_prob_t)

@@ -51,15 +51,9 @@ class CompletionsServer:
     """
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        timeout: float = 300.0,
-        retries: int = 3,
-        concurrency: int = 32,
-        key: str | None = None,
-        pause: float = 1.0,
-    ) -> None:
+        self, url: str, model: str, timeout: float = 300.0, retries: int = 3, concurrency: int = 32,
+        key: str | None = None, pause: float = 1.0,
+    ) -> None:  # fmt: skip
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"the server's URL must begin with http:// or https://, not {url!r}.")
         if not timeout > 0 or retries < 0 or concurrency < 1 or pause < 0:

@@ -13,12 +13,9 @@ from megatron_dr.rl.weights import TokenWeights
 
 
 def policy_loss(
-    log_prob_BT: Tensor,
-    old_log_prob_BT: Tensor,
-    advantage_BT: Tensor,
-    weights: TokenWeights,
+    log_prob_BT: Tensor, old_log_prob_BT: Tensor, advantage_BT: Tensor, weights: TokenWeights,
     clip: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Clipped ratio loss (PPO, arXiv 1707.06347, eq. 7; GRPO uses it too).
 
         l = -min(r A, clamp(r, 1 - clip, 1 + clip) A),   r = exp(log_prob - old_log_prob)

@@ -45,12 +45,9 @@ class Estimator:
             kl = float(rollout.kl_N().mean())
             statistics |= {"kl weight": self.kl_weight, "kl of a completion": kl}
         return replace(
-            rollout,
-            advantage_NA=rollout.advantage_NA if by_reward else advantage_NT,
-            statistics=rollout.statistics | statistics,
-            value_NT=value_NT,
-            return_NT=return_NT,
-        )
+            rollout, advantage_NA=rollout.advantage_NA if by_reward else advantage_NT,
+            statistics=rollout.statistics | statistics, value_NT=value_NT, return_NT=return_NT,
+        )  # fmt: skip
 
     def steer(self, rollout: Experience) -> None:
         """Move the KL's weight by what a rollout's KL was.
@@ -90,16 +87,9 @@ def _mean(values: Tensor) -> float:
 
 
 def estimates(
-    reward_N: Tensor,
-    old_NT: Tensor,
-    reference_NT: Tensor,
-    value_NT: Tensor,
-    mask_NT: Tensor,
-    *,
-    kl_weight: float,
-    discount: float,
-    decay: float,
-) -> tuple[Tensor, Tensor]:
+    reward_N: Tensor, old_NT: Tensor, reference_NT: Tensor, value_NT: Tensor, mask_NT: Tensor, *,
+    kl_weight: float, discount: float, decay: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Advantages and returns [N, T], 0 where the mask is 0; from `token_rewards` and `gae`.
 
     Advantages are whitened over all tokens of the rollout (mean 0, deviation 1). Returns are not.

@@ -14,13 +14,9 @@ def completion_log_prob(log_prob_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def dpo_loss(
-    chosen_P: Tensor,
-    rejected_P: Tensor,
-    reference_chosen_P: Tensor,
-    reference_rejected_P: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    chosen_P: Tensor, rejected_P: Tensor, reference_chosen_P: Tensor, reference_rejected_P: Tensor,
+    beta: float, label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(sum, count) over the pairs of DPO's loss (arXiv 2305.18290, eq. 7).
 
         l = -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)

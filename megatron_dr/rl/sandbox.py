@@ -62,13 +62,9 @@ def _run(program: Path, output: int, limits: Limits) -> bool:
     """Whether the program exits with 0 in time. The launcher ends it, and what it has started."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(asdict(limits)), program.name],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.DEVNULL,
-        cwd=program.parent,
-        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
-        start_new_session=True,
-    )
+        stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL, cwd=program.parent,
+        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, start_new_session=True,
+    )  # fmt: skip
     try:
         return process.wait(limits.wall_seconds + _GRACE) == 0
     except subprocess.TimeoutExpired:

@@ -161,7 +161,7 @@ def load_at(layout: Layout, folder: str, at: int) -> Any:
     model, optimizer, config = start(layout, initial)
     loaded = dist_checkpointing.load(sharded(model, optimizer, True), folder)
     for name, chunk in zip([n for n in loaded if n.startswith("model")], model, strict=True):
-        chunk.module.load_state_dict(loaded[name], strict=True)
+        chunk.module.load_state_dict(loaded[name], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
     steps(layout, model, optimizer, at, STEPS)
     return _megatron.pieces(model, config)
@@ -207,7 +207,7 @@ def own_format(layout: Layout, initial: Any) -> Any:
     expected = _megatron.pieces(model, config)
     model, optimizer, config = _megatron.build(layout, initial)
     with_meso(MEAN, layout, model, optimizer, config)
-    model[0].load_state_dict(state, strict=True)
+    model[0].load_state_dict(state, strict=False)
     optimizer.load_state_dict(saved)
     steps(layout, model, optimizer, 3, STEPS)
     return expected, _megatron.pieces(model, config)

@@ -48,12 +48,9 @@ class Buffers:
     """
 
     def __init__(
-        self,
-        owned: Sequence[OwnedParameter],
-        model: Sequence[Any],
-        row_map: RowMap,
+        self, owned: Sequence[OwnedParameter], model: Sequence[Any], row_map: RowMap,
         slot_dtype: torch.dtype,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.owned, self.row_map, self.slot_dtype = owned, row_map, slot_dtype
         self.buffers = [b for module in model for b in module.buffers]
         self.buffers += [b for module in model for b in module.expert_parallel_buffers]

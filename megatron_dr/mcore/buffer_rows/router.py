@@ -25,14 +25,9 @@ class RoleRouter(MicrobatchRouter):
     """
 
     def __init__(
-        self,
-        model: list[torch.nn.Module],
-        buffers: Buffers,
-        num_target: int,
-        num_general: int,
-        target_data_iterator: Any,
-        domains: Sequence[int],
-    ) -> None:
+        self, model: list[torch.nn.Module], buffers: Buffers, num_target: int, num_general: int,
+        target_data_iterator: Any, domains: Sequence[int],
+    ) -> None:  # fmt: skip
         super().__init__(model, num_target, num_general, target_data_iterator)
         self.buffers, self._domains, row_map = buffers, domains, buffers.row_map
         kinds = row_map.slots if row_map.by_domain else 1

@@ -34,22 +34,14 @@ def transformer_config(arguments: dict[str, Any]) -> TransformerConfig:
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     known = {name: value for name, value in arguments.items() if name in names}
     config = TransformerConfig(
-        **known,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        num_moe_experts=arguments.get("num_experts"),
-        moe_token_dispatcher_type="alltoall",
+        **known, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        num_moe_experts=arguments.get("num_experts"), moe_token_dispatcher_type="alltoall",
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        pipeline_dtype=torch.float32,
-        perform_initialization=False,
-        use_cpu_initialization=True,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-    )
+        pipeline_dtype=torch.float32, perform_initialization=False, use_cpu_initialization=True,
+        persist_layer_norm=False, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
+        bias_dropout_fusion=False, apply_rope_fusion=False,
+    )  # fmt: skip
     _apply_yarn_config_from_args(config, Namespace(**arguments))
     return config
 
@@ -62,20 +54,16 @@ def build(model: Model, vocabulary: int, adapters: Adapters | None = None) -> GP
     arguments = megatron_arguments(model, vocabulary)
     config = transformer_config(arguments)
     gpt = GPTModel(
-        config,
-        layer_spec(config),
-        vocab_size=vocabulary,
+        config, layer_spec(config), vocab_size=vocabulary,
         max_sequence_length=arguments["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
+        post_process=parallel_state.is_pipeline_last_stage(), parallel_output=True,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type=arguments["position_embedding_type"],
-        rotary_base=arguments["rotary_base"],
-        rope_scaling=arguments.get("use_rope_scaling", False),
+        rotary_base=arguments["rotary_base"], rope_scaling=arguments.get("use_rope_scaling", False),
         rope_scaling_factor=arguments.get("rope_scaling_factor", 8.0),
         seq_len_interpolation_factor=arguments.get("rotary_seq_len_interpolation_factor"),
-    )
+    )  # fmt: skip
     if adapters is not None:
         places = tuple(re.escape(name) for name in adapters.layers(model.layers))
         add_lora([gpt], LoRAConfig(adapters.rank, adapters.alpha, targets=places), config)

@@ -87,11 +87,9 @@ def layer_spec(
 ) -> TransformerBlockSubmodules:
     """The block specification for `GPTModel(transformer_layer_spec=...)` on the CPU."""
     layer: ModuleSpec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
-    )
+        num_experts=config.num_moe_experts, moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization,
+    )  # fmt: skip
     parts = layer.submodules
     parts.input_layernorm = Norm
     parts.pre_mlp_layernorm = Norm

@@ -24,24 +24,17 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its flags."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        full_validation=args.full_validation,
+        random_seed=args.seed, sequence_length=args.seq_length, blend=blend,
+        blend_per_split=blend_per_split, split=args.split, full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
+        path_to_cache=args.data_cache_path, mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args), reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask, eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-    )
+    )  # fmt: skip
     config.packed = bool(getattr(args, "dr_pack", None))  # what `SampleDataset` asks for
     return config
 
@@ -180,13 +173,9 @@ def target_samples(args: argparse.Namespace, path: str) -> Samples:
 
 
 def target_streams(
-    args: argparse.Namespace,
-    samples: Samples,
-    micro_batch_size: int,
-    num_chunks: int,
-    ranks: int,
+    args: argparse.Namespace, samples: Samples, micro_batch_size: int, num_chunks: int, ranks: int,
     everywhere: bool = False,
-) -> list[TargetStream | None]:
+) -> list[TargetStream | None]:  # fmt: skip
     """One stream per model chunk, all at the same place; None where this rank reads no data.
 
     Args:

@@ -76,9 +76,6 @@ def parameters(batch: dict[str, Any]) -> PackedSeqParams:
     starts = torch.unique_consecutive(filled)
     longest = int(batch["max_seqlen"])
     return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=longest,
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest,
         max_seqlen_kv=longest,
-    )
+    )  # fmt: skip

@@ -125,14 +125,9 @@ class SampleDataset(MegatronDataset):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        dataset: SampleSet,
-        dataset_path: str | None,
-        indices: np.ndarray,
-        num_samples: int | None,
-        index_split: Split,
-        config: GPTDatasetConfig,
-    ) -> None:
+        self, dataset: SampleSet, dataset_path: str | None, indices: np.ndarray,
+        num_samples: int | None, index_split: Split, config: GPTDatasetConfig,
+    ) -> None:  # fmt: skip
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.packs: PackedSamples | None = None
         self.order = EpochOrder(max(len(indices), 1), config.random_seed)

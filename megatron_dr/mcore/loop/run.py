@@ -144,13 +144,11 @@ class TrainingRun:
             return stock(**{**call, "micro_batch_size": size})
 
         return self.handle.step(
-            of_sequences,
-            target_data_iterator=streams if len(streams) > 1 else streams[0],
+            of_sequences, target_data_iterator=streams if len(streams) > 1 else streams[0],
             num_target_microbatches=number,
-            target_micro_batch_size=self.target_size if training else None,
-            domains=of_step,
+            target_micro_batch_size=self.target_size if training else None, domains=of_step,
             **schedule,
-        )
+        )  # fmt: skip
 
 
 def _metrics_file(path: str | None) -> MetricsFile | None:

@@ -59,13 +59,10 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
         # gloo may still be sending a stage's output when Megatron frees it
         model.transformer.deallocate_pipeline_outputs = False
     pretrain(
-        argument_utils.pretrain_cfg_container_from_args(args, model),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
+        argument_utils.pretrain_cfg_container_from_args(args, model), datasets_provider,
+        ModelType.encoder_or_decoder, forward_step, store=store,
         get_embedding_ranks=partial(_embedding_ranks, not args.untie_embeddings_and_output_weights),
-    )
+    )  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -139,21 +136,17 @@ def _batch(data_iterator: Any, vp_stage: int | None, training: bool) -> dict[str
         data = next(data_iterator)
         batch = {n: data[n].cuda(non_blocking=True) if n in data else None for n in names}
     batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=packs,
-        is_hybrid_cp=False,
+        batch, has_cu_seqlens=packs, is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
+        broadcast_group=mpu.get_tensor_model_parallel_group(), cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        seq_length=args.seq_length, mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
+    )  # fmt: skip
     if packs:
         return {**batch, "packed_seq_params": packed.parameters(batch)}
     group = mpu.get_context_parallel_group()

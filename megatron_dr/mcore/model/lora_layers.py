@@ -90,12 +90,9 @@ class Adapted(torch.nn.Module):
         if self.lora_gated:
             key = f"{prefix}lora_b.weight"
             state[key] = apply_swiglu_sharded_factory(
-                state[key],
-                sharded_offsets,
-                metadata.get("singleton_local_shards", False),
-                tp_group=self.tp_group,
-                dp_group=metadata["dp_cp_group"],
-            )
+                state[key], sharded_offsets, metadata.get("singleton_local_shards", False),
+                tp_group=self.tp_group, dp_group=metadata["dp_cp_group"],
+            )  # fmt: skip
         return state
 
     def lora_whole(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

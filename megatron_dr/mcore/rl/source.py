@@ -178,12 +178,9 @@ class RolloutSource(Source):
 
     def _stream(self, size: int, by_reward: bool) -> ExperienceStream:
         return ExperienceStream(
-            micro_batch_size=size,
-            rank=mpu.get_data_parallel_rank(),
-            size=self.args.data_parallel_size,
-            aggregation=self.rl.aggregation,
-            by_reward=by_reward,
-        )
+            micro_batch_size=size, rank=mpu.get_data_parallel_rank(),
+            size=self.args.data_parallel_size, aggregation=self.rl.aggregation, by_reward=by_reward,
+        )  # fmt: skip
 
     def _values(self) -> dict[str, float]:
         """Of the present rollouts, for the log."""

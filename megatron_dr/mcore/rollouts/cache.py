@@ -42,12 +42,9 @@ class CachedForward:
             bare.set_input_tensor(received)
             with InferenceMode.active():  # logits of the last position alone, from all ranks
                 output = chunk(
-                    tokens,
-                    positions,
-                    None,
-                    inference_context=self.context,
+                    tokens, positions, None, inference_context=self.context,
                     runtime_gather_output=True,
-                )
+                )  # fmt: skip
             bare.set_input_tensor(None)
             if not bare.post_process:
                 send_to_next_pipeline_rank(output.contiguous())

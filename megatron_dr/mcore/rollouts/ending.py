@@ -16,11 +16,9 @@ class Ending:
     """
 
     def __init__(
-        self,
-        ids: Collection[int],
-        strings: Sequence[str],
+        self, ids: Collection[int], strings: Sequence[str],
         decode: Callable[[list[int]], str] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if isinstance(strings, str) or "" in strings:
             raise ValueError("stop must be a tuple of strings that are not empty.")
         if strings and decode is None:

@@ -53,13 +53,9 @@ class MegatronRollouts:
     """
 
     def __init__(
-        self,
-        model: Sequence[torch.nn.Module],
-        vocab_size: int,
-        stop_tokens: Collection[int] = (),
-        decode: Callable[[list[int]], str] | None = None,
-        batch_size: int = 64,
-    ) -> None:
+        self, model: Sequence[torch.nn.Module], vocab_size: int, stop_tokens: Collection[int] = (),
+        decode: Callable[[list[int]], str] | None = None, batch_size: int = 64,
+    ) -> None:  # fmt: skip
         check_layout()
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}.")
@@ -71,12 +67,9 @@ class MegatronRollouts:
         self.context = int(unwrap(model[0]).max_sequence_length)  # type: ignore[arg-type]
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        seed: int,
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int,
         origins: Sequence[str] = (),
-    ) -> list[Completion]:
+    ) -> list[Completion]:  # fmt: skip
         """One completion per prompt, the same list on every rank (collective).
 
         All ranks pass the same arguments. Copies of the model share the prompts among them. A
@@ -160,13 +153,9 @@ class MegatronRollouts:
             tokens = [[row.at(position - 1)] for row in rows]
 
     def _extend(
-        self,
-        rows: list[_Row],
-        logits: torch.Tensor | None,
-        params: SamplingParams,
-        seed: int,
+        self, rows: list[_Row], logits: torch.Tensor | None, params: SamplingParams, seed: int,
         ending: Ending,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """A token more for each row, chosen on one rank of the model's copy from logits [b, v]."""
         device = torch.cuda.current_device()
         chosen = torch.zeros(3, len(rows), dtype=torch.float64, device=device)

@@ -43,15 +43,10 @@ def forward_only(
     alone = len(model) == 1
     with evaluating(model):
         found = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=batches[0] if alone else list(batches),
-            model=model[0] if alone else list(model),
-            num_microbatches=number,
-            seq_length=length,
-            micro_batch_size=size,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+            forward_step_func=forward_step, data_iterator=batches[0] if alone else list(batches),
+            model=model[0] if alone else list(model), num_microbatches=number, seq_length=length,
+            micro_batch_size=size, forward_only=True, collect_non_loss_data=True,
+        )  # fmt: skip
     out = torch.zeros(number * size, *shape, device=torch.cuda.current_device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         out.copy_(torch.cat(found))
@@ -59,11 +54,9 @@ def forward_only(
 
 
 def log_probs(
-    model: Sequence[torch.nn.Module],
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
+    model: Sequence[torch.nn.Module], tokens: torch.Tensor, mask: torch.Tensor,
     micro_batch_size: int = 1,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """log p(token t | tokens before t) where the mask is 1, and 0 elsewhere: [n, s], float32.
 
     The passes are those of training (Megatron's schedule, vocabulary-parallel cross entropy over

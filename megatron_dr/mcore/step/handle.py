@@ -38,13 +38,9 @@ class Handle:
     """
 
     def __init__(
-        self,
-        model: list[torch.nn.Module],
-        optimizer: Any,
-        config: Any,
-        dr: DRConfig,
+        self, model: list[torch.nn.Module], optimizer: Any, config: Any, dr: DRConfig,
         rows: Callable[[list[Any], Any, DRConfig], Rows],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.dial = Alpha(dr)
         self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
         self.rows = rows(model, config, dr)
@@ -109,15 +105,10 @@ class Handle:
         self.rows.check_batch(num_general, num_target)
 
     def step(
-        self,
-        forward_backward_func: Callable[..., Any],
-        *,
-        target_data_iterator: Any = None,
-        num_target_microbatches: int = 0,
-        target_micro_batch_size: int | None = None,
-        domains: Sequence[int] = (),
-        **schedule: Any,
-    ) -> Any:
+        self, forward_backward_func: Callable[..., Any], *, target_data_iterator: Any = None,
+        num_target_microbatches: int = 0, target_micro_batch_size: int | None = None,
+        domains: Sequence[int] = (), **schedule: Any,
+    ) -> Any:  # fmt: skip
         """`forward_backward_func(**schedule)` with the target's microbatches run first.
 
         Args:

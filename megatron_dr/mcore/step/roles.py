@@ -23,12 +23,9 @@ class MicrobatchRouter:
     """
 
     def __init__(
-        self,
-        model: list[torch.nn.Module],
-        num_target: int,
-        num_general: int,
+        self, model: list[torch.nn.Module], num_target: int, num_general: int,
         target_data_iterator: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.num_target = num_target
         self.num_general = num_general
         self._chunk = {id(module): number for number, module in enumerate(model)}
