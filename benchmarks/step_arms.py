@@ -10,7 +10,7 @@ What is measured, and how:
               is waiting for the other ranks
     wire      bytes that a rank sends in a step: every collective passes torch's dispatcher, where
               a mode sees its tensors and its group; priced by the algorithms that move least
-              (`megatron_dr/mcore/wire.py`), on the rank that sends most
+              (`megatron_dr/mcore/collectives.py`), on the rank that sends most
     memory    most bytes that a rank's tensors hold at once: those that live between steps (the
               parameters, buffers, optimizer state), and what a step holds beyond them at its peak,
               as torch's CPU allocator tells the profiler; Python, gloo's own buffers and what the
@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore import cpu, wire
+from megatron_dr.mcore import collectives, cpu
 
 cpu.enable()
 
@@ -190,12 +190,12 @@ class Sent(TorchDispatchMode):
 
     # which argument is the payload, and its price
     PRICES = {
-        "allreduce_": (0, wire.all_reduce),
-        "_reduce_scatter_base_": (1, wire.scatter),
-        "reduce_scatter_tensor_coalesced_": (1, wire.scatter),
-        "_allgather_base_": (0, wire.scatter),
-        "allgather_into_tensor_coalesced_": (0, wire.scatter),
-        "alltoall_base_": (1, wire.scatter),
+        "allreduce_": (0, collectives.all_reduce_bytes),
+        "_reduce_scatter_base_": (1, collectives.scatter_bytes),
+        "reduce_scatter_tensor_coalesced_": (1, collectives.scatter_bytes),
+        "_allgather_base_": (0, collectives.scatter_bytes),
+        "allgather_into_tensor_coalesced_": (0, collectives.scatter_bytes),
+        "alltoall_base_": (1, collectives.scatter_bytes),
     }
 
     def __init__(self) -> None:

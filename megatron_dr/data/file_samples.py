@@ -1,7 +1,5 @@
 """Samples straight from files: JSONL, Parquet and datasets on disk, tokenised at the start."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -85,11 +85,9 @@ class Writer:
         for part, held in self.lengths.items():
             lengths = np.concatenate(held)
             found[part.removeprefix("_") or "tokens"] = {
-                "samples": len(lengths),
-                "tokens": int(lengths.sum()),
-                "tokens_with_loss": self.with_loss[part],
-                **quantiles(lengths),
-            }
+                "samples": len(lengths), "tokens": int(lengths.sum()),
+                "tokens_with_loss": self.with_loss[part], **quantiles(lengths),
+            }  # fmt: skip
         return found
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -138,11 +138,9 @@ def padded(part: Part, length: int, pad: int) -> dict[str, torch.Tensor]:
     loss_mask[: max(len(part.mask) - 1, 0)] = part.mask[1:]
     whole = torch.from_numpy(tokens)
     return {
-        "tokens": whole[:-1],
-        "labels": whole[1:],
-        "loss_mask": torch.from_numpy(loss_mask),
+        "tokens": whole[:-1], "labels": whole[1:], "loss_mask": torch.from_numpy(loss_mask),
         "position_ids": torch.arange(length),
-    }
+    }  # fmt: skip
 
 
 def causal_mask(length: int) -> torch.Tensor:

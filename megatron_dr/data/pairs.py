@@ -1,7 +1,5 @@
 """Preference pairs: two answers to a prompt, checked at the start, as tensors to train on."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import numpy as np

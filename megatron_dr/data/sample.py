@@ -1,7 +1,5 @@
 """A sample: token ids and which of them are predicted with a loss."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +16,13 @@ class Part:
     mask: np.ndarray
 
     @classmethod
-    def of(cls, ids: Sequence[int], mask: Sequence[int] | np.ndarray) -> Part:
+    def of(cls, ids: Sequence[int], mask: Sequence[int] | np.ndarray) -> "Part":
         """From lists; the first token has no loss, since nothing comes before it."""
         losses = np.array(mask, np.uint8)
         losses[:1] = 0
         return cls(np.asarray(ids, np.int32), losses)
 
-    def cut(self, length: int) -> Part:
+    def cut(self, length: int) -> "Part":
         """The first `length` tokens."""
         return Part(self.ids[:length], self.mask[:length])
 

@@ -118,18 +118,11 @@ def write(adapters: Adapters, tensors: list[Mapped], dtype: torch.dtype, out: Pa
 def _config(adapters: Adapters, names: list[str], tensors: list[Mapped]) -> dict[str, object]:
     """adapter_config.json, as peft.LoraConfig reads it."""
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": adapters.rank,
-        "lora_alpha": adapters.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+        "inference_mode": True, "r": adapters.rank, "lora_alpha": adapters.alpha,
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
         "target_modules": _targets(names, tensors),
-    }
+    }  # fmt: skip
 
 
 def _targets(names: list[str], tensors: list[Mapped]) -> list[str]:

@@ -88,27 +88,18 @@ def padded_vocabulary(model: Model, tp: int) -> int:
 
 def megatron_arguments(model: Model, vocabulary: int) -> dict[str, Any]:
     """Megatron's arguments by name for this model with `vocabulary` embedding rows."""
+    # attention is full in Megatron: it refuses sequences that are longer than the window
+    positions = min(model.positions, model.window or model.positions)
     arguments = {
-        "num_layers": model.layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_size,
-        "num_attention_heads": model.heads,
-        "group_query_attention": model.groups != model.heads,
-        "kv_channels": model.head_size,
-        # attention is full in Megatron: it refuses sequences that are longer than this
-        "max_position_embeddings": min(model.positions, model.window or model.positions),
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": model.epsilon,
-        "swiglu": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": model.qkv_bias,
-        "qk_layernorm": model.qk_norm,
+        "num_layers": model.layers, "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size, "num_attention_heads": model.heads,
+        "group_query_attention": model.groups != model.heads, "kv_channels": model.head_size,
+        "max_position_embeddings": positions, "padded_vocab_size": vocabulary,
+        "normalization": "RMSNorm", "layernorm_epsilon": model.epsilon, "swiglu": True,
+        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "qk_layernorm": model.qk_norm,
         "untie_embeddings_and_output_weights": not model.tied,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "padded_vocab_size": vocabulary,
-        **model.rope.flags(),
-    }
+        "attention_dropout": 0.0, "hidden_dropout": 0.0, **model.rope.flags(),
+    }  # fmt: skip
     if model.groups != model.heads:
         arguments["num_query_groups"] = model.groups
     if model.experts:

@@ -76,13 +76,11 @@ class Plan:
             for key, box in itertools.product(tensor.keys, boxes):
                 ones = [1] * len(tensor.index)
                 yield Piece(
-                    key,
-                    (*tensor.counts, *tensor.shape),
+                    key, (*tensor.counts, *tensor.shape),
                     (*tensor.index, *(first for first, _ in box)),
                     (*ones, *(end - first for first, end in box)),
-                    self.dtype,
-                    partial(take, tensor, box, self.dtype, self.source.read),
-                )
+                    self.dtype, partial(take, tensor, box, self.dtype, self.source.read),
+                )  # fmt: skip
 
     def objects(self, shard: Shard) -> dict[str, None]:
         """Megatron's empty extra states."""
@@ -171,20 +169,16 @@ def convert(plan: Plan, out: Path) -> None:
 def common_state(plan: Plan) -> dict[str, object]:
     """What Megatron's `--load` reads before the tensors, and compares with its flags."""
     arguments = config.megatron_arguments(plan.model, plan.vocabulary) | {
-        "add_position_embedding": True,
-        "use_rotary_position_embeddings": False,
+        "add_position_embedding": True, "use_rotary_position_embeddings": False,
         "tensor_model_parallel_size": plan.layout.tp,
         "pipeline_model_parallel_size": plan.layout.pp,
-        "expert_model_parallel_size": plan.layout.ep,
-        "params_dtype": plan.dtype,
+        "expert_model_parallel_size": plan.layout.ep, "params_dtype": plan.dtype,
         "ckpt_format": "torch_dist",
-    }
+    }  # fmt: skip
     return {
-        "args": argparse.Namespace(**arguments),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
+        "args": argparse.Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 0,
         "content_metadata": {"singleton_local_shards": False},
-    }
+    }  # fmt: skip
 
 
 def _write_beside(plan: Plan, folder: Path) -> None:

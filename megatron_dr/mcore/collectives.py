@@ -1,4 +1,4 @@
-"""The plugin's own collectives in a step: what they send is counted (`wire`, `meter`).
+"""The plugin's own collectives in a step: what they send, at least, is counted (`meter`).
 
 A group of None or of one rank sends nothing and changes nothing.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import meter, wire
+from megatron_dr.mcore import meter
 
 Group = Any  # a process group; torch's own annotations have None for the whole world
 
@@ -17,7 +17,7 @@ def all_reduce(value: torch.Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -
     """In place."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(value, op, group)
-        meter.sent(wire.all_reduce(value.nbytes, dist.get_world_size(group)))
+        meter.sent(all_reduce_bytes(value.nbytes, dist.get_world_size(group)))
 
 
 def gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
@@ -26,7 +26,7 @@ def gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
     out = part.new_empty(part.shape[0] * size, *part.shape[1:])
     if out.numel():
         dist.all_gather_into_tensor(out, part.contiguous(), group)
-        meter.sent(wire.scatter(out.nbytes, size))
+        meter.sent(scatter_bytes(out.nbytes, size))
     return out
 
 
@@ -39,7 +39,7 @@ def exchanged(part: torch.Tensor, group: Group, counted: bool = True) -> torch.T
     out = torch.empty_like(part)
     dist.all_to_all_single(out, part, group=group)
     if counted:
-        meter.sent(wire.scatter(out.nbytes, dist.get_world_size(group)))
+        meter.sent(scatter_bytes(out.nbytes, dist.get_world_size(group)))
     return out
 
 
@@ -47,7 +47,7 @@ def from_first(value: torch.Tensor, group: Group) -> None:
     """The values of the group's first rank, in place."""
     if value.numel() and dist.get_world_size(group) > 1:
         dist.broadcast(value, dist.get_global_rank(group, 0), group)
-        meter.sent(wire.scatter(value.nbytes, dist.get_world_size(group)))
+        meter.sent(scatter_bytes(value.nbytes, dist.get_world_size(group)))
 
 
 def of_all_ranks(value: Any, group: Group = None) -> list[Any]:
@@ -55,3 +55,13 @@ def of_all_ranks(value: Any, group: Group = None) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group)
     return found
+
+
+def all_reduce_bytes(num_bytes: int, ranks: int) -> int:
+    """2 (n - 1)/n: a reduce-scatter and an all-gather."""
+    return 2 * (ranks - 1) * num_bytes // ranks
+
+
+def scatter_bytes(num_bytes: int, ranks: int) -> int:
+    """(n - 1)/n: of a reduce-scatter, an all-gather, an all-to-all."""
+    return (ranks - 1) * num_bytes // ranks

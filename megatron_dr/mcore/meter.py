@@ -8,7 +8,7 @@ passed by then.
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -44,18 +44,11 @@ class Meter:
             if not self._cuda:
                 self._read()
 
-    @contextmanager
-    def within(self, name: str) -> Iterator[None]:
-        before = self._part
-        self._mark(name)
-        try:
-            yield
-        finally:
-            self._mark(before)
-
-    def _mark(self, new: str) -> None:
+    def mark(self, part: str) -> str:
+        """Another part begins; the one before."""
         self._marks.append((self._part, self._now()))
-        self._part = new
+        before, self._part = self._part, part
+        return before
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._cuda:
@@ -84,8 +77,12 @@ class Meter:
 def part(name: str) -> Iterator[None]:
     """What is done inside is this part of the step: sketch, exchange, solve or combine. Parts may
     lie in one another, and the inner one's time is not the outer's."""
-    with _running[-1].within(name) if _running else nullcontext():
+    outer = _running[-1].mark(name) if _running else ""
+    try:
         yield
+    finally:
+        if _running:
+            _running[-1].mark(outer)
 
 
 def sent(num_bytes: int) -> None:

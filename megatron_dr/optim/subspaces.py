@@ -66,10 +66,6 @@ class Subspaces:
         for key in [key for key in self._kept if key[0] != epoch]:
             del self._kept[key]
 
-    def nbytes(self) -> int:
-        """Of what is kept."""
-        return sum(kept.nbytes for kept in self._kept.values())
-
     def _make(self, side: Side, length: int, size: int, epoch: int, like: Tensor) -> Tensor:
         """Q [K, N] in at least fp32: Gram-Schmidt of Gaussian rows, so uniformly distributed.
 

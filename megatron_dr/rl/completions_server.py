@@ -91,21 +91,13 @@ class CompletionsServer:
             threads.shutdown(cancel_futures=True)
 
     def _body(self, prompt: Sequence[int], params: SamplingParams, seed: int, number: int) -> bytes:
-        return json.dumps(
-            {
-                "model": self._model,
-                "prompt": list(prompt),
-                "max_tokens": params.max_tokens,
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "stop": list(params.stop),
-                "seed": sample_seed(seed, number),
-                "n": 1,
-                "logprobs": 1,
-                "return_token_ids": True,
-                "return_tokens_as_token_ids": True,
-            }
-        ).encode()
+        body = {
+            "model": self._model, "prompt": list(prompt), "max_tokens": params.max_tokens,
+            "temperature": params.temperature, "top_p": params.top_p, "stop": list(params.stop),
+            "seed": sample_seed(seed, number), "n": 1, "logprobs": 1,
+            "return_token_ids": True, "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        return json.dumps(body).encode()
 
     def _one(self, number: int, body: bytes) -> Completion:
         answer = self._post(number, body)

@@ -4,8 +4,6 @@ Shape suffixes: N completions, B completions of a microbatch, T tokens of a sequ
 for what all tokens of a completion share.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -51,7 +49,7 @@ class Experience:
     value_NT: Tensor | None = None
     return_NT: Tensor | None = None
 
-    def by_reward(self) -> Experience:
+    def by_reward(self) -> "Experience":
         """The same for `reward_loss`: with rewards that are normalised in the whole rollout."""
         return replace(self, advantage_NA=normalised(self.reward_N)[:, None])
 
@@ -60,7 +58,7 @@ class Experience:
         difference_NT = (self.old_NT - self.reference_NT).double()
         return torch.where(self.mask_NT.bool(), difference_NT, 0.0).sum(1)
 
-    def without_returns(self) -> Experience:
+    def without_returns(self) -> "Experience":
         """The same for a target: its loss has no value part."""
         if self.return_NT is None:
             return self

@@ -3,8 +3,6 @@
 Shape suffixes: B completions, T tokens (right-padded).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -28,7 +26,7 @@ class TokenWeights(NamedTuple):
     weight_BT: Tensor
     count_BT: Tensor
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> TokenWeights:
+    def map(self, move: Callable[[Tensor], Tensor]) -> "TokenWeights":
         """The same after a move of the tokens, such as a slice or a padding with zeros."""
         return TokenWeights(move(self.weight_BT), move(self.count_BT))
 

@@ -19,7 +19,7 @@ from ._data import Layout
 from ._problem import Problem
 
 STEPS, PROBLEM = _layouts.STEPS, Problem()
-STOCK = {name: getattr(schedules, name) for name in hosts.schedules.SCHEDULES}
+STOCK = {name: getattr(schedules, name) for name in hosts.SCHEDULES}
 
 
 def untouched() -> bool:

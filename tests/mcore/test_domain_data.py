@@ -16,7 +16,7 @@ from megatron.training.datasets.data_samplers import (
 
 from megatron_dr.data.domains import DomainPlan, domains_of_step
 from megatron_dr.mcore import compat, errors
-from megatron_dr.mcore.data import datasets, domain_blend, domain_part, domains
+from megatron_dr.mcore.data import datasets, domain_blend, domains
 
 from ._datasets import LENGTH, ONE, SAMPLES, arguments, indexed, jsonl, on_ranks, text
 
@@ -88,7 +88,7 @@ def test_resuming_goes_on(ranks: int, peers: int, micro: int, done: int) -> None
 
 def by_domain(args: Any, numbers: list[int]) -> tuple[Any, Any, Any]:
     """The general data as a run with domain rows has them."""
-    part = domain_part.DomainPart()
+    part = domain_blend.DomainPart()
     part.refuse(args)
     part.settle(True, args)
     train, valid, test = datasets.general_datasets(args, numbers, None)

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore import wire
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.attach import attached
 from megatron_dr.mcore.buffer_rows.exact_gram import ExactGram
 
@@ -32,7 +32,7 @@ class Counter:
 
     def __init__(self) -> None:
         self.bytes = 0
-        reduce, gather = wire.all_reduce, wire.scatter
+        reduce, gather = collectives.all_reduce_bytes, collectives.scatter_bytes
         self._count("all_reduce", lambda x, n: reduce(x[0].nbytes, n))
         self._count("reduce_scatter_tensor", lambda x, n: gather(x[1].nbytes, n))
         self._count("all_gather_into_tensor", lambda x, n: gather(x[0].nbytes, n))

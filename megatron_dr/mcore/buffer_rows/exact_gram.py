@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dr.mcore import collectives, compat, meter, wire
+from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
 from megatron_dr.mcore.buffer_rows.units import Segment, Unit, bucket_groups, by_block, units_of
@@ -186,13 +186,15 @@ def extra_bytes(gram: ExactGram) -> int:
         numel = unit.ranks * unit.columns
         main = buffers.flat(0, unit.buffer).element_size()
         extra = (row_map.slots - 1) * slot_bytes + row_map.num_targets * main
-        sent += wire.scatter(numel * (extra + main * unit.remainder), unit.ranks)
+        sent += collectives.scatter_bytes(numel * (extra + main * unit.remainder), unit.ranks)
     for kind, ranks in _PARTIAL.items():
         columns = sum(s.stop - s.start for u in gram.all_units() for s in u.segments
                       if s.partial == kind)  # fmt: skip
         if columns:
-            sent += wire.all_reduce(4 * columns * vectors, dist.get_world_size(ranks()))
+            sent += collectives.all_reduce_bytes(
+                4 * columns * vectors, dist.get_world_size(ranks())
+            )
     grams = 8 * len(gram.layout.names) * vectors * (vectors + 1)
     for group in (compat.data_group(), compat.model_group()):
-        sent += wire.all_reduce(grams, dist.get_world_size(group))
+        sent += collectives.all_reduce_bytes(grams, dist.get_world_size(group))
     return sent

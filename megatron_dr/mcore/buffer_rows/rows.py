@@ -48,6 +48,8 @@ class BufferRows:
         )
         self.buffers = Buffers(owned, model, self.layout.row_map, _DTYPES[dr.slot_dtype])
         self.names, self.device = names[: self.layout.projected], self.buffers.device
+        self.offload, self.restore = self.buffers.offload, self.buffers.restore
+        self.close = self.buffers.end_step
         self.source, why = choose(dr, self.buffers, self.layout, model)
         self.update: Update | None = None
         notes.attached(dr, self.buffers, self.layout, why)
@@ -57,15 +59,6 @@ class BufferRows:
 
     def load(self, state: Any) -> None:
         """Nothing to load."""
-
-    def close(self) -> None:
-        self.buffers.end_step()
-
-    def offload(self) -> int:
-        return self.buffers.offload()
-
-    def restore(self) -> None:
-        self.buffers.restore()
 
     # -- a step ----------------------------------------------------------------------------------
     def target_due(self, steps: int) -> bool:

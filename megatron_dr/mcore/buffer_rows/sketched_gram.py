@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import collectives, compat, meter, wire
+from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
 from megatron_dr.projection import CountSketch, gram_and_error
@@ -78,6 +78,6 @@ def extra_bytes(layout: Layout, size: int) -> int:
     row = 4 * layout.row_map.local * size
     vectors = layout.row_map.num_vectors
     grams = 8 * blocks * vectors * (vectors + 2)
-    return wire.all_reduce(blocks * row + grams, num_model) + wire.scatter(
-        num_data * each * row, num_data
-    )
+    return collectives.all_reduce_bytes(
+        blocks * row + grams, num_model
+    ) + collectives.scatter_bytes(num_data * each * row, num_data)

@@ -57,11 +57,9 @@ def loss_func(dpo: PreferenceConfig, batch: Batch, losses_BT: torch.Tensor) -> A
     worse_P = (rejected_P - rejected_before_P).detach()
     margin_P = dpo.beta * (better_P - worse_P)
     report = {
-        "dpo loss": loss.detach(),
-        "accuracy": (margin_P > 0).float().sum(),
-        "margin": margin_P.sum(),
-        "chosen log ratio": better_P.sum(),
+        "dpo loss": loss.detach(), "accuracy": (margin_P > 0).float().sum(),
+        "margin": margin_P.sum(), "chosen log ratio": better_P.sum(),
         "rejected log ratio": worse_P.sum(),
-    }
+    }  # fmt: skip
     logged = {name: torch.stack([value, count.to(value)]) for name, value in report.items()}
     return loss, count.to(torch.int), logged

@@ -51,9 +51,9 @@ class LayerRows:
         self.coefficients: torch.Tensor | None = None
         blank = torch.full((len(self.names),), float("nan"), dtype=torch.float64)
         self.thresholds = blank.to(self.device)
-        self._immediate = support.is_immediate(dr, owned)
-        self.hold = not self._immediate  # gradients are there only after the call's backwards
-        self._taps = taps.install(map(compat.unwrap, model), self.path)
+        # weights found in the backward; else gradients are there only after the call's backwards
+        self.hold = not support.is_immediate(dr, owned)
+        self.close = taps.install(map(compat.unwrap, model), self.path).close
 
     # -- life ------------------------------------------------------------------------------------
     @property
@@ -65,10 +65,6 @@ class LayerRows:
     def load(self, state: Any) -> None:
         blank = [float("nan")] * len(self.names)
         self.thresholds.copy_(torch.tensor(state or blank, dtype=torch.float64))
-
-    def close(self) -> None:
-        """Take the taps off the layers."""
-        self._taps.close()
 
     def offload(self) -> int:
         """A target that later steps use, and projections, go to the host."""
@@ -98,10 +94,10 @@ class LayerRows:
         self._prepare(step.shape)
         self._set_overlap(overlap and not self.hold)
         try:
-            if self._immediate:
-                yield step.immediate(log)
-            else:
+            if self.hold:
                 yield from step.deferred(log)
+            else:
+                yield step.immediate(log)
             if self.dr.window == "streaming":
                 agree(self.thresholds)
             log.sum_over_ranks(products=needs_rows(self.dr))
@@ -120,7 +116,7 @@ class LayerRows:
         self._shape = shape
         self.places = places(self._owned, self.names, self.dr, shape, self.model)
         self.path.set_places(self.places)
-        support.announce(self.dr, self.places, self.names, self._immediate)
+        support.announce(self.dr, self.places, self.names, not self.hold)
 
 
 class _Step:

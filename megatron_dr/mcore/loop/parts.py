@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
-from megatron_dr.mcore.data.domain_part import DomainPart
+from megatron_dr.mcore.data.domain_blend import DomainPart
 from megatron_dr.mcore.data.packed import PackPart
 from megatron_dr.mcore.dpo.part import DPOPart
 from megatron_dr.mcore.model.lora import LoRAPart

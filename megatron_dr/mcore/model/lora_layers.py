@@ -148,11 +148,9 @@ def adapt(
     whole = copy.copy(shared)
     whole.sequence_parallel = False
     options: dict[str, Any] = {
-        "init_method": config.init_method,
-        "bias": False,
-        "skip_bias_add": False,
+        "init_method": config.init_method, "bias": False, "skip_bias_add": False,
         "tp_group": layer.tp_group,
-    }
+    }  # fmt: skip
     of_a, of_b = shared, whole
     if kind is RowParallelLinear:
         options["input_is_parallel"] = True
