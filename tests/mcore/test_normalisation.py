@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dr.mcore.buffer_rows import normalisation
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
-from megatron_dr.mcore.buffer_rows.rows import normalisation
 
 
 def factors(num_target: int, num_general: int, row_map: RowMap) -> tuple[float, float]:

@@ -152,7 +152,7 @@ def test_auto_takes_what_sends_less(layout: Layout, dr: DRConfig, kind: str) -> 
 
 def peak(layout: Layout, initial: Any) -> tuple[int, int]:
     """Most bytes that a projection holds beyond what was there, and a bucket's."""
-    from megatron_dr.mcore.buffer_rows.rows import exact_gram
+    from megatron_dr.mcore.buffer_rows import exact_gram
 
     exact_gram._PRODUCT = 500  # small beside a bucket, as it is in a large model
     dr = DRConfig(rows="rank", target_ranks=1, gram="exact")
@@ -189,7 +189,7 @@ def test_extra_memory_is_about_a_bucket() -> None:
 
 
 def test_a_large_unit_is_exchanged_and_multiplied_in_chunks() -> None:
-    from megatron_dr.mcore.buffer_rows.rows import exact_gram
+    from megatron_dr.mcore.buffer_rows import exact_gram
 
     layout = Layout(dp=2)
     initial = _oracle.initial(layout)
