@@ -193,11 +193,6 @@ def test_what_follows_from_the_set(name: Any) -> None:
     assert DRConfig(set=name, rows="domain", domains=("a", "b", "c")).num_slots == 3
 
 
-def test_size_of_sketch() -> None:
-    assert DRConfig(sketch_size=64).size_of_sketch(17) == 64
-    assert DRConfig(sketch_error=0.1).size_of_sketch(17) == 2048  # 18 / 0.01 = 1800
-
-
 @pytest.mark.parametrize("cls", [DRConfig, TargetConfig])
 def test_every_dial_says_what_it_is(cls: Any) -> None:
     no_flags = ("alpha_steps", "target_size", "domains", "packed", "sequences")

@@ -6,7 +6,7 @@ from typing import Literal, get_args, get_origin
 
 from megatron_dr.config.fields import flag, known, must_be
 from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS, RowKind, set_named
-from megatron_dr.projection import FeasibleSet, size_for
+from megatron_dr.projection import FeasibleSet
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,6 @@ class DRConfig:
     def needs_target(self) -> bool:
         """Whether a step without a target batch makes no sense."""
         return set_named(self.set).reads_target or self.alpha_style != "constant"
-
-    def size_of_sketch(self, num_vectors: int) -> int:
-        """K for so many rows and targets together."""
-        return self.sketch_size or size_for(self.sketch_error, num_vectors)
 
 
 @dataclass(frozen=True)

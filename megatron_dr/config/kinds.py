@@ -2,12 +2,12 @@
 
 import functools
 import inspect
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_dr import projection
+from megatron_dr.config.named import resolved
 from megatron_dr.projection import FeasibleSet
 
 # A new feasible set is one class and one row here, or a class of `module:Class`.
@@ -33,13 +33,7 @@ def set_named(name: str) -> type[FeasibleSet]:
             f"set must be one of {', '.join(FEASIBLE_SETS)}, or module:Class of your own, "
             f"not {name!r}."
         )
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"set {name!r} can't be loaded: {error}. The module must be importable (see "
-            "PYTHONPATH) and define the class."
-        ) from error
+    found = resolved("set", name, "class")
     is_set = inspect.isclass(found) and issubclass(found, FeasibleSet)
     if not is_set or inspect.isabstract(found):
         raise ValueError(

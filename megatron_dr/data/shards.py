@@ -140,7 +140,6 @@ def work(piece: records.Piece, encoder: Encoder, rules: Rules) -> Shard:
         [np.array([len(s.parts[p].ids) for s in samples], np.int64) for p in parts],
         np.array(lines, np.int64),
         np.frombuffer(b"".join(s.content() for s in samples), np.uint8).reshape(-1, 16),
-        [json.dumps(s.fields, ensure_ascii=False) for s in samples if s.fields is not None],
-        counts,
+        [json.dumps(s.fields, ensure_ascii=False) for s in samples if s.fields is not None], counts,
         bad,
-    )
+    )  # fmt: skip

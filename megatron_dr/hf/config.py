@@ -104,12 +104,11 @@ def megatron_arguments(model: Model, vocabulary: int) -> dict[str, Any]:
         arguments["num_query_groups"] = model.groups
     if model.experts:
         arguments |= {
-            "num_experts": model.experts,
-            "moe_router_topk": model.top_k,
+            "num_experts": model.experts, "moe_router_topk": model.top_k,
             "moe_ffn_hidden_size": model.ffn_size,
             # softmax over the chosen experts alone sums to 1; over all of them it doesn't
             "moe_router_pre_softmax": not model.normalised,
-        }
+        }  # fmt: skip
     return arguments
 
 
@@ -138,10 +137,8 @@ def command_line(arguments: Mapping[str, Any]) -> str:
 _FREE = ("max_position_embeddings", "attention_dropout", "hidden_dropout", "padded_vocab_size")
 # What a model without them has.
 _ABSENT = {
-    "use_rope_scaling": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "num_experts": None,
-}
+    "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None, "num_experts": None,
+}  # fmt: skip
 
 
 def check_agreement(model: Model, arguments: Mapping[str, Any]) -> None:

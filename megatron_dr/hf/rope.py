@@ -124,6 +124,5 @@ def _yarn(parameters: Mapping[str, Any]) -> dict[str, Any]:
         "yarn_beta_fast": float(parameters.get("beta_fast") or 32),
         "yarn_beta_slow": float(parameters.get("beta_slow") or 1),
         "yarn_correction_range_round_to_int": truncate is None or bool(truncate),
-        "mscale": float(scale),
-        "mscale_all_dim": float(scale_all),
-    }
+        "mscale": float(scale), "mscale_all_dim": float(scale_all),
+    }  # fmt: skip

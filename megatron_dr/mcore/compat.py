@@ -1,12 +1,14 @@
 """Every Megatron name the plugin relies on, which versions it was tested with, what it refuses."""
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from megatron.core import __version__ as megatron_version
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from torch.distributed import ProcessGroup
 
 from megatron_dr.mcore.refuse import SWITCH_OFF, Rule, refuse, rules, single
 
@@ -43,9 +45,7 @@ _FLAGS = rules({
     "both roles' samples",
 })  # fmt: skip
 _SINGLE = tuple(map(single, (
-    "num_distributed_optimizer_instances",
-    "gtp_weight_remat_size",
-    "expert_gtp_weight_remat_size",
+    "num_distributed_optimizer_instances", "gtp_weight_remat_size", "expert_gtp_weight_remat_size",
 )))  # fmt: skip
 _GRAPHS = Rule(
     "cuda_graph_impl",
@@ -55,22 +55,71 @@ _GRAPHS = Rule(
 REFUSED = (*_MODEL, *_DDP, *_FLAGS, *_SINGLE)  # of Megatron's flags: before it builds anything
 
 
+class GradBuffer(Protocol):
+    grad_data: torch.Tensor
+    param_index_map: dict[torch.nn.Parameter, tuple[int, int, int]]
+
+
+class Bucket(Protocol):
+    grad_data: torch.Tensor
+    params_list: list[torch.nn.Parameter]
+    offset: int
+    gradient_scaling_factor: float
+
+
+class BucketGroup(Protocol):
+    buckets: list[Bucket]
+    ddp_config: Any
+    is_first_batch: bool
+    is_last_microbatch: bool
+    param_gather_dispatched: bool
+    grad_reduce_finished: bool
+    data_parallel_group: ProcessGroup
+    intra_distributed_optimizer_instance_group: ProcessGroup
+    finish_grad_sync: Any  # replaced for the time of a step
+    check_grads: Callable[..., None]
+
+
+class Chunk(Protocol):  # in Megatron's DDP
+    buffers: list[GradBuffer]
+    expert_parallel_buffers: list[GradBuffer]
+    bucket_groups: list[BucketGroup]
+    expert_parallel_bucket_groups: list[BucketGroup]
+
+    def zero_grad_buffer(self) -> None: ...
+    def offload_grad_buffers(self) -> None: ...
+
+
+Schedule = Callable[..., list[dict[str, torch.Tensor]]]  # what get_forward_backward_func() returns
+
+
+def grad_buffers(model: Sequence[Chunk]) -> list[GradBuffer]:
+    """Of all chunks, dense ones first."""
+    dense = [buffer for chunk in model for buffer in chunk.buffers]
+    return dense + [buffer for chunk in model for buffer in chunk.expert_parallel_buffers]
+
+
+def bucket_groups(model: Sequence[Chunk]) -> Iterator[BucketGroup]:
+    for chunk in model:
+        yield from chunk.bucket_groups
+        yield from chunk.expert_parallel_bucket_groups
+
+
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The model chunk without DDP and precision wrappers."""
     bare: torch.nn.Module = get_attr_wrapped_model(module, "pre_process", return_model_obj=True)
     return bare
 
 
-def data_group() -> torch.distributed.ProcessGroup:
+def data_group() -> ProcessGroup:
     """Ranks that hold the same piece of the model: data x context parallel."""
-    group: torch.distributed.ProcessGroup
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group: ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group
 
 
-def model_group() -> torch.distributed.ProcessGroup:
+def model_group() -> ProcessGroup:
     """Ranks that together hold one copy of the model: tensor x pipeline parallel."""
-    group: torch.distributed.ProcessGroup = parallel_state.get_model_parallel_group()
+    group: ProcessGroup = parallel_state.get_model_parallel_group()
     return group
 
 

@@ -83,18 +83,15 @@ class Experience:
         weights = token_weights(self.mask_NT[rows], aggregation)
         length = tokens_BT.shape[1]
         values = {"value": self.value_NT, "return": self.return_NT}
-        return {
-            "tokens": tokens_BT,
-            "labels": tokens_BT.roll(-1, 1),  # the last one is masked
+        return {  # the last label is masked
+            "tokens": tokens_BT, "labels": tokens_BT.roll(-1, 1),
             "position_ids": torch.arange(length).expand_as(tokens_BT).contiguous(),
-            "loss_mask": weights.count_BT,
-            "weight": weights.weight_BT,
-            "old_log_prob": self.old_NT[rows],
-            "reference_log_prob": self.reference_NT[rows],
+            "loss_mask": weights.count_BT, "weight": weights.weight_BT,
+            "old_log_prob": self.old_NT[rows], "reference_log_prob": self.reference_NT[rows],
             "advantage": self.advantage_NA[rows].expand(-1, length).contiguous(),
             "by_reward": torch.full((len(rows), 1), by_reward),
             **{name: value_NT[rows] for name, value_NT in values.items() if value_NT is not None},
-        }
+        }  # fmt: skip
 
 
 class ExperienceStream:

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-from megatron_dr.rl.named import load_function
+from megatron_dr.config.named import load_function
 from megatron_dr.rl.rewards import Reward
 
 

@@ -58,9 +58,8 @@ def _limit(limits: dict[str, int]) -> None:
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory_mib"] * _MIB),
         (resource.RLIMIT_FSIZE, limits["file_mib"] * _MIB),
-        (resource.RLIMIT_NPROC, limits["processes"]),
-        (resource.RLIMIT_CORE, 0),
-    ):
+        (resource.RLIMIT_NPROC, limits["processes"]), (resource.RLIMIT_CORE, 0),
+    ):  # fmt: skip
         hard = resource.getrlimit(kind)[1]
         amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
         resource.setrlimit(kind, (amount, amount))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_dr.config.named import load_function
 from megatron_dr.rl import rewards, sandbox
-from megatron_dr.rl.named import load_function
 from megatron_dr.rl.sandbox import Limits, passes
 
 QUICK = Limits(wall_seconds=1.5, cpu_seconds=1)

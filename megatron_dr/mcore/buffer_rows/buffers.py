@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_dr.mcore import compat
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.projection import CountSketch
@@ -52,8 +53,7 @@ class Buffers:
         slot_dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.owned, self.row_map, self.slot_dtype = owned, row_map, slot_dtype
-        self.buffers = [b for module in model for b in module.buffers]
-        self.buffers += [b for module in model for b in module.expert_parallel_buffers]
+        self.buffers = compat.grad_buffers(model)
         self.device: torch.device = self.buffers[0].grad_data.device
         number = {id(o.parameter): n for n, o in enumerate(owned)}
         places = {

@@ -28,7 +28,8 @@ from megatron.core import parallel_state
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
-from megatron_dr.mcore.buffer_rows.units import Segment, Unit, bucket_groups, by_block, units_of
+from megatron_dr.mcore.buffer_rows.units import Segment, Unit, by_block, units_of
+from megatron_dr.mcore.compat import BucketGroup, Chunk
 
 _CHUNK = 1 << 25  # elements that are exchanged at a time
 _PRODUCT = 1 << 20  # elements in float64 that are multiplied at a time
@@ -41,7 +42,7 @@ _PARTIAL = {  # ranks whose partial gradients are summed first, by the kind of t
 class ExactGram:
     """Grams of whole gradients; `combine` leaves the gradient reduced over data ranks."""
 
-    def __init__(self, buffers: Buffers, layout: Layout, model: list[Any]) -> None:
+    def __init__(self, buffers: Buffers, layout: Layout, model: list[Chunk]) -> None:
         self.buffers, self.layout, self.model = buffers, layout, model
         self.units = units_of(model, buffers, layout)  # by bucket group
 
@@ -96,7 +97,7 @@ class ExactGram:
     @contextmanager
     def reduced(self) -> Iterator[None]:
         """Let Megatron's finalize find the gradients reduced over data ranks."""
-        groups = list(bucket_groups(self.model))
+        groups = list(compat.bucket_groups(self.model))
         try:
             for group in groups:
                 group.finish_grad_sync = functools.partial(self._finish, group)
@@ -105,7 +106,7 @@ class ExactGram:
             for group in groups:
                 del group.finish_grad_sync
 
-    def _finish(self, group: Any, force_all_reduce: bool = False) -> None:
+    def _finish(self, group: BucketGroup, force_all_reduce: bool = False) -> None:
         """In place of a bucket group's own: what it does but for reducing."""
         group.param_gather_dispatched = False
         ddp = group.ddp_config

@@ -11,6 +11,7 @@ from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.exact_gram import ExactGram
 from megatron_dr.mcore.buffer_rows.layout import Layout
 from megatron_dr.mcore.buffer_rows.sketched_gram import SketchedGram
+from megatron_dr.projection import size_for
 
 
 def choose(
@@ -21,7 +22,7 @@ def choose(
     `auto` takes what sends fewer bytes beside Megatron's own reduction, on the rank that sends
     most; where both send the same, the exact gram.
     """
-    size = config.size_of_sketch(layout.row_map.num_vectors)
+    size = config.sketch_size or size_for(config.sketch_error, layout.row_map.num_vectors)
     exact = ExactGram(buffers, layout, model)
     bytes_each = torch.tensor(
         [exact_gram.extra_bytes(exact), sketched_gram.extra_bytes(layout, size)],

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import collectives
+from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.buffer_rows.buffers import Buffers, Piece
 from megatron_dr.mcore.buffer_rows.layout import Layout
+from megatron_dr.mcore.compat import Bucket, BucketGroup, Chunk
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Unit:
         return self.whole(0) if self.remainder else self.slices(0)[dist.get_rank(self.group)]
 
 
-def units_of(model: list[Any], buffers: Buffers, layout: Layout) -> dict[int, list[Unit]]:
+def units_of(model: list[Chunk], buffers: Buffers, layout: Layout) -> dict[int, list[Unit]]:
     """Every range of every bucket, by the id of Megatron's bucket group (collective)."""
     out: dict[int, list[Unit]] = {}
     members: dict[int, torch.Tensor] = {}
-    for group in bucket_groups(model):
+    for group in compat.bucket_groups(model):
         ranks = _ranks(group)
         if id(ranks) not in members:
             row_groups = collectives.of_all_ranks(layout.group, ranks)
@@ -89,13 +90,7 @@ def units_of(model: list[Any], buffers: Buffers, layout: Layout) -> dict[int, li
     return out
 
 
-def bucket_groups(model: list[Any]) -> Iterator[Any]:
-    for module in model:
-        yield from module.bucket_groups
-        yield from module.expert_parallel_bucket_groups
-
-
-def _ranks(group: Any) -> Any:
+def _ranks(group: BucketGroup) -> collectives.Group:
     """The ranks over which a bucket group is reduced."""
     if group.ddp_config.use_distributed_optimizer:
         return group.intra_distributed_optimizer_instance_group
@@ -103,7 +98,7 @@ def _ranks(group: Any) -> Any:
 
 
 def _units(
-    bucket: Any, group: Any, buffers: Buffers, layout: Layout, members: torch.Tensor
+    bucket: Bucket, group: BucketGroup, buffers: Buffers, layout: Layout, members: torch.Tensor
 ) -> Iterator[Unit]:
     """A bucket's ranges. The distributed optimizer's shards are its own: one range."""
     ddp, peers, ranks = group.ddp_config, _ranks(group), len(members)

@@ -181,11 +181,10 @@ def _step(training: Training, stock: Callable[..., Any], schedule: dict[str, Any
     iterators = target["data_iterator"]
     marked = [_TargetData(i) for i in iterators] if isinstance(iterators, list) else None
     training.handle.step(
-        stock,
-        target_data_iterator=marked or _TargetData(iterators),
+        stock, target_data_iterator=marked or _TargetData(iterators),
         num_target_microbatches=target["num_microbatches"],
         **{**schedule, "forward_step_func": forward_step},
-    )
+    )  # fmt: skip
     training.steps += 1
     training.target_reports = of_target
     return general

@@ -78,8 +78,10 @@ class SamplePath:
         self._mode = None
         self._held.clear()
 
-    def enter(self, chunk: int, microbatch: int) -> None:
-        """A microbatch's backward begins on a chunk."""
+    def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
+        """In a router's place: a microbatch's forward or backward begins on a chunk."""
+        if not backward:
+            return
         self._current[chunk] = microbatch
         if microbatch == self._num_target and self._num_target:
             self.targets.reduce(chunk)

@@ -183,8 +183,9 @@ class _Step:
         path.targets.begin(gather, found.to_mean)
         target_scale = self.alpha * found.target_scale if gradients else 0.0
         path.begin(mode, own, batches, self.alpha, target_scale)
-        router = _Router(path, self.rows.model, own, len(batches.tokens),
-                         batches.iterator(of_target=True) if own else None)  # fmt: skip
+        target = batches.iterator(of_target=True) if own else None
+        router = MicrobatchRouter(self.rows.model, own, len(batches.tokens), target)
+        router.enter = path.enter  # type: ignore[method-assign]
 
         def of_general(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
             if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
@@ -209,15 +210,3 @@ class _Step:
         assert coefficient_nBN is not None
         scale_n = coefficient_nBN.new_tensor(found.row_scale)
         return coefficient_nBN * (scale_n * found.scale)[:, None, None]
-
-
-class _Router(MicrobatchRouter):
-    """Tells the path which microbatch's backward begins."""
-
-    def __init__(self, path: SamplePath, *rest: Any) -> None:
-        super().__init__(*rest)
-        self._path = path
-
-    def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
-        if backward:
-            self._path.enter(chunk, microbatch)

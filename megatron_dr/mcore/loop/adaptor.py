@@ -32,7 +32,7 @@ from megatron_dr.mcore.loop import parts
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.refuse import refuse
-from megatron_dr.mcore.seams.batch import num_target_microbatches
+from megatron_dr.mcore.seams.source import num_target_microbatches
 from megatron_dr.mcore.step import log
 
 _run: TrainingRun | None = None

@@ -18,8 +18,7 @@ from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.data.domains import DomainPlan
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
-from megatron_dr.mcore.seams.batch import num_target_microbatches
-from megatron_dr.mcore.seams.source import Source
+from megatron_dr.mcore.seams.source import Source, num_target_microbatches
 from megatron_dr.report.metrics import MetricsFile
 
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
@@ -50,7 +49,8 @@ class TrainingRun:
         self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
         dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
         self.handle: Handle = attach(model, optimizer, config, dr)
-        self.file = _metrics_file(args.dr_metrics)
+        last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
+        self.file = MetricsFile(args.dr_metrics) if args.dr_metrics and last else None
         if target is not None:
             self.num_target = num_target_microbatches(args, dr, target)
             self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
@@ -149,9 +149,3 @@ class TrainingRun:
             target_micro_batch_size=self.target_size if training else None, domains=of_step,
             **schedule,
         )  # fmt: skip
-
-
-def _metrics_file(path: str | None) -> MetricsFile | None:
-    """On the last rank, where Megatron logs; elsewhere and without --dr-metrics, None."""
-    last = dist.get_rank() == dist.get_world_size() - 1
-    return MetricsFile(path) if path is not None and last else None

@@ -109,7 +109,8 @@ class _ScoreRouter(MicrobatchRouter):
         microbatch = self._present.pop(chunk, None)
         if microbatch is None:
             return
-        for buffer, target in zip(_buffers(self.model[chunk]), self.target[chunk], strict=True):
+        buffers = compat.grad_buffers([self.model[chunk]])
+        for buffer, target in zip(buffers, self.target[chunk], strict=True):
             gradient = buffer.grad_data
             for start in range(0, len(gradient), _CHUNK):
                 part = gradient[start : start + _CHUNK].float()
@@ -143,7 +144,7 @@ def _target(
     flats: Flats = []
     for chunk in model:
         flats.append([])
-        for buffer in _buffers(chunk):
+        for buffer in compat.grad_buffers([chunk]):
             flat = buffer.grad_data.float() / max(count, 1)
             dist.all_reduce(flat, group=compat.data_group())
             buffer.grad_data.zero_()
@@ -159,10 +160,6 @@ def _target(
             dist.all_reduce(part, group=parallel_state.get_embedding_group())
         part *= o.count
     return flats
-
-
-def _buffers(chunk: Any) -> list[Any]:
-    return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 
 class _Share:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from megatron_dr.mcore import compat
+from megatron_dr.mcore.compat import Chunk
 from megatron_dr.mcore.say import say
 from megatron_dr.mcore.step.handle import Handle
 
@@ -36,17 +37,16 @@ class Offload:
             yield
         finally:
             for chunk in self._handle.model:
-                chunk.restore_grad_buffers()  # type: ignore[operator]
+                chunk.restore_grad_buffers()
             self._handle.restore()
 
 
-def _free(chunk: Any) -> int:
+def _free(chunk: Chunk) -> int:
     """Megatron's buffers of a chunk; bytes that were freed."""
     held = _held(chunk)
     chunk.offload_grad_buffers()
     return held - _held(chunk)
 
 
-def _held(chunk: Any) -> int:
-    buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
-    return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
+def _held(chunk: Chunk) -> int:
+    return sum(b.grad_data.untyped_storage().nbytes() for b in compat.grad_buffers([chunk]))

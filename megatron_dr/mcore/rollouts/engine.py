@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from megatron_dr.config.named import load_function
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.rollouts.megatron import MegatronRollouts, check_layout
-from megatron_dr.rl.named import load_function
 from megatron_dr.rl.rollouts import Completion, Rollouts, SamplingParams
 
 

@@ -161,12 +161,10 @@ class MegatronRollouts:
         chosen = torch.zeros(3, len(rows), dtype=torch.float64, device=device)
         if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
             draws = [uniform(sample_seed(seed, r.number), r.number, len(r.tokens)) for r in rows]
-            tokens = choose(
-                logits[:, : self.vocab_size],
-                torch.tensor(draws, dtype=torch.float64, device=device),
-                params.temperature,
-                params.top_p,
-            ).clamp(max=self.vocab_size - 1)  # beyond it where logits are NaN
+            draw_b = torch.tensor(draws, dtype=torch.float64, device=device)
+            known = logits[:, : self.vocab_size]
+            tokens = choose(known, draw_b, params.temperature, params.top_p)
+            tokens = tokens.clamp(max=self.vocab_size - 1)  # beyond it where logits are NaN
             chosen[0] = tokens
             chosen[1] = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
             ends = [

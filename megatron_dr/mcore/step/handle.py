@@ -38,7 +38,7 @@ class Handle:
     """
 
     def __init__(
-        self, model: list[torch.nn.Module], optimizer: Any, config: Any, dr: DRConfig,
+        self, model: list[Any], optimizer: Any, config: Any, dr: DRConfig,
         rows: Callable[[list[Any], Any, DRConfig], Rows],
     ) -> None:  # fmt: skip
         self.dial = Alpha(dr)

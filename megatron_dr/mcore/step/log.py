@@ -1,5 +1,6 @@
 """A step's values for the log, of every kind of rows, by their names there."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,8 @@ from megatron_dr.projection import Update, report, report_sums
 
 _ROWS = {"effective_rows": "dr rows", "zero_rows": "dr zero rows"}
 _PRODUCTS = {
-    "cos_general": "dr cos general",
-    "cos_update": "dr cos update",
-    "residual": "dr residual",
-}
+    "cos_general": "dr cos general", "cos_update": "dr cos update", "residual": "dr residual",
+}  # fmt: skip
 
 
 class StepLog:
@@ -22,6 +21,9 @@ class StepLog:
 
     Args:
         names: of the blocks that are projected.
+
+    Attributes:
+        projects: whether there was something to project on.
     """
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
@@ -29,7 +31,7 @@ class StepLog:
         self._updates: list[tuple[Sequence[int], Update]] = []
         self._values: dict[str, torch.Tensor | float] = {}
         self._names = _PRODUCTS | _ROWS
-        self._sums_B9: torch.Tensor | None = None
+        self.projects = False
 
     def put(self, name: str, value: torch.Tensor | float) -> None:
         """A value of the step."""
@@ -38,6 +40,7 @@ class StepLog:
     def add(self, update: Update, blocks: Sequence[int]) -> None:
         """An update of the blocks of these numbers; of ranks that have the same, one adds it."""
         self._updates.append((blocks, update))
+        self.projects = True
 
     def sum_over_ranks(self, products: bool) -> None:
         """Where each rank has windows or blocks of its own, at the step's end (collective).
@@ -45,7 +48,7 @@ class StepLog:
         Args:
             products: whether the grams hold the rows' products; without them there are no cosines.
         """
-        self._sums_B9 = self._own_sums()
+        self.projects = True
         for group in (compat.model_group(), compat.data_group()):
             collectives.all_reduce(self._sums_B9, group)
         if not products:
@@ -54,22 +57,18 @@ class StepLog:
     def metrics(self) -> dict[str, torch.Tensor]:
         """Scalars of the whole model."""
         values = self._values
-        if self._updates or self._sums_B9 is not None:
-            found = report(self._sums().sum(0))
+        if self.projects:
+            found = report(self._sums_B9.sum(0))
             values = {**{name: found[key] for key, name in self._names.items()}, **values}
         return {name: torch.as_tensor(v, device=self.device) for name, v in values.items()}
 
     def blocks(self) -> dict[str, list[float]]:
         """Each value of every block, in the order of `names`; reads the device."""
-        found = report(self._sums())
+        found = report(self._sums_B9)
         return {name: found[key].tolist() for key, name in self._names.items()}
 
-    def _sums(self) -> torch.Tensor:
-        if self._sums_B9 is None:
-            self._sums_B9 = self._own_sums()
-        return self._sums_B9
-
-    def _own_sums(self) -> torch.Tensor:
+    @functools.cached_property
+    def _sums_B9(self) -> torch.Tensor:
         """[B, 9] of what was added here; grams of one shape at once."""
         sums_B9 = torch.zeros(len(self.names), 9, dtype=torch.float64, device=self.device)
         by_shape: dict[torch.Size, list[tuple[Sequence[int], Update]]] = {}
@@ -93,7 +92,7 @@ def write_blocks(log: StepLog, iteration: int, args: Any, writer: Any) -> None:
     to_board = writer is not None and iteration % args.tensorboard_log_interval == 0
     last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
     to_log = last and iteration % args.log_interval == 0
-    if not (to_board or to_log):
+    if not log.projects or not (to_board or to_log):
         return
     values = log.blocks()
     for number, block in enumerate(log.names):

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_dr.mcore.compat import Schedule
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.schedule import Pass
 
@@ -21,7 +22,7 @@ class Call:
         alpha: of this step, from its gram where that decides it.
     """
 
-    function: Callable[..., Any]
+    function: Schedule
     schedule: dict[str, Any]
     target_data: Any
     num_target: int

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_dr.mcore.compat import Chunk, Schedule, bucket_groups
 from megatron_dr.mcore.step.roles import MicrobatchRouter
 
 _HOOKS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
@@ -38,7 +39,7 @@ class Pass:
 
 
 @contextmanager
-def ours(model: list[Any], config: Any, hold: bool = True) -> Iterator[None]:
+def ours(model: list[Chunk], config: Any, hold: bool = True) -> Iterator[None]:
     """Schedule calls on the model are ours inside; Megatron's hooks are put back.
 
     Args:
@@ -63,21 +64,20 @@ def ours(model: list[Any], config: Any, hold: bool = True) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _hold_reductions(model: list[Any]) -> None:
+def _hold_reductions(model: list[Chunk]) -> None:
     """Keep `overlap_grad_reduce` from reducing a bucket before its rows are combined.
 
     From its second step on, DDP launches a bucket's reduction when the last microbatch's gradients
     are ready. With is_last_microbatch False it counts none as ready, and with is_first_batch True
     finalize_model_grads launches what was not.
     """
-    for module in model:
-        for group in module.bucket_groups + module.expert_parallel_bucket_groups:
-            group.is_last_microbatch = False
-            group.is_first_batch = True
+    for group in bucket_groups(model):
+        group.is_last_microbatch = False
+        group.is_first_batch = True
 
 
 def run(
-    function: Callable[..., Any], schedule: dict[str, Any], one: Pass, config: Any
+    function: Schedule, schedule: dict[str, Any], one: Pass, config: Any
 ) -> list[dict[str, torch.Tensor]]:
     """A schedule call, inside `ours`: its reports.
 
@@ -96,14 +96,13 @@ def run(
 
     config.finalize_model_grads_func = hook
     try:
-        reports: list[dict[str, torch.Tensor]] = function(
+        reports = function(
             **{
-                **schedule,
-                **one.changes,
+                **schedule, **one.changes,
                 "forward_step_func": router.wrap(schedule["forward_step_func"]),
                 "num_microbatches": router.num_target + router.num_general,
             }
-        )
+        )  # fmt: skip
     finally:
         config.finalize_model_grads_func = stock
     if fired != 1:

@@ -5,6 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 
+def resolved(what: str, name: str, kind: str) -> Any:
+    """What `module:name` names, or one ValueError."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{what} {name!r} can't be loaded: {error}. The module must be importable (see "
+            f"PYTHONPATH) and define the {kind}."
+        ) from error
+
+
 def load_function(what: str, name: str) -> Callable[..., Any]:
     """The function named `module:function`.
 
@@ -17,13 +28,7 @@ def load_function(what: str, name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ValueError(f"{what} must be named module:function, not {name!r}.")
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{what} {name!r} can't be loaded: {error}. The module must be importable (see "
-            "PYTHONPATH) and define the function."
-        ) from error
+    found = resolved(what, name, "function")
     if not callable(found):
         raise ValueError(f"{what} {name!r} is a {type(found).__name__}, not a function.")
     return found  # type: ignore[no-any-return]
