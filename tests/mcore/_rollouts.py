@@ -83,7 +83,7 @@ def oracle(layout: Layout, learned: bool = False) -> list[Written]:
 
 def padded(written: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The first prompts and their completions in one tensor [n, s], and completions' mask."""
-    pairs = [(prompt, ids) for prompt, (ids, _, _) in zip(PROMPTS, written, strict=True)]
+    pairs = [(prompt, ids) for prompt, (ids, _, _) in zip(PROMPTS, written, strict=False)]
     length = max(len(prompt) + len(ids) for prompt, ids in pairs)
     mask = torch.zeros(len(pairs), length)
     tokens = mask.long()

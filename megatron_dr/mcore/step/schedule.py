@@ -2,7 +2,7 @@
 gradients are needed before Megatron reduces them.
 
 Inside `ours` no gradient is reduced before the finalize hook; `run` is one schedule call, in which
-that hook is ours and fires exactly once. Whatever happens, Megatron's own hooks are put back.
+that hook is ours and fires exactly once. Megatron's own hooks and flags are put back.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,6 +49,7 @@ def ours(model: list[Chunk], config: Any, hold: bool = True) -> Iterator[None]:
         RuntimeError: gradients would not be reduced.
     """
     saved = {name: getattr(config, name) for name in _HOOKS}
+    first = [(group, group.is_first_batch) for group in bucket_groups(model)]
     if saved["finalize_model_grads_func"] is None:
         raise RuntimeError(
             "config.finalize_model_grads_func is not set, so Megatron would not reduce gradients: "
@@ -62,14 +63,13 @@ def ours(model: list[Chunk], config: Any, hold: bool = True) -> Iterator[None]:
     finally:
         for name, value in saved.items():
             setattr(config, name, value)
+        for group, was in first:
+            group.is_first_batch = was
 
 
 def _hold_reductions(model: list[Chunk]) -> None:
-    """Keep `overlap_grad_reduce` from reducing a bucket before its rows are combined.
-
-    From its second step on, DDP launches a bucket's reduction when the last microbatch's gradients
-    are ready. With is_last_microbatch False it counts none as ready, and with is_first_batch True
-    finalize_model_grads launches what was not.
+    """Keep `overlap_grad_reduce` from reducing a bucket before its rows are combined: without
+    is_last_microbatch none counts as ready, and with is_first_batch finalize launches what is left.
     """
     for group in bucket_groups(model):
         group.is_last_microbatch = False
