@@ -3,10 +3,7 @@
 Configuration and tokenizer travel with the run's checkpoints, and adapters go to PEFT.
 """
 
-import contextlib
-import io
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_dr.hf import adapters, from_megatron
 from megatron_dr.mcore.loop import train
 
+from . import _train
 from ._clean import ROOT, Clean, clean_process
 from ._converted import LLAMA3, SIZES, TOKENS, convert, megatron_logits
 from ._ranks import run_ranks
@@ -39,7 +37,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clean]:
 
 def launch(argv: list[str]) -> tuple[int, str, str, Any]:
     """On a rank: exit code, output, errors, and the rotary frequencies of its model chunks."""
-    out, error, code, found = io.StringIO(), io.StringIO(), 0, []
+    found: list[torch.Tensor] = []
     stock = RotaryEmbedding.__init__
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -47,13 +45,7 @@ def launch(argv: list[str]) -> tuple[int, str, str, Any]:
         found.append(self.inv_freq.clone())
 
     RotaryEmbedding.__init__ = watched
-    sys.argv = ["megatron_dr.train", *argv]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            train.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return code, out.getvalue(), error.getvalue(), found
+    return *_train.launch(argv), found
 
 
 def run(folder: Path, more: str) -> tuple[str, Any]:
