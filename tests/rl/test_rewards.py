@@ -126,7 +126,10 @@ if os.fork() == 0:
     if os.fork() == 0:
         beat("outside")
     os._exit(0)
-while not all(os.path.exists({str(folder)!r} + "/" + name) for name in ("inside", "outside")):
+def begun(name):
+    path = {str(folder)!r} + "/" + name
+    return os.path.exists(path) and os.path.getsize(path) > 0
+while not (begun("inside") and begun("outside")):
     time.sleep(0.01)
 """
 
@@ -161,7 +164,7 @@ def test_nothing_outlives_who_waits_for_it(tmp_path: Path, launcher: Path) -> No
     )
     waiting = subprocess.Popen([sys.executable, "-c", run])
     deadline = time.monotonic() + 30
-    while len(sizes(tmp_path)) < 2 and time.monotonic() < deadline:
+    while sum(size > 0 for size in sizes(tmp_path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     waiting.kill()
     waiting.wait()
