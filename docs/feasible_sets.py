@@ -200,7 +200,7 @@ def distances(set_: FeasibleSet, rows: Vectors) -> tuple[torch.Tensor, torch.Ten
 
 def means(axis: Axes, rows_M2: torch.Tensor, fraction: float) -> None:
     """The means of all subsets of this share of the rows."""
-    kept = round(fraction * len(rows_M2))
+    kept = max(1, int(fraction * len(rows_M2)))
     subsets = itertools.combinations(range(len(rows_M2)), kept)
     points_B2 = torch.stack([rows_M2[list(subset)].mean(0) for subset in subsets])
     axis.plot(*points_B2.T, "D", color=SET, ms=6, zorder=3)

@@ -34,7 +34,7 @@ def test_dials_are_fields(table: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", FEASIBLE_SETS)
 def test_every_set_is_the_one_of_its_name_with_its_dials(name: Any) -> None:
     """By weights: those of a dense solver that knows the sets' equations by their names."""
-    dials = {"set": name, "fraction": 0.25, "ridge": 0.7, "radius": 0.2}
+    dials = {"set": name, "fraction": 0.25, "ridge": 0.7, "radius": 0.2, "step_length": 0.1}
     noise = torch.Generator().manual_seed(1)
     rows, target = (torch.randn(n, 30, generator=noise, dtype=torch.float64) for n in (8, 1))
     target += rows.sum(0)
@@ -53,6 +53,8 @@ OUT_OF_RANGE = [
     ("alpha_steps", 0, {"alpha_style": "cosine"}),
     ("radius", -0.5, {"set": "ball"}),
     ("radius", math.nan, {"set": "ball"}),
+    ("step_length", -0.1, {"set": "greedy"}),
+    ("step_length", math.nan, {"set": "greedy"}),
     ("target_ranks", -1, {"rows": "rank"}),
     ("target_ranks", 1, {"rows": "slot"}),
     ("sketch_error", 0.0, {}),

@@ -26,7 +26,7 @@ class DRConfig:
     fraction: float = flag(
         0.25,
         "f of topk and greedy (share kept), filter (share of the opposed rows dropped) and capped "
-        "(weights <= 1/fM)",
+        "(weights <= 1/fM); shares are rounded down to whole rows",
         "share, 0 < f <= 1",
     )
     ridge: float = flag(
@@ -34,6 +34,12 @@ class DRConfig:
     )
     radius: float = flag(
         0.5, "r of ball: how far from the mean row, relative to its length", "factor, >= 0"
+    )
+    step_length: float = flag(
+        0.0,
+        "e of greedy's second-order form, which maximises e sum c_i - e^2 sum G_ij over pairs of "
+        "rows; 0: the mean that is nearest to the target",
+        "factor, >= 0",
     )
     alpha: float = flag(
         0.05, "a: how much of the target's own gradient, (1 - a) d + a t", "share, 0 to 1"
@@ -125,7 +131,7 @@ class DRConfig:
             share = getattr(self, name)
             must_be("in [0, 1]", 0.0 <= share <= 1.0, name, share)
         must_be("in (0, 1]", 0.0 < self.fraction <= 1.0, "fraction", self.fraction)
-        for name in ("ridge", "radius"):
+        for name in ("ridge", "radius", "step_length"):
             factor = getattr(self, name)
             must_be("finite and at least 0", 0.0 <= factor < float("inf"), name, factor)
         must_be("at least 1", self.slots >= 1, "slots", self.slots)

@@ -41,8 +41,8 @@ class FeasibleSet(ABC):
     :cvar one_row: what it does where M = 1, in a few words; empty: nothing worth saying.
     :cvar by_score: whether it keeps the rows with the largest c, whatever the other rows are, so
         that a running threshold can stand for it.
-    :raises ValueError: a fraction that is not above 0 and at most 1, or a ridge or radius that is
-        negative or not finite.
+    :raises ValueError: a fraction that is not above 0 and at most 1, or a ridge, radius or step
+        length that is negative or not finite.
     """
 
     target_weight: ClassVar[float] = 0.0
@@ -59,7 +59,7 @@ class FeasibleSet(ABC):
             value = getattr(self, name)
             if name == "fraction" and not 0.0 < value <= 1.0:
                 raise ValueError(f"fraction is {value}; it must lie above 0 and be at most 1.")
-            if name in ("ridge", "radius") and not 0.0 <= value < math.inf:
+            if name in ("ridge", "radius", "step_length") and not 0.0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be finite and at least 0.")
 
     @abstractmethod

@@ -19,6 +19,7 @@ class Problem:
 
     set: str = "cone"
     fraction: float = 0.5
+    step_length: float = 0.0
     ridge: float = 0.3
     radius: float = 0.5
     alpha: float = 0.1
@@ -58,12 +59,16 @@ def solve(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
     if problem.set == "target":
         return np.zeros(m)
     if problem.set in ("topk", "greedy"):
-        k = max(1, round(problem.fraction * m))
+        k = max(1, int(problem.fraction * m))
         chosen: list[int] = []
         while len(chosen) < k:
             others = [i for i in range(m) if i not in chosen]
             if problem.set == "topk":
                 chosen.append(max(others, key=lambda i: j[i] @ t))
+            elif problem.step_length:
+                e = problem.step_length
+                gain = lambda i: e * j[i] @ t - e**2 * sum(j[i] @ j[n] for n in chosen)  # noqa: B023, E731
+                chosen.append(max(others, key=gain))
             else:
                 chosen.append(
                     min(others, key=lambda i: np.sum((j[chosen + [i]].sum(0) / k - t) ** 2))  # noqa: B023
@@ -71,7 +76,7 @@ def solve(problem: Problem, j: np.ndarray, t: np.ndarray) -> np.ndarray:
         return np.isin(np.arange(m), chosen) / k
     if problem.set == "filter":
         order = np.argsort(j @ t)
-        dropped = order[: round(problem.fraction * np.sum(j @ t < 0))]
+        dropped = order[: int(problem.fraction * np.sum(j @ t < 0))]
         kept = ~np.isin(np.arange(m), dropped)
         return kept / max(kept.sum(), 1)
     if problem.set == "halfspace":

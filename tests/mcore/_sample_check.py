@@ -32,6 +32,7 @@ MODES = {
     "span": Case(set="span", norm="general"),
     "ball": Case(set="ball", norm="none"),
     "greedy": Case(set="greedy"),
+    "greedy second order": Case(set="greedy", step_length=0.2),
     "filter": Case(set="filter", fraction=1.0, alpha=0.0),
     "mean with alpha": Case(set="mean"),
     "target": Case(set="target", norm="none"),

@@ -156,7 +156,7 @@ class Oracle:
     def _project(self, window: Window) -> Parameters:
         """A window's part of the gradient."""
         case, update, t = self.case, {}, window.target
-        problem = Problem(set=case.set, fraction=case.fraction, blocks=case.blocks)
+        problem = Problem(case.set, case.fraction, case.step_length, blocks=case.blocks)
         for block, members in _problem.blocks(case.blocks, t).items():
             flat = lambda g: torch.cat([g[n].reshape(-1) for n in members]).numpy()  # noqa: B023, E731
             j, target = np.stack([flat(g) for g in window.rows]), flat(t)

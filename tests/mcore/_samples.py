@@ -29,7 +29,8 @@ class Case:
     """How samples are weighed: names as in DRConfig."""
 
     set: str = "topk"
-    fraction: float = 0.5
+    fraction: float = 0.7  # 2 of 3
+    step_length: float = 0.0
     alpha: float = 0.1
     norm: str = "tokens"
     blocks: str = "matrix"

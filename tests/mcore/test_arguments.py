@@ -106,8 +106,9 @@ TARGET = {
     "metrics": "metrics.jsonl",
 }
 SKETCHED = {
-    "set": "topk",
+    "set": "greedy",
     "fraction": 0.5,
+    "step_length": 0.2,
     "alpha": 0.2,
     "alpha_style": "cosine",
     "end_alpha": 0.4,
@@ -142,7 +143,7 @@ def test_round_trip(values: dict[str, Any]) -> None:
 
 
 # What a flag may be given beside: one of these gives each of them a meaning.
-BESIDE = ("", "--dr-set topk", "--dr-set ball", "--dr-alpha-style linear", "--dr-rows sample")
+BESIDE = ("", "--dr-set greedy", "--dr-set ball", "--dr-alpha-style linear", "--dr-rows sample")
 
 
 @pytest.mark.parametrize("name", FIELDS)

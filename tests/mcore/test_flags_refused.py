@@ -19,6 +19,7 @@ READ: list[tuple[str, str, str, Callable[[DRConfig], Any]]] = [
     ("fraction", "0.75", "set", DRConfig.feasible_set),
     ("ridge", "0.75", "set", DRConfig.feasible_set),
     ("radius", "0.25", "set", DRConfig.feasible_set),
+    ("step_length", "0.25", "set", DRConfig.feasible_set),
     ("slots", "6", "rows", lambda dr: dr.num_slots),
     ("end_alpha", "0.5", "alpha_style", lambda dr: alpha_at(dr.alpha_style, 0.1, dr.end_alpha, 1, 2)
      if dr.alpha_style != "auto" else None),

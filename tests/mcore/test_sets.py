@@ -27,6 +27,7 @@ def test_set_and_blocks(name: str, blocks: str) -> None:
         Problem(alpha=1.0),
         Problem(set="topk", fraction=0.25, norm="none", alpha=0.5),
         Problem(set="filter", fraction=1.0, norm="none"),
+        Problem(set="greedy", step_length=0.2, alpha=0.0, blocks="layer"),
         Problem(set="ball", radius=0.01, ridge=0.1),
         Problem(set="halfspace", norm="target", alpha=0.3),
         Problem(alpha=0.4, alpha_style="linear", end_alpha=0.1, alpha_steps=2),

@@ -106,6 +106,22 @@ def greedy(J_MN: Array, t_N: Array, k: int) -> tuple[int, ...]:
     return tuple(taken)
 
 
+def pairwise_gain(J_MN: Array, t_N: Array, subset: Sequence[int], step: float) -> float:
+    """step sum_i g_i.t - step^2 sum over pairs g_i.g_j, of the rows of a subset."""
+    pairs = itertools.combinations(subset, 2)
+    together = sum(float(J_MN[i] @ J_MN[j]) for i, j in pairs)
+    return step * sum(float(J_MN[i] @ t_N) for i in subset) - step**2 * together
+
+
+def greedy_by_pairs(J_MN: Array, t_N: Array, k: int, step: float) -> tuple[int, ...]:
+    """Rows one at a time, each the one with the largest gain among all that are left."""
+    taken: list[int] = []
+    for _ in range(k):
+        left = [i for i in range(len(J_MN)) if i not in taken]
+        taken.append(max(left, key=lambda i: pairwise_gain(J_MN, t_N, [*taken, i], step)))
+    return tuple(taken)
+
+
 def topk(c_M: Array, k: int) -> Array:
     """The best of all k-subsets; the first in lexicographic order where several are best."""
     best = max(itertools.combinations(range(len(c_M)), k), key=lambda s: c_M[list(s)].sum())
@@ -117,6 +133,6 @@ def topk(c_M: Array, k: int) -> Array:
 def filtered(c_M: Array, fraction: float) -> Array:
     """Mean of the rows left when the most negative ones are dropped."""
     negative = sorted((i for i in range(len(c_M)) if c_M[i] < 0), key=lambda i: c_M[i])
-    dropped = negative[: round(fraction * len(negative))]
+    dropped = negative[: int(fraction * len(negative))]
     w = np.array([0.0 if i in dropped else 1.0 for i in range(len(c_M))])
     return w / max(w.sum(), 1.0)
