@@ -111,6 +111,11 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     return bare
 
 
+def device() -> torch.device:
+    """This rank's, whether or not it has parameters to train."""
+    return torch.device(torch.cuda.current_device())
+
+
 def data_group() -> ProcessGroup:
     """Ranks that hold the same piece of the model: data x context parallel."""
     group: ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)

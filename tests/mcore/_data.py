@@ -41,14 +41,21 @@ class Layout:
     target_ranks: int = 0  # that run only target microbatches; the others are a row each
     packed: bool = False  # sample rows: a microbatch is one pack of PACK tokens
     domains: int = 0  # sequence n of row r is of domain (r + n) % domains
+    frozen: tuple[int, ...] = ()  # layers that are not trained; with the first, the embedding too
+    dropout: float = 0.0
 
     @property
     def alone(self) -> "Layout":
         """The same model and data with nothing parallel but what makes rows: the oracle's."""
         same = ("per_token", "tied", "moe", "qk_layernorm", "layer_norm", "sequences", "targets",
-                "full_masks", "target_ranks", "packed", "domains")  # fmt: skip
+                "full_masks", "target_ranks", "packed", "domains", "frozen")  # fmt: skip
         dp = self.dp if self.target_ranks else 1
         return Layout(**{name: getattr(self, name) for name in same}, dp=dp)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained."""
+        layers = tuple(f"decoder.layers.{n}." for n in self.frozen)
+        return not name.startswith(layers + ("embedding",) * (0 in self.frozen))
 
     @property
     def world(self) -> int:

@@ -133,6 +133,8 @@ def build(
         model.append(chunk.bfloat16() if layout.bf16 else chunk)
     if initial is not None:
         load(model, config, initial)
+    for owned in owned_parameters(model, config):
+        owned.parameter.requires_grad_(layout.trains(owned.name))
     ddp = [DistributedDataParallel(config, ddp_config, chunk) for chunk in model]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

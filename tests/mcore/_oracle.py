@@ -154,10 +154,11 @@ def _gradient(p: Parameters, batches: list[dict], divisor: float | None) -> Para
         total = (token_losses(p, batch["tokens"], batch["labels"]) * batch["loss_mask"]).sum()
         per = batch["loss_mask"].sum() * len(batches) if divisor is None else divisor
         loss = loss + total / per
-    gradients = torch.autograd.grad(loss, list(p.values()), allow_unused=True)
+    trained = {name: v for name, v in p.items() if v.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {
         name: torch.zeros_like(v) if g is None else g
-        for (name, v), g in zip(p.items(), gradients, strict=True)
+        for (name, v), g in zip(trained.items(), gradients, strict=True)
     }
 
 
@@ -175,7 +176,7 @@ def rows(layout: Layout, p: Parameters, step: int) -> tuple[list[Parameters], Pa
                 by_domain[(row + n) % layout.domains].append(batch)
         data = by_domain
     target = targets(layout, step)
-    t = {k: torch.zeros_like(v.detach()) for k, v in p.items()}
+    t = {k: torch.zeros_like(v.detach()) for k, v in p.items() if v.requires_grad}
     if target:
         t = _gradient(p, target, _tokens(target, layout))
     if layout.domains:
@@ -199,18 +200,19 @@ def train(
 ) -> tuple[Parameters, list[dict[str, np.ndarray]], list[float]]:
     """Parameters after `steps` of clipped AdamW without decay; each step's weights and, of a
     sketched gram, its estimated error."""
-    p = {k: v.double().requires_grad_() for k, v in initial(layout).items()}
-    optimizer = torch.optim.AdamW(p.values(), lr=learning_rate, eps=eps, weight_decay=0.0,
+    p = {k: v.double().requires_grad_(layout.trains(k)) for k, v in initial(layout).items()}
+    trained = {k: v for k, v in p.items() if v.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, eps=eps, weight_decay=0.0,
                                   betas=(0.9, 0.999))  # fmt: skip
     history, errors = [], []
     for step in range(steps):
         general, target = rows(layout, p, step)
         update, weights = project(problem, general, target, step)
         norm = math.sqrt(sum(float(u.square().sum()) for u in update.values()))
-        for name, value in p.items():
+        for name, value in trained.items():
             value.grad = update[name] * min(1.0, clip / (norm + 1e-6))
         optimizer.step()
         history.append(weights)
         if problem.gram == "sketch":
             errors.append(sketch_error(problem, general, target, step))
-    return {k: v.detach() for k, v in p.items()}, history, errors
+    return {k: v.detach() for k, v in trained.items()}, history, errors

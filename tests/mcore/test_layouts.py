@@ -45,6 +45,8 @@ LAYOUTS = {
     "pp2-token": Layout(pp=2, per_token=True),
     "pp2-vpp2": Layout(pp=2, vpp=2),
     "pp2-vpp2-tied": Layout(pp=2, vpp=2, tied=True),
+    "pp2-frozen-stage": Layout(pp=2, frozen=(0, 1)),
+    "pp4-frozen-middle-stage": Layout(pp=4, frozen=(1,), per_token=True),
     "cp2-token": Layout(cp=2, per_token=True),
     "cp2": Layout(cp=2, full_masks=True),
     "tp2-pp2-sp-tied": Layout(tp=2, pp=2, sequence_parallel=True, tied=True),

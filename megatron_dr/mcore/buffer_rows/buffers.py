@@ -54,7 +54,7 @@ class Buffers:
     ) -> None:  # fmt: skip
         self.owned, self.row_map, self.slot_dtype = owned, row_map, slot_dtype
         self.buffers = compat.grad_buffers(model)
-        self.device: torch.device = self.buffers[0].grad_data.device
+        self.device = compat.device()  # a stage may have no gradients at all
         number = {id(o.parameter): n for n, o in enumerate(owned)}
         places = {
             number[id(parameter)]: Piece(number[id(parameter)], j, start, stop)

@@ -45,7 +45,7 @@ class LayerRows:
         self.untapped = [o.parameter for o in everything if o not in owned]
         support.check(dr, config, owned)
         self.names = block_names(owned, dr.blocks)
-        self.device = owned[0].parameter.device if owned else torch.device("cpu")
+        self.device = compat.device()
         self._owned, self._shape, self.places = owned, BatchShape(0, 0, 0), list[Place]()
         self.path = SamplePath(dr, owned)
         self.coefficients: torch.Tensor | None = None

@@ -18,12 +18,14 @@ class Targets:
 
     Attributes:
         wanted: whether this pass gathers them.
+        known: whether there is a target, of this step or an earlier one; the same on every rank,
+            also where a rank has no parameters and keeps nothing.
     """
 
     def __init__(self, places: Sequence[Place] = ()) -> None:
         self._places = places
         self._value: dict[int, torch.Tensor] = {}
-        self.wanted, self._to_mean = False, 1.0
+        self.wanted, self.known, self._to_mean = False, False, 1.0
 
     def begin(self, wanted: bool, to_mean: float) -> None:
         """Start a pass; where its target is not gathered, the last one stays (a cache).
@@ -33,6 +35,7 @@ class Targets:
         """
         self.wanted, self._to_mean = wanted, to_mean
         if wanted:
+            self.known = True
             self._value.clear()
 
     def add(self, place: Place, uses: list[Use]) -> None:
@@ -44,6 +47,7 @@ class Targets:
         """Off the device, to the host's memory or nowhere; bytes that are free then."""
         values = list(self._value.values())
         if not keep:
+            self.known = False
             self._value.clear()
             return sum(value.nbytes for value in values)
         self.move(torch.device("cpu"))
@@ -51,11 +55,6 @@ class Targets:
 
     def move(self, device: torch.device) -> None:
         self._value = {number: value.to(device) for number, value in self._value.items()}
-
-    @property
-    def known(self) -> bool:
-        """Whether there is a target, of this step or an earlier one."""
-        return bool(self._value)
 
     def of(self, place: Place) -> torch.Tensor:
         """After `reduce`: of the target's mean gradient."""

@@ -95,7 +95,7 @@ class _ScoreRouter(MicrobatchRouter):
     def __init__(self, model: list[Any], target: Flats, number: int) -> None:
         super().__init__(model, 0, number, None)
         self.model, self.target = model, target
-        self.score_n = torch.zeros(number, dtype=torch.float64, device=target[0][0].device)
+        self.score_n = torch.zeros(number, dtype=torch.float64, device=compat.device())
         self._present: dict[int, int] = {}
 
     def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
