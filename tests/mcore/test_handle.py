@@ -8,6 +8,7 @@ import torch
 import megatron_dr
 from megatron_dr import DRConfig
 from megatron_dr.mcore.attach import Handle, attached
+from megatron_dr.mcore.step.schedule import check_number, group_size
 
 from . import _data, _megatron
 from ._data import Layout
@@ -207,6 +208,44 @@ def test_batches_that_make_no_rows(dr: DRConfig, general: int, target: int, word
             handle.check_batch(general, target)
 
     one(case)
+
+
+INTERLEAVED = [  # target and general microbatches, refused by which flag
+    (DRConfig(slots=4), 3, 8, "--dr-target-batch-size"),
+    (DRConfig(slots=4), 4, 8, ""),
+    (DRConfig(rows="sample"), 1, 2, "--dr-target-batch-size"),
+    (DRConfig(rows="sample", target_pass="merged"), 3, 3, "--global-batch-size"),
+    (DRConfig(rows="sample", passes=2), 1, 3, ""),
+    (DRConfig(rows="sample", passes=2, alpha=0.0), 1, 3, "--global-batch-size"),  # alone in pass 2
+    (DRConfig(rows="sample", target_refresh=2, alpha=0.0), 1, 3, "--global-batch-size"),
+]
+
+
+def test_numbers_of_microbatches_that_interleaving_cannot_run() -> None:
+    """Of two stages; a last group of one microbatch would leave a stage waiting."""
+
+    def case() -> list[str]:
+        said = []
+        model, optimizer, config = fresh(Layout(pp=2, vpp=2))
+        for dr, target, general, _ in INTERLEAVED:
+            try:
+                megatron_dr.attach(model, optimizer, config, dr).check_batch(general, target)
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+        check_number(model, 2, 2)
+        config.microbatch_group_size_per_vp_stage = 3
+        assert group_size(model) == 3
+        check_number(model, 3, 2, "--eval")  # a group of three and one of two
+        for target, general in ((2, 2), (1, 1)):
+            with pytest.raises(ValueError, match="multiple of 3, or leave .* so change --eval"):
+                check_number(model, target, general, "--eval")
+        return said
+
+    for said in run_ranks(2, case):
+        for sentence, (*_, flag) in zip(said, INTERLEAVED, strict=True):
+            assert sentence.endswith(f"so change {flag}." if flag else "")
+            assert bool(sentence) == bool(flag)
 
 
 @pytest.mark.parametrize(

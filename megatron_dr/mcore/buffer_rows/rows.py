@@ -19,6 +19,7 @@ from megatron_dr.mcore.buffer_rows.gram_choice import choose
 from megatron_dr.mcore.buffer_rows.layout import Layout
 from megatron_dr.mcore.buffer_rows.router import RoleRouter
 from megatron_dr.mcore.ownership import block_names, owned_parameters
+from megatron_dr.mcore.step import schedule
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.rows import Call, Passes
 from megatron_dr.mcore.step.schedule import Finalize, Pass
@@ -66,6 +67,10 @@ class BufferRows:
 
     def check_batch(self, num_general: int, num_target: int) -> None:
         row_groups.check_batch(self.dr, self.layout.row_map, num_general, num_target)
+        apart = self.layout.row_map.target_groups > 0  # a rank runs one role's alone
+        for target, general in ([(num_target, 0), (0, num_general)] if apart
+                                else [(num_target, num_general)]):  # fmt: skip
+            schedule.check_number(self.model, target, general)
 
     def passes(self, call: Call, log: StepLog) -> Passes:
         row_map, num_target, num_general = self.layout.row_map, call.num_target, call.num_general

@@ -24,6 +24,7 @@ from megatron_dr.mcore.collectives import of_all_ranks
 from megatron_dr.mcore.dpo.step import Batch, answers, forward
 from megatron_dr.mcore.rollouts import passes
 from megatron_dr.mcore.say import say
+from megatron_dr.mcore.step.schedule import group_size
 
 FILE = "dr_reference_log_probs.safetensors"
 _MICROBATCHES = 16  # of a schedule call, for each pipeline stage
@@ -38,6 +39,7 @@ def measure(model: Sequence[torch.nn.Module], pairs: Pairs, args: Namespace) -> 
     """
     group = parallel_state.get_data_parallel_group()
     size, stages = args.micro_batch_size, parallel_state.get_pipeline_model_parallel_world_size()
+    stages = max(stages, group_size(model))  # as many microbatches at a time as a chunk takes
     call = size * stages * _MICROBATCHES  # pairs of a rank
     together, said = call * group.size(), time.monotonic()
     shares: list[torch.Tensor] = []

@@ -22,6 +22,7 @@ from megatron_dr.mcore.layer_rows.places import BatchShape, Place, move, places
 from megatron_dr.mcore.layer_rows.taps import taps
 from megatron_dr.mcore.layer_rows.weigh import needs_rows
 from megatron_dr.mcore.ownership import block_names, owned_parameters
+from megatron_dr.mcore.step import schedule
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.roles import MicrobatchRouter
 from megatron_dr.mcore.step.rows import Call, Passes
@@ -86,6 +87,10 @@ class LayerRows:
                 f"--dr-target-pass merged needs as many target microbatches as general ones, not "
                 f"{num_target} and {num_general}: change --dr-target-batch-size."
             )
+        own = 0 if self.dr.target_pass == "merged" else num_target
+        schedule.check_number(self.model, own, num_general)
+        if self.dr.target_refresh > 1 or (self.dr.passes == 2 and 0.0 in support.alphas(self.dr)):
+            schedule.check_number(self.model, 0, num_general)  # some calls have no target
 
     def passes(self, call: Call, log: StepLog) -> Passes:
         self.restore()

@@ -52,6 +52,14 @@ def _check_packed(dr: DRConfig, config: Any) -> None:
         )
 
 
+def alphas(dr: DRConfig) -> set[float]:
+    """Those that a run begins and ends with."""
+    fixed = dr.feasible_set().alpha
+    if fixed is not None:
+        return {fixed}
+    return {dr.alpha} if dr.alpha_style == "constant" else {dr.alpha, dr.end_alpha}
+
+
 def is_immediate(dr: DRConfig, owned: list[OwnedParameter]) -> bool:
     """Whether weights are found inside the backward: on every rank alike (collective)."""
     here = dr.passes == 1 and dr.blocks == "matrix" and dr.window != "step"

@@ -19,6 +19,7 @@ from megatron_dr.data.domains import DomainPlan
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
 from megatron_dr.mcore.seams.source import Source, num_target_microbatches
+from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.metrics import MetricsFile
 
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
@@ -71,6 +72,9 @@ class TrainingRun:
             size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
             self.valid_streams = self.source.streams(samples, size, ranks, chunks)
             self.num_valid = self.args.eval_global_batch_size // (size * ranks)
+            check_number(
+                self.handle.model, self.num_valid, self.num_valid, "--eval-global-batch-size"
+            )
 
     @property
     def steps_done(self) -> int:

@@ -34,7 +34,7 @@ from megatron_dr.mcore import compat, random_state
 from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
 from megatron_dr.mcore.rl.forward import Batch, policy_step
 from megatron_dr.mcore.step.roles import MicrobatchRouter
-from megatron_dr.mcore.step.schedule import Pass, ours, run
+from megatron_dr.mcore.step.schedule import Pass, group_size, ours, run
 from megatron_dr.rl.experience import Experience
 from megatron_dr.rl.weights import token_weights
 
@@ -177,10 +177,10 @@ class _Share:
     ) -> None:
         self.experience, self.aggregation = experience.without_returns(), rl.aggregation
         self.size, self.by_reward = size, by_reward
-        stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
         group = parallel_state.get_data_parallel_group()
         self.numbers = list(range(len(experience)))[group.rank() :: group.size()]
-        missing = -len(self.numbers) % (size * stages) if self.numbers else size * stages
+        together = size * group_size(model)
+        missing = -len(self.numbers) % together if self.numbers else together
         self.filled = [*self.numbers, *[0] * missing]
 
     def __len__(self) -> int:

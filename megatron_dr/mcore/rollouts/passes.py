@@ -13,6 +13,7 @@ from megatron_dr.mcore.model import value_head
 from megatron_dr.mcore.rollouts.cache import share_along_pipeline
 from megatron_dr.mcore.rollouts.megatron import check_layout
 from megatron_dr.mcore.rollouts.state import evaluating
+from megatron_dr.mcore.step.schedule import group_size
 
 # A stage's output for a microbatch, and what is asked of the last stage's [b, ...].
 Output = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
@@ -137,7 +138,7 @@ def _microbatches(
     """Equal microbatches [size, s']: the schedules need one shape, and what they divide by."""
     config = get_model_config(model[0])
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    group = size * (config.pipeline_model_parallel_size if len(model) > 1 else 1)
+    group = size * group_size(model)
     rows, length = tokens.shape
     padding = (0, -length % split, 0, -rows % group)
     return list(torch.split(torch.nn.functional.pad(tokens, padding), size))

@@ -5,12 +5,14 @@ Inside `ours` no gradient is reduced before the finalize hook; `run` is one sche
 that hook is ours and fires exactly once. Megatron's own hooks and flags are put back.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
 
 from megatron_dr.mcore.compat import Chunk, Schedule, bucket_groups
 from megatron_dr.mcore.step.roles import MicrobatchRouter
@@ -36,6 +38,36 @@ class Pass:
     finalize: Callable[[Finalize, torch.Tensor | None], None]
     changes: dict[str, Any] = field(default_factory=dict)
     both: bool = True
+
+
+def group_size(model: Sequence[torch.nn.Module]) -> int:
+    """How many microbatches a model chunk takes before the next chunk of the stage does. Any
+    multiple can be run in one call."""
+    if len(model) == 1:
+        return 1
+    return int(get_model_config(model[0]).microbatch_group_size_per_vp_stage)
+
+
+def check_number(
+    model: Sequence[torch.nn.Module], num_target: int, num_general: int, flag: str = ""
+) -> None:
+    """Raise ValueError where an interleaved schedule can't run so many microbatches in one call: a
+    last group of fewer than there are stages would leave stages waiting.
+
+    Args:
+        flag: what to change, but for that of the role's batch.
+    """
+    group, number = group_size(model), num_target + num_general
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if len(model) == 1 or (number >= group and not 0 < number % group < stages):
+        return
+    more = "" if group == stages else f", or leave a remainder of at least {stages}"
+    flag = flag or ("--dr-target-batch-size" if num_target else "--global-batch-size")
+    raise ValueError(
+        f"an interleaved pipeline of {stages} stages can't run {num_target} target and "
+        f"{num_general} general microbatches together: their number must be a multiple of "
+        f"{group}{more}, so change {flag}."
+    )
 
 
 @contextmanager
