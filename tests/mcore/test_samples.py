@@ -32,6 +32,22 @@ LAYOUTS = {
     "q/k norms TP 2": Layout(qk_layernorm=True, tp=2, per_token=True),
     "fused": Layout(fused_gradients=True, tp=2, per_token=True),
 }
+# Megatron's hooks want a gradient of every backward, also of a target that is only measured
+OVERLAPS = {
+    "DP 2": (Layout(dp=2, distributed_optimizer=True, overlap=True, per_token=True), "no alpha"),
+    "refresh": (Layout(overlap=True), "refresh"),
+    "biases, tied": (Layout(overlap=True, layer_norm=True, tied=True, per_token=True), "no alpha"),
+    "fused, tied": (Layout(overlap=True, fused_gradients=True, tied=True), "no alpha"),
+    "experts": (Layout(overlap=True, moe=True, per_token=True), "no alpha"),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_a_measured_target_with_overlapped_reduction(name: str) -> None:
+    layout, mode = OVERLAPS[name]
+    check(layout, MODES[mode])
+
+
 LAYOUT_MODES = ("exact", "ghost", "cone sketched merged", "model two passes", "step cone")
 
 

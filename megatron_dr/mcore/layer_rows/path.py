@@ -38,10 +38,12 @@ class SamplePath:
     Attributes:
         targets: the target's features, where it has a pass of its own.
         active: whether a training step is under way.
+        asks_all: whether Megatron asks each backward for every parameter's gradient, as it does
+            where it reduces gradients during the last one.
     """
 
     def __init__(self, dr: DRConfig, owned: list[OwnedParameter]) -> None:
-        self.dr, self.targets, self.active = dr, Targets(), False
+        self.dr, self.targets, self.active, self.asks_all = dr, Targets(), False, False
         self._covered = {id(o.parameter) for o in owned}
         self._place: dict[int, Place] = {}
         self._current: dict[int, int] = {}
@@ -98,9 +100,15 @@ class SamplePath:
         gradient now."""
         x_LNI, dy_LNO = self._split(parameter, x_LNI), self._split(parameter, dy_LNO)
         decided = self._decide(parameter, (x_LNI.detach(), dy_LNO))
+        place = self._place[id(parameter)]
         if decided is None:
-            return None
+            if not self.asks_all or place.uses > 1:  # the last use gives one
+                return None
+            none_N = torch.empty(0, dtype=torch.int64, device=x_LNI.device)
+            return per_sample.Weighted(x_LNI, dy_LNO, None, none_N)
         coefficient_N, _ = decided
+        if self._current[place.owned.chunk] < self._num_target:  # all of the target's samples
+            return per_sample.Weighted(x_LNI, dy_LNO, coefficient_N, None)
         with meter.part("combine"):
             keep_N = kept(self.dr, coefficient_N, self._merged, self._alpha)
             every = len(keep_N) == len(coefficient_N)

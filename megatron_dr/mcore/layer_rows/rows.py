@@ -97,7 +97,8 @@ class LayerRows:
         overlap = self.model[0].ddp_config.overlap_grad_reduce
         step = _Step(self, call)
         self._prepare(step.shape)
-        self._set_overlap(overlap and not self.hold)
+        self.path.asks_all = overlap and not self.hold
+        self._set_overlap(self.path.asks_all)
         try:
             if self.hold:
                 yield from step.deferred(log)

@@ -35,13 +35,18 @@ def sample_map(
     return map_RN
 
 
+def _can_ask(values: torch.Tensor) -> bool:
+    """Whether their number can be known without waiting for a device."""
+    return values.device.type == "cpu"
+
+
 def kept(dr: DRConfig, coefficient_N: torch.Tensor, targets: int, alpha: float) -> torch.Tensor:
     """Numbers of the samples whose coefficient is not 0, in order.
 
     On a GPU their number must be known without asking it: where the set knows it; else every
     sample is kept.
     """
-    if coefficient_N.device.type == "cpu":
+    if _can_ask(coefficient_N):
         return coefficient_N.nonzero().flatten()
     count = dr.feasible_set().kept(len(coefficient_N) - targets)
     if count is None or dr.window != "microbatch":

@@ -80,7 +80,9 @@ def _weight_gradient(weight: Any, fused: bool, weighed: Weighted) -> torch.Tenso
         return weighed.product()
     x_TI, dy_TO = weighed
     kernels = layers.fused_weight_gradient_mlp_cuda
-    if weight.main_grad.dtype == torch.float32:
+    if not len(x_TI):
+        pass  # no sample has a part in it: there is nothing to add
+    elif weight.main_grad.dtype == torch.float32:
         kernels.wgrad_gemm_accum_fp32(x_TI, dy_TO, weight.main_grad)
     else:
         kernels.wgrad_gemm_accum_fp16(x_TI, dy_TO, weight.main_grad)

@@ -145,7 +145,8 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         g_NH = ctx.observer.per_sample(ctx.bias, gradients[0].float())
         grad = ctx.observer.vector(ctx.bias, g_NH)
-        return None if grad is None else grad.to(ctx.bias.dtype), None, None
+        grad = torch.zeros_like(ctx.bias) if grad is None else grad.to(ctx.bias.dtype)
+        return grad, None, None
 
 
 def _tap_norm(module: Any, observer: SamplePath) -> list[Undo]:
