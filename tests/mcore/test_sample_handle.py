@@ -1,5 +1,6 @@
 """Sample rows: what holds beside equality with the oracle."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import megatron_dr
 from megatron_dr import DRConfig
+from megatron_dr.mcore.layer_rows import weigh
 from megatron_dr.mcore.layer_rows.targets import Targets
 
 from . import _data, _megatron, _oracle, _samples
 from ._data import Layout
 from ._ranks import run_ranks
+from ._sample_check import MODES, check
 from ._samples import Case
 
 ONE = Layout(per_token=True)
@@ -78,6 +81,48 @@ def test_off_and_detached_are_megatrons_own_bit_for_bit(fused: bool) -> None:
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
         assert value.abs().sum() > 0
+
+
+def trained(layout: Layout, case: Case) -> Any:
+    torch.manual_seed(5)
+    return _samples.train(layout, case, 2, _oracle.initial(layout))[0]
+
+
+@pytest.mark.parametrize("layout", [ONE, Layout(pp=2, vpp=2)], ids=("one", "PP 2 VPP 2"))
+def test_a_second_pass_drops_out_what_was_scored(layout: Layout) -> None:
+    """Also where it leaves the target out: the first pass began with the target's microbatches."""
+    layout = replace(layout, dropout=0.2)
+    one, two = (
+        _megatron.whole(
+            run_ranks(layout.world, trained, layout, Case(blocks="model", alpha=0.0, passes=passes))
+        )
+        for passes in (1, 2)
+    )
+    compare(one, two, 1e-5)
+    if layout.world == 1:
+        case = Case(blocks="model", alpha=0.0)
+        without = _megatron.whole(run_ranks(1, trained, replace(layout, dropout=0.0), case))
+        assert any(float((one[name] - without[name]).abs().max()) > 1e-3 for name in one)
+
+
+def test_a_stage_without_parameters_knows_that_there_is_a_target() -> None:
+    """With a target that is kept for two steps: every rank runs as many microbatches."""
+    case = Case(target_refresh=2, alpha=0.0)
+    one, two = (
+        _megatron.whole(run_ranks(layout.world, trained, layout, case))
+        for layout in (Layout(frozen=(0, 1)), Layout(frozen=(0, 1), pp=2))
+    )
+    assert one and not any("layers.0." in name for name in one)
+    compare(one, two, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ("exact", "merged"))
+def test_samples_whose_number_is_known_beforehand(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which is not asked how many samples are chosen."""
+    monkeypatch.setattr(weigh, "_can_ask", lambda values: False)
+    check(ONE, MODES[mode])
 
 
 def test_everything_chosen_is_the_plain_gradient() -> None:

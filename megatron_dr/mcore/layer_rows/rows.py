@@ -4,6 +4,7 @@ A step is one schedule call, or two with `passes=2`: the first finds the weights
 each microbatch again with them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,8 @@ class _Step:
         context = parallel_state.get_context_parallel_world_size()
         length = schedule["seq_length"] * dr.sequences // context
         self.shape = BatchShape(self.size, merged, length)
+        self._states: dict[tuple[int, int], Any] | None = None  # random ones, by chunk and number
+        self._again = False
 
     def immediate(self, log: StepLog) -> Pass:
         """Weights inside the backward."""
@@ -164,9 +167,9 @@ class _Step:
         if mode.keep:
             yield self._pass(mode, self.own, self.own > 0, found, solve)
             return
-        random = random_state.save()
+        self._states = {}
         yield self._pass(mode, self.own, self.own > 0, found, solve, gradients=False)
-        random_state.restore(random)
+        self._again = True
         for parameter in rows.untapped:  # what is not projected has run backward already
             parameter.main_grad.zero_()  # type: ignore[attr-defined]
         own = self.own if self.alpha > 0 else 0
@@ -191,7 +194,7 @@ class _Step:
         path.begin(mode, own, batches, self.alpha, target_scale)
         target = batches.iterator(of_target=True) if own else None
         router = MicrobatchRouter(self.rows.model, own, len(batches.tokens), target)
-        router.enter = path.enter  # type: ignore[method-assign]
+        router.enter = functools.partial(self._enter, own)  # type: ignore[method-assign]
 
         def of_general(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
             if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
@@ -205,6 +208,17 @@ class _Step:
         size = self.size + batches.merged
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
         return Pass(router, of_general, changes)
+
+    def _enter(self, own: int, chunk: int, microbatch: int, backward: bool) -> None:
+        """A microbatch begins. What its forward drops out in a second pass is what was scored: that
+        pass may have no target, and chunks take turns otherwise, so each forward has a state."""
+        if self._states is not None and not backward:
+            key = (chunk, microbatch - own)
+            if self._again:
+                random_state.restore(self._states[key])
+            else:
+                self._states[key] = random_state.save()
+        self.path.enter(chunk, microbatch, backward)
 
     def _factors(self, own: int) -> Factors:
         per_token = bool(self.rows.config.calculate_per_token_loss)
