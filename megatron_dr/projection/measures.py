@@ -56,7 +56,8 @@ def report_sums(gram_BRR: Tensor, direction_BR: Tensor, update_BR: Tensor) -> Te
     """[B, 9] in float64: what `report` is made of, and what adds up over blocks, windows and ranks.
 
     t.mean, |mean|^2, t.u, |u|^2, |t|^2, |d - t|^2, effective rows, zero rows, and 1. A square that
-    vanishes (the rule of `norm_scale`) is 0.
+    vanishes (the rule of `norm_scale`) is 0. With an inner product that is not finite the first
+    six are NaN: infinite gradients don't look like vanishing ones.
 
     :param gram_BRR: of the rows and, last, the target.
     :param direction_BR: the projection d's coefficients.
@@ -71,6 +72,8 @@ def report_sums(gram_BRR: Tensor, direction_BR: Tensor, update_BR: Tensor) -> Te
         out.append(length_sq_B.masked_fill(_vanishes(gram_BRR, length_sq_B), 0.0))
     rest_BR = direction_BR - target_BR
     out += [gram_BRR[:, -1, -1], _dot(gram_BRR, rest_BR, rest_BR).clamp(min=0.0)]
+    finite_B = gram_BRR.isfinite().all(2).all(1)
+    out = [torch.where(finite_B, products_B, torch.nan) for products_B in out]
     largest_B1 = weights_BM.amax(1, keepdim=True)
     zero_BM = (weights_BM <= _ZERO_ROW * largest_B1).double() + 0.0 * largest_B1  # NaN stays NaN
     out += [_quotient(weights_BM.sum(1) ** 2, (weights_BM**2).sum(1)), zero_BM.sum(1)]
@@ -85,7 +88,8 @@ def report(sums_9: Tensor) -> dict[str, Tensor]:
     zero_rows: rows with |w| at most 1e-6 of the block's largest.
 
     w are the rows' coefficients in d; effective_rows is 1 / sum w^2 where w >= 0 sums to one. The
-    last two are means over what was added up. A quotient whose denominator is 0 is 0; NaN stays.
+    last two are means over what was added up. A quotient whose denominator is 0 is 0, but NaN
+    stays NaN, whatever it is divided by.
     """
     mean_t, mean_sq, update_t, update_sq, t_sq, rest_sq, effective, zero, count = sums_9.unbind(-1)
     return {
@@ -110,8 +114,9 @@ def _dot(gram_BRR: Tensor, a_BR: Tensor, b_BR: Tensor) -> Tensor:
 
 
 def _vanishes(gram_BRR: Tensor, length_sq_B: Tensor) -> Tensor:
-    """Whether |d|^2 is rounding, not a direction."""
-    return length_sq_B <= _VANISHING * gram_BRR.diagonal(dim1=1, dim2=2)[:, :-1].mean(1)
+    """Whether |d|^2 is rounding, not a direction. Beside infinite rows nothing is."""
+    rounding_B = _VANISHING * gram_BRR.diagonal(dim1=1, dim2=2)[:, :-1].mean(1)
+    return (length_sq_B <= rounding_B) & rounding_B.isfinite()
 
 
 def _mean_row(like_BR: Tensor) -> Tensor:
@@ -129,4 +134,4 @@ def _target(like_BR: Tensor) -> Tensor:
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator != 0, numerator / denominator, 0.0)
+    return torch.where((denominator != 0) | numerator.isnan(), numerator / denominator, 0.0)

@@ -55,4 +55,5 @@ def _clipped(
     ratio_BT = weights.keep((log_prob_BT - old_BT).detach()).exp()
     up_BT = (ratio_BT > 1 + clip) & (advantage_BT > 0)
     down_BT = (ratio_BT < 1 - clip) & (advantage_BT < 0)
-    return weights.total((up_BT | down_BT).to(ratio_BT))[0]
+    clipped_BT = (up_BT | down_BT).to(ratio_BT)
+    return weights.total(torch.where(ratio_BT.isnan(), ratio_BT, clipped_BT))[0]

@@ -38,8 +38,9 @@ class Estimator:
             kl_weight=self.kl_weight, discount=self.rl.discount, decay=self.rl.gae_decay,
         )  # fmt: skip
         is_token_NT = rollout.mask_NT.bool()
+        scored_NT = is_token_NT & ~rollout.reward_N.isnan()[:, None]
         statistics = {
-            "value": _mean(value_NT[is_token_NT]), "return": _mean(return_NT[is_token_NT]),
+            "value": _mean(value_NT[is_token_NT]), "return": _mean(return_NT[scored_NT]),
         }  # fmt: skip
         if self.rl.kl > 0:
             kl = float(rollout.kl_N().mean())
@@ -82,8 +83,8 @@ def steered(weight: float, kl: float, samples: int, target: float, horizon: int)
 
 
 def _mean(values: Tensor) -> float:
-    """Of those that are not NaN; 0 of none."""
-    return float(values.nanmean().nan_to_num(0.0))
+    """0 of none."""
+    return float(values.mean()) if len(values) else 0.0
 
 
 def estimates(

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dr.config.dpo import PreferenceConfig
 from megatron_dr.data.pairs import FilePairs
 from megatron_dr.mcore.data import datasets
 from megatron_dr.mcore.dpo import data as preference_data
 from megatron_dr.mcore.dpo import reference
 from megatron_dr.mcore.dpo.part import DPOPart
+from megatron_dr.mcore.dpo.step import loss_func
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.report import metrics
 
@@ -205,3 +207,12 @@ def test_its_flags() -> None:
     for more, name in (("", "mean"), ("--dr-metrics m", "mean"), ("--dr-target-data t", "cone")):
         found = configs_from_args(parsed(f"--dr-dpo-beta 0.1 {more}"))
         assert found is not None and found[0].set == name
+
+
+def test_nan_is_a_number_in_no_value_of_the_log() -> None:
+    batch = {"reference_log_prob": torch.zeros(4), "answer_mask": torch.ones(4, 3)}
+    losses = torch.ones(4, 3)
+    losses[0, 1] = torch.nan  # of the first pair's chosen answer
+    *_, logged = loss_func(PreferenceConfig(), batch, losses)
+    assert logged.pop("rejected log ratio").isfinite().all()
+    assert len(logged) == 4 and all(pair[0].isnan() for pair in logged.values())

@@ -208,6 +208,29 @@ def test_a_gradient_that_is_not_finite_is_never_a_number() -> None:
         assert value.isnan().tolist() == [False, False, True, False], name
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_bad_product_is_never_a_number(value: float) -> None:
+    """A row too long for its square, beside products that are fine; and a target that is zero."""
+    X, direction, update = problem()
+    gram = gram_of(X)
+    gram[:, 1, 1] = value
+    for per_block in (True, False):
+        for name in ("cos_general", "cos_update", "residual"):
+            assert report(gram, direction, update, per_block=per_block)[name].isnan().all(), name
+    assert not (norm_scale("general", gram, direction).abs() < torch.inf).any()
+    X[:, -1], X[:, 0, 0] = 0.0, value
+    for name in ("cos_general", "cos_update", "residual"):
+        assert report(gram_of(X), direction, update, per_block=False)[name].isnan(), name
+
+
+def test_infinite_rows_beside_a_finite_direction_are_no_small_ones() -> None:
+    """The target alone, as long as the mean row, which is infinite: it is not left as it is."""
+    gram = torch.eye(4).double()[None]
+    gram[0, 1, 1] = torch.inf
+    direction = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    assert not norm_scale("general", gram, direction).isfinite().any()
+
+
 def test_never_looks_at_a_value() -> None:
     """Tensors without values: whatever would make the host wait for a device fails on them."""
     gram, direction = torch.empty(3, 6, 6, device="meta"), torch.empty(3, 6, device="meta")

@@ -9,6 +9,7 @@ import torch
 
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.rl.experience import Experience
+from megatron_dr.rl.objective import objective
 from megatron_dr.rl.ppo import Estimator, estimates
 
 from . import _dense
@@ -83,6 +84,22 @@ def test_a_rollout_gets_estimates_and_their_means() -> None:
         "return": float(returns[scored].mean()),
         "kl of a completion": float(made.kl_N().sum() / 6),
     })  # fmt: skip
+
+
+def test_nan_is_a_number_in_no_value_of_the_log() -> None:
+    """A value head or a policy that has diverged; a completion that was not scored is left out."""
+    rl = RLConfig(algorithm="ppo", reward="a:b", kl=KL)
+    made, value = rollout()
+    value[1, 0] = torch.nan
+    statistics = Estimator(rl).complete(made, value, by_reward=False).statistics
+    assert math.isnan(statistics["value"]) and math.isnan(statistics["return"])
+    made, value = rollout()
+    complete = Estimator(rl).complete(made, value, by_reward=False)
+    batch = complete.batch(range(len(ROWS)), "token", by_reward=False)
+    bad = torch.full_like(batch["old_log_prob"], torch.nan)
+    report = objective(bad, torch.full_like(bad, torch.nan), batch, rl)[2]
+    assert report.keys() == {"policy loss", "clipped", "kl", "value loss"}
+    assert all(pair[0].isnan() for pair in report.values())
 
 
 @pytest.mark.parametrize(

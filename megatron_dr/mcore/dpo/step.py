@@ -56,8 +56,9 @@ def loss_func(dpo: PreferenceConfig, batch: Batch, losses_BT: torch.Tensor) -> A
     better_P = (chosen_P - chosen_before_P).detach()
     worse_P = (rejected_P - rejected_before_P).detach()
     margin_P = dpo.beta * (better_P - worse_P)
+    right_P = torch.where(margin_P.isnan(), margin_P, (margin_P > 0).to(margin_P))
     report = {
-        "dpo loss": loss.detach(), "accuracy": (margin_P > 0).float().sum(),
+        "dpo loss": loss.detach(), "accuracy": right_P.sum(),
         "margin": margin_P.sum(), "chosen log ratio": better_P.sum(),
         "rejected log ratio": worse_P.sum(),
     }  # fmt: skip

@@ -17,6 +17,7 @@ from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.layer_rows import scoring
 from megatron_dr.mcore.layer_rows.factors import Factors
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
+from megatron_dr.mcore.layer_rows.notes import NotFinite, bad_rows
 from megatron_dr.mcore.layer_rows.path import gradient_of
 from megatron_dr.mcore.layer_rows.places import Place
 from megatron_dr.mcore.layer_rows.scoring import Use
@@ -33,16 +34,17 @@ class Deferred:
         blocks: number of blocks of the whole model.
         batches: n general microbatches of this rank, of b samples (fewer in packs), and q of the
             target where it is merged.
+        seen: of the step.
         keep: whether uses are kept for their weight gradients.
     """
 
     def __init__(
         self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
-        batches: Microbatches, factors: Factors, keep: bool,
+        batches: Microbatches, factors: Factors, seen: NotFinite, keep: bool,
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
         self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, factors.ratio
-        self.row_scale = factors.row_scale
+        self.row_scale, self.seen = factors.row_scale, seen
         (n, b), device = self.tokens.shape, self.tokens.device
         self._samples = b
         self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=device)
@@ -115,7 +117,10 @@ class Deferred:
         for count in sorted(set(self._counts)):  # those of as many samples at once
             alike = [number for number, c in enumerate(self._counts) if c == count]
             rows = [*range(count), b]
-            gram_BRR = self._gram[alike][:, :, rows][..., rows].flatten(0, 1)
+            gram_nBRR = self._gram[alike][:, :, rows][..., rows]
+            for number, gram_BRR in zip(alike, gram_nBRR, strict=True):
+                self.seen.see(number, gram_BRR)
+            gram_BRR = gram_nBRR.flatten(0, 1)
             share_nM = self.tokens[alike][:, :count]
             share_nM = share_nM / share_nM.sum(1, keepdim=True).clamp(min=1)
             update = self._project(gram_BRR, share_nM.repeat_interleave(blocks, 0), alpha, log)
@@ -145,14 +150,17 @@ class Deferred:
         collectives.all_reduce(gram_BRR, compat.model_group())
         rows_R = torch.cat([sample_M, sample_M.new_tensor([P])])
         share_M = tokens_P[sample_M] / tokens_P.sum().clamp(min=1)
-        update = self._project(gram_BRR[:, rows_R][..., rows_R], share_M, alpha, log)
+        gram_BRR = gram_BRR[:, rows_R][..., rows_R]
+        update = self._project(gram_BRR, share_M, alpha, log)
         weight_BP = update.update_BR.new_zeros(len(gram_BRR), P)
         weight_BP[:, sample_M] = update.update_BR[:, :-1] * M
-        rank = dist.get_rank(group)
-        own = weight_BP[:, rank * n * b : (rank + 1) * n * b]
-        coefficient_nBN = own.view(-1, n, b).transpose(0, 1)
+        rank, bad_R = dist.get_rank(group), bad_rows(gram_BRR)
+        here = slice(rank * n * b, (rank + 1) * n * b)
+        bad_P = is_sample_P.index_put((sample_M,), bad_R[:-1])
+        self.seen.see_step(bad_P[here].view(n, b), bad_R[-1])
+        coefficient_nBN = weight_BP[:, here].view(-1, n, b).transpose(0, 1)
         if self.merged:
-            ratio_n = torch.tensor(self.ratio, dtype=torch.float64, device=own.device)
+            ratio_n = torch.tensor(self.ratio, dtype=torch.float64, device=count_n.device)
             target_nB = ratio_n[:, None] * update.update_BR[None, :, -1]
             target_nBq = target_nB[:, :, None].expand(-1, -1, self.merged)
             coefficient_nBN = torch.cat([coefficient_nBN, target_nBq], 2)

@@ -13,6 +13,7 @@ from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.layer_rows import scoring
 from megatron_dr.mcore.layer_rows.factors import Factors
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
+from megatron_dr.mcore.layer_rows.notes import NotFinite
 from megatron_dr.mcore.layer_rows.places import Place
 from megatron_dr.mcore.layer_rows.scoring import Use
 from megatron_dr.mcore.layer_rows.taps import experts
@@ -20,6 +21,7 @@ from megatron_dr.mcore.layer_rows.targets import Targets
 from megatron_dr.mcore.layer_rows.weigh import needs_rows, sample_map
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.projection import project
+from megatron_dr.projection.solvers import spoil
 
 _KEEP = 0.9  # of the running threshold at each microbatch
 
@@ -29,17 +31,17 @@ class Immediate:
 
     Args:
         thresholds: [B] of the streaming window, NaN where there is none yet; changed in place.
-        log: of the step.
+        log, seen: of the step.
     """
 
     def __init__(
         self, dr: DRConfig, targets: Targets, batches: Microbatches, factors: Factors, alpha: float,
-        thresholds: torch.Tensor, log: StepLog,
+        thresholds: torch.Tensor, log: StepLog, seen: NotFinite,
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.alpha = dr, targets, batches.merged, alpha
         self.tokens, self.counts, self.ratio = batches.tokens, batches.counts, factors.ratio
         self.scale = [factors.scale * scale for scale in factors.row_scale]
-        self.thresholds, self.log = thresholds, log
+        self.thresholds, self.log, self.seen = thresholds, log, seen
         self.peers = experts.windows(self.tokens, self.ratio)
 
     def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
@@ -55,6 +57,7 @@ class Immediate:
         if place.gram_group is not None:
             with meter.part("exchange"):
                 collectives.all_reduce(gram_RR, place.gram_group)
+        self.seen.see(microbatch, gram_RR)
         share_M = tokens_M / tokens_M.sum().clamp(min=1)
         weights = self._streamed(place, gram_RR) if self.dr.window == "streaming" else None
         with meter.part("solve"):
@@ -67,12 +70,16 @@ class Immediate:
         return self.scale[microbatch] * (update.update_BR[0] @ map_RN)
 
     def _streamed(self, place: Place, gram_RR: torch.Tensor) -> torch.Tensor:
-        score_M = gram_RR[:-1, -1].double() / gram_RR[-1, -1].double().clamp(min=1e-300)
+        """Weights [1, M]. Scores that are not finite leave the threshold as it was."""
+        cross_M, square = gram_RR[:-1, -1].double(), gram_RR[-1, -1].double()
+        score_M = cross_M / square.clamp(min=1e-300)
         own = score_M.quantile(1.0 - self.dr.fraction, interpolation="midpoint")
-        threshold = self.thresholds[place.block]
-        threshold = torch.where(threshold.isnan(), own, threshold)
-        self.thresholds[place.block] = _KEEP * threshold + (1.0 - _KEEP) * own
-        return (score_M > threshold).double()[None] / (self.dr.fraction * len(score_M))
+        before = self.thresholds[place.block]
+        threshold = torch.where(before.isnan(), own, before)
+        moved = _KEEP * threshold + (1.0 - _KEEP) * own
+        self.thresholds[place.block] = torch.where(own.isfinite(), moved, before)
+        weights_1M = (score_M > threshold).double()[None] / (self.dr.fraction * len(score_M))
+        return spoil(weights_1M, gram_RR[None], cross_M[None])
 
 
 def agree(thresholds: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ A step is one schedule call, or two with `passes=2`: the first finds the weights
 each microbatch again with them.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_dr.mcore.layer_rows.deferred import Deferred, Replay
 from megatron_dr.mcore.layer_rows.factors import Factors, factors
 from megatron_dr.mcore.layer_rows.immediate import Immediate, agree
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
+from megatron_dr.mcore.layer_rows.notes import NotFinite
 from megatron_dr.mcore.layer_rows.path import Mode, SamplePath
 from megatron_dr.mcore.layer_rows.places import BatchShape, Place, move, places
 from megatron_dr.mcore.layer_rows.taps import taps
@@ -107,8 +109,8 @@ class LayerRows:
                 yield step.immediate(log)
             if self.dr.window == "streaming":
                 agree(self.thresholds)
-            log.sum_over_ranks(products=needs_rows(self.dr))
         finally:
+            step.end()
             self.path.end()
             self._set_overlap(overlap)
 
@@ -139,6 +141,9 @@ class _Step:
         context = parallel_state.get_context_parallel_world_size()
         length = schedule["seq_length"] * dr.sequences // context
         self.shape = BatchShape(self.size, merged, length)
+        # Megatron waits for the device, too, where it checks gradients
+        wanted = bool(rows.model[0].ddp_config.check_for_nan_in_grad)
+        self.step, self.told, self.seen = call.step, False, NotFinite(self.batches.tokens, wanted)
         self._states: dict[tuple[int, int], Any] | None = None  # random ones, by chunk and number
         self._again = False
 
@@ -146,20 +151,22 @@ class _Step:
         """Weights inside the backward."""
         found = self._factors(self.own)
         mode = Immediate(
-            self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log
+            self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log,
+            self.seen,
         )  # fmt: skip
-        return self._pass(mode, self.own, self.own > 0, found)
+        return self._pass(mode, self.own, self.own > 0, found, lambda: self._tell(log))
 
     def deferred(self, log: StepLog) -> Passes:
         """Weights at a call's end: then the kept uses are weighed, or a second call runs."""
         found, rows = self._factors(self.own), self.rows
         mode = Deferred(
             self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
-            keep=self.dr.passes == 1,
+            self.seen, keep=self.dr.passes == 1,
         )  # fmt: skip
 
         def solve() -> None:
             rows.coefficients = mode.solve(self.alpha, log)
+            self._tell(log)
             if mode.keep:
                 with meter.part("combine"):
                     mode.write(self._scaled(found))
@@ -208,6 +215,19 @@ class _Step:
         size = self.size + batches.merged
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
         return Pass(router, of_general, changes)
+
+    def _tell(self, log: StepLog) -> None:
+        """All weights are known: sum up the log, and name what is not finite (collective)."""
+        log.sum_over_ranks(products=needs_rows(self.dr))
+        self.told = True
+        if self.seen.wanted and not log.finite:
+            self.seen.tell(self.step)
+
+    def end(self) -> None:
+        """After the passes, or in the middle of one that failed."""
+        if self.seen.wanted and not self.told:
+            with contextlib.suppress(RuntimeError):  # of a device that no longer answers
+                self.seen.tell_own(self.step)
 
     def _enter(self, own: int, chunk: int, microbatch: int, backward: bool) -> None:
         """A microbatch begins. What its forward drops out in a second pass is what was scored: that

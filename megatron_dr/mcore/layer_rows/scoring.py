@@ -78,16 +78,25 @@ def dense_gram(
     map_RN = map_RN.float()
     gram_RR = map_RN.new_zeros(len(map_RN), len(map_RN))
     if rows_too:
-        gram_RR = map_RN @ (feature_NK @ feature_NK.t()) @ map_RN.t()
+        gram_RR = _made(map_RN, _made(map_RN, feature_NK @ feature_NK.t()).t())
         if target_K is None:
             return gram_RR
     if target_K is None:  # its samples come last, all with the same factor
         general = len(map_RN) - 1
         target_K = map_RN[-1, -1] * feature_NK[general:].sum(0)
-    cross_R = map_RN @ (feature_NK @ target_K.flatten())
+    cross_R = _made(map_RN, feature_NK @ target_K.flatten())
     gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R
     gram_RR[-1, -1] = target_K.square().sum()
     return gram_RR
+
+
+def _made(map_RN: torch.Tensor, of_N: torch.Tensor) -> torch.Tensor:
+    """map x, x [N, ...]: each sample makes one row, and what is left over the last one. A product
+    of matrices would spread what is not finite over all rows, as 0 times NaN is NaN."""
+    rows = len(map_RN) - 1
+    scale_N = map_RN.sum(0).view(-1, *(1 for _ in of_N.shape[1:]))
+    scaled_N = scale_N * of_N
+    return torch.cat([scaled_N[:rows], scaled_N[rows:].sum(0, keepdim=True)])
 
 
 def _ghost(
@@ -98,14 +107,14 @@ def _ghost(
     map_RN = map_RN.float()
     gram_RR = map_RN.new_zeros(map_RN.shape[0], map_RN.shape[0])
     if rows_too:
-        gram_RR = map_RN @ per_sample.ghost_gram(uses) @ map_RN.t()
+        gram_RR = _made(map_RN, _made(map_RN, per_sample.ghost_gram(uses)).t())
         if target_OI is None:
             return gram_RR
     if target_OI is None:
-        cross_R = map_RN @ (map_RN[-1, -1] * _ghost_merged(place, uses, len(map_RN) - 1))
+        cross_R = _made(map_RN, map_RN[-1, -1] * _ghost_merged(place, uses, len(map_RN) - 1))
         gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R
         return gram_RR
-    cross_R = map_RN @ per_sample.ghost_cross(uses, target_OI)
+    cross_R = _made(map_RN, per_sample.ghost_cross(uses, target_OI))
     gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R
     gram_RR[-1, -1] = target_OI.square().sum()
     return gram_RR

@@ -54,6 +54,11 @@ class StepLog:
         if not products:
             self._names = _ROWS
 
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are; reads the device."""
+        return bool(self._sums_B9.isfinite().all())
+
     def metrics(self) -> dict[str, torch.Tensor]:
         """Scalars of the whole model."""
         values = self._values
