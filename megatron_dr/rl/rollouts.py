@@ -1,6 +1,8 @@
 """Rollouts: what samples completions for the training loop, whatever engine does it."""
 
 import hashlib
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -46,7 +48,8 @@ class Completion:
         finish_reason: `stop` at an end token or a stop text, `length` where max_tokens cut it.
 
     Raises:
-        ValueError: not one log-probability for each id.
+        ValueError: not one log-probability for each id; an id that is no integer from 0; a
+            log-probability that is not finite or above 0.
     """
 
     ids: tuple[int, ...]
@@ -59,6 +62,16 @@ class Completion:
                 f"a completion has {len(self.ids)} tokens but {len(self.log_probs)} "
                 "log-probabilities."
             )
+        for token in self.ids:
+            known = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+            if not known or not 0 <= token < 2**31:
+                raise ValueError(f"a completion's ids are integers from 0, not {token!r:.100}.")
+        for value in self.log_probs:
+            known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not known or not -math.inf < value <= 0:
+                raise ValueError(
+                    f"a completion's log-probabilities are finite and at most 0, not {value!r:.90}."
+                )
 
 
 class Rollouts(Protocol):
