@@ -72,12 +72,12 @@ class Pairs(ABC):
         """tokens, labels, answer_mask, position_ids, each [2, L], the chosen answer first.
 
         answer_mask is 1 where the label belongs to the answer; loss_mask [1] is what the pair
-        counts in the loss; reference_log_prob [2] is there once it is known.
+        counts in the loss, all of its tokens; reference_log_prob [2] is there once it is known.
         """
         sides = [padded(part, self.sequence_length, self.pad) for part in self.pair(number)]
         sample = {name: torch.stack([side[name] for side in sides]) for name in sides[0]}
         sample["answer_mask"] = sample.pop("loss_mask")
-        sample["loss_mask"] = torch.ones(1)
+        sample["loss_mask"] = torch.tensor([float(sample["tokens"].numel())])
         if self.attention_mask:
             mask = causal_mask(self.sequence_length)
             sample["attention_mask"] = torch.stack([mask, mask])

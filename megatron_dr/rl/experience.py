@@ -100,24 +100,35 @@ class ExperienceStream:
     Microbatch m of a step takes consecutive positions of the epoch order, data ranks side by side,
     so that the sequences of a step do not depend on the number of ranks.
 
+    Weights and counts of a step are in units in which the counts add up to all tokens of its
+    sequences, padding too: a mean is the same in any unit, and the routers of experts weigh their
+    auxiliary losses by all tokens.
+
+    Args:
+        batch_size: sequences of a step, on all ranks together.
+
     Attributes:
         consumed: sequences taken by all ranks together: the stream's place, which can be set.
     """
 
     def __init__(
-        self, *, micro_batch_size: int, rank: int, size: int, aggregation: Aggregation,
-        by_reward: bool,
+        self, *, micro_batch_size: int, rank: int, size: int, batch_size: int,
+        aggregation: Aggregation, by_reward: bool,
     ) -> None:  # fmt: skip
         self.micro_batch_size, self.rank, self.size = micro_batch_size, rank, size
+        self.batch_size = batch_size
         self.aggregation, self.by_reward = aggregation, by_reward
         self.consumed = 0
         self._experience: Experience | None = None
+        self._units: dict[int, float] = {}  # by the first sequence of a step
 
     def show(self, experience: Experience, seed: int) -> None:
         """Go on with this experience, in an order by `seed` and its number."""
         self._experience = experience
         mixed = (seed * 1_000_003 + experience.number) % 2**63
         self._order = EpochOrder(len(experience), mixed)
+        self._count_N = token_weights(experience.mask_NT, self.aggregation).count_BT.sum(1)
+        self._units.clear()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -126,8 +137,19 @@ class ExperienceStream:
         assert self._experience is not None
         first = self.consumed + self.rank * self.micro_batch_size
         numbers = [self._order[first + n] for n in range(self.micro_batch_size)]
+        batch = self._experience.batch(numbers, self.aggregation, self.by_reward)
+        unit = self._unit(self.consumed - self.consumed % self.batch_size)
         self.consumed += self.micro_batch_size * self.size
-        return self._experience.batch(numbers, self.aggregation, self.by_reward)
+        return batch | {name: batch[name] * unit for name in ("weight", "loss_mask")}
+
+    def _unit(self, first: int) -> float:
+        """All tokens of the step from this place on by what counts among them."""
+        if first not in self._units:
+            assert self._experience is not None
+            numbers = [self._order[first + n] for n in range(self.batch_size)]
+            tokens = self._experience.tokens_NT[numbers].numel()
+            self._units = {first: tokens / max(int(self._count_N[numbers].sum()), 1)}
+        return self._units[first]
 
 
 _TENSORS = ("tokens_NT", "mask_NT", "old_NT", "reference_NT", "reward_N", "advantage_NA")

@@ -11,7 +11,11 @@ from megatron_dr.rl.weights import TokenWeights
 def objective(
     log_prob_BT: Tensor, value_BT: Tensor | None, batch: dict[str, Tensor], rl: RLConfig
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum, count) of the loss, and pairs (sum, count) for the log by name.
+    """(sum, tokens) of the loss, and pairs (sum, count) for the log by name.
+
+    `tokens` is all of the microbatch's, padding too: what Megatron divides by must be what routers
+    of experts multiply their auxiliary losses with. `ExperienceStream` has the weights in that
+    unit.
 
     Completions with `by_reward` have `reward_loss`, the others `policy_loss` with GRPO's KL or,
     with values, PPO's `value_loss`. Completions whose return is NaN have no value loss.
@@ -45,7 +49,8 @@ def objective(
     pairs = {name: torch.stack([value, count.to(value)]) for name, value in report.items()}
     if value_BT is not None:  # the others have none
         pairs["value loss"][1] = by_policy.count_BT.sum()
-    return loss, count.to(torch.int), pairs
+    tokens = torch.tensor(log_prob_BT.numel(), dtype=torch.int, device=log_prob_BT.device)
+    return loss, tokens, pairs
 
 
 def _clipped(

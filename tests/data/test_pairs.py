@@ -46,7 +46,7 @@ def test_the_answers_alone_have_a_loss(tmp_path: Path, tokenizer: ByteTokenizer)
         **dict.fromkeys(("tokens", "labels", "answer_mask", "position_ids"), [2, LENGTH]),
         "loss_mask": [1],
     }  # fmt: skip
-    assert first["loss_mask"].tolist() == [1.0]
+    assert first["loss_mask"].tolist() == [2.0 * LENGTH]  # what experts are counted by
     assert answers(second, tokenizer.decode) == ["es<|end|>", "o<|end|>"]  # nothing is before them
 
 

@@ -162,8 +162,8 @@ def with_head() -> None:
 def stream(known: Experience, by_reward: bool, size: int = 1) -> ExperienceStream:
     out = ExperienceStream(
         micro_batch_size=size, rank=parallel_state.get_data_parallel_rank(),
-        size=parallel_state.get_data_parallel_world_size(), aggregation="token",
-        by_reward=by_reward,
+        size=parallel_state.get_data_parallel_world_size(), batch_size=len(known),
+        aggregation="token", by_reward=by_reward,
     )  # fmt: skip
     out.show(known, 3)
     return out

@@ -89,8 +89,8 @@ def schedule(model: list[Any], known: Experience, rl: RLConfig) -> dict[str, Any
     rank, size = (f() for f in (parallel_state.get_data_parallel_rank,
                                 parallel_state.get_data_parallel_world_size))  # fmt: skip
     streams = [
-        ExperienceStream(micro_batch_size=2, rank=rank, size=size, by_reward=False,
-                         aggregation=rl.aggregation) for _ in model
+        ExperienceStream(micro_batch_size=2, rank=rank, size=size, batch_size=ROWS,
+                         by_reward=False, aggregation=rl.aggregation) for _ in model
     ]  # fmt: skip
     for stream in streams:
         stream.show(known, 3)

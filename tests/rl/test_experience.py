@@ -8,6 +8,7 @@ import torch
 
 from megatron_dr.rl import experience
 from megatron_dr.rl.experience import Experience, ExperienceStream
+from megatron_dr.rl.weights import Aggregation
 
 
 def made(rows: int = 6, length: int = 5, number: int = 4, ppo: bool = False) -> Experience:
@@ -43,20 +44,57 @@ def test_a_step_is_the_same_for_any_number_of_ranks(size: int) -> None:
         found = []
         for rank in range(size):
             stream = ExperienceStream(
-                micro_batch_size=1, rank=rank, size=size, aggregation="token", by_reward=False
-            )
+                micro_batch_size=1, rank=rank, size=size, batch_size=6, aggregation="token",
+                by_reward=False,
+            )  # fmt: skip
             stream.show(made(), seed=9)
             stream.consumed = consumed
             found += [int(next(stream)["tokens"][0, 0]) // 10 for _ in range(6 // size)]
         return sorted(found)
 
     assert rows(0) == rows(6) == list(range(6))
-    one = ExperienceStream(micro_batch_size=6, rank=0, size=1, aggregation="token", by_reward=False)
+    one = ExperienceStream(
+        micro_batch_size=6, rank=0, size=1, batch_size=6, aggregation="token", by_reward=False
+    )
     one.show(made(), seed=9)
     first, second = next(one)["tokens"], next(one)["tokens"]
     assert not torch.equal(first, second)  # epochs have their own order
     one.consumed = 0
     assert torch.equal(next(one)["tokens"], first)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_a_steps_counts_add_up_to_all_its_tokens(aggregation: Aggregation) -> None:
+    """In both steps of an epoch, on both ranks together; means are what they are in any unit."""
+    known = made(rows=8, length=7)
+    streams = [
+        ExperienceStream(
+            micro_batch_size=1, rank=rank, size=2, batch_size=4, aggregation=aggregation,
+            by_reward=False,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for stream in streams:
+        stream.show(known, seed=9)
+    for _ in range(3):
+        batches = [next(stream) for stream in streams for _ in range(2)]
+        rows = [int(batch["tokens"][0, 0]) // 10 for batch in batches]
+        plain = [known.batch([row], aggregation, False) for row in rows]
+        counted = sum(batch["loss_mask"].sum() for batch in plain)
+        assert sum(float(b["loss_mask"].sum()) for b in batches) == pytest.approx(4 * 7)
+        for batch, one in zip(batches, plain, strict=True):
+            for name in ("weight", "loss_mask"):
+                torch.testing.assert_close(batch[name], one[name] * (4 * 7 / counted))
+
+
+def test_a_step_in_which_nothing_counts_has_no_weights() -> None:
+    known = dataclasses.replace(made(), mask_NT=torch.zeros(6, 5, dtype=torch.uint8))
+    stream = ExperienceStream(
+        micro_batch_size=6, rank=0, size=1, batch_size=6, aggregation="token", by_reward=False
+    )
+    stream.show(known, seed=9)
+    batch = next(stream)
+    assert not batch["weight"].any() and not batch["loss_mask"].any()
 
 
 def test_rewards_of_the_whole_rollout_are_normalised() -> None:

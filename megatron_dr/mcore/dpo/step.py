@@ -42,10 +42,12 @@ def preference_step(
 
 
 def loss_func(dpo: PreferenceConfig, batch: Batch, losses_BT: torch.Tensor) -> Any:
-    """Sum of the pairs' losses, their number, and (sum, number) of each value for the log.
+    """The pairs' losses times the tokens of each, the tokens, and (sum, number) of each value for
+    the log.
 
     All microbatches of a role have as many pairs, so that Megatron's mean over microbatches, or
-    with --calculate-per-token-loss over what was counted, is the mean over the pairs.
+    with --calculate-per-token-loss over what was counted, is the mean over the pairs. All tokens
+    are counted, padding too: routers of experts weigh their auxiliary losses by them.
     """
     log_prob_B, reference_B = answers(losses_BT, batch), batch["reference_log_prob"]
     chosen_P, rejected_P = log_prob_B.chunk(SEQUENCES)
@@ -63,4 +65,5 @@ def loss_func(dpo: PreferenceConfig, batch: Batch, losses_BT: torch.Tensor) -> A
         "rejected log ratio": worse_P.sum(),
     }  # fmt: skip
     logged = {name: torch.stack([value, count.to(value)]) for name, value in report.items()}
-    return loss, count.to(torch.int), logged
+    tokens = torch.tensor(losses_BT.numel(), dtype=torch.int, device=losses_BT.device)
+    return loss * (tokens / count), tokens, logged

@@ -62,13 +62,17 @@ class RolloutSource(Source):
         self, samples: Any, micro_batch_size: int, ranks: int, chunks: int
     ) -> list[ExperienceStream]:
         """The target's; what they give is shown to them at each rollout."""
-        self._target = [self._stream(micro_batch_size, self._by_reward) for _ in range(chunks)]
+        whole = self.rl.completions if self.target.target_data is None else None
+        batch = whole or self.target.target_batch_size
+        self._target = [self._stream(micro_batch_size, batch, self._by_reward)
+                        for _ in range(chunks)]  # fmt: skip
         return self._target
 
     def begin(self, handle: Handle) -> None:
         args, rl, model = self.args, self.rl, handle.model
         self.model, self.steps_per_cycle = model, rl.steps_per_cycle(args.global_batch_size)
-        self._general = [self._stream(args.micro_batch_size, False) for _ in model]
+        batch = args.global_batch_size
+        self._general = [self._stream(args.micro_batch_size, batch, False) for _ in model]
         self._reference = Reference(model) if rl.kl > 0 else None
         self._collector = Collector(model, self.tokenizer, rl, args, self._reference)
         self._offload = Offload(handle, rl.offload)
@@ -176,10 +180,11 @@ class RolloutSource(Source):
         kept = filter_once.filtered(general, target, self.rl, self.model, stock, schedule)
         self._show(GENERAL, kept)
 
-    def _stream(self, size: int, by_reward: bool) -> ExperienceStream:
+    def _stream(self, size: int, batch: int, by_reward: bool) -> ExperienceStream:
         return ExperienceStream(
             micro_batch_size=size, rank=mpu.get_data_parallel_rank(),
-            size=self.args.data_parallel_size, aggregation=self.rl.aggregation, by_reward=by_reward,
+            size=self.args.data_parallel_size, batch_size=batch, aggregation=self.rl.aggregation,
+            by_reward=by_reward,
         )  # fmt: skip
 
     def _values(self) -> dict[str, float]:
