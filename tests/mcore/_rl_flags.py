@@ -13,6 +13,7 @@ def parsed(more: str) -> argparse.Namespace:
     parser.add_argument("--data-path", nargs="*")
     parser.add_argument("--dataloader-type")
     parser.add_argument("--eval-interval", type=int)
+    parser.add_argument("--iterations-to-skip", nargs="+", type=int, default=[])
     parser.add_argument("--mock-data", action="store_true")
     return parser.parse_args((RL + more).split())
 

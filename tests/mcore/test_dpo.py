@@ -97,6 +97,25 @@ def test_a_resumed_run_is_one_that_did_not_stop(
     compare(run(data, more, world=2), path, oracles["slot"], first=STOP)
 
 
+def test_skipped_iterations_pass_over_their_pairs_in_every_layout(
+    data: Data, tmp_path: Path
+) -> None:
+    """General pairs alone: the target's go on where they were."""
+    found = []
+    for world, layout in enumerate(("", "--tensor-model-parallel-size 2 --sequence-parallel"), 1):
+        path = tmp_path / f"{world}.jsonl"
+        more = f"{regularised(data, 'slot', 4)} {layout} --iterations-to-skip 2 --dr-metrics {path}"
+        found.append((_rl.parameters(run(data, more, world=world)), metrics.read(path, "train")))
+    (one, lines), (two, others) = found
+    for every in (lines, others):
+        assert [line["iteration"] for line in every] == [1, 3]
+    for name in ("dpo loss", "margin", "target dpo loss", "target margin"):
+        for line, other in zip(lines, others, strict=True):
+            assert other[name] == pytest.approx(line[name], rel=2e-3, abs=1e-4), name
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_without_a_target_the_first_step_is_at_the_reference(data: Data) -> None:
     """--dr-dpo-beta alone is plain DPO; an unchanged policy has no margin at all."""
     (line,) = metrics.read(data["metrics"], "train")

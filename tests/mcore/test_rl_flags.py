@@ -31,6 +31,7 @@ WRONG = {
     "": "needs general prompts: give --data-path prompts.jsonl",
     "--data-path 0.5 a.jsonl": "--data-path 0.5: with --dr-rl-algorithm prompts are files that",
     "--data-path a.jsonl --mock-data": "does not go with --mock-data",
+    "--data-path a.jsonl --iterations-to-skip 2 3": "does not go with --iterations-to-skip (its",
     "--data-path a.jsonl --dr-rows domain": "does not go with --dr-rows domain",
     "--data-path a.jsonl --dr-target-ranks 1": "does not go with --dr-target-ranks",
     "--data-path a.jsonl --dataloader-type cyclic": "drop --dataloader-type cyclic",

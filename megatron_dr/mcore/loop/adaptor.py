@@ -13,6 +13,7 @@ What is wrapped, and who calls it:
     megatron.core.dist_checkpointing.load                 load_checkpoint: one without adapters
     megatron.training.training.build_train_valid_test_datasets
                                   build_train_valid_test_data_loaders: microbatches of one domain
+    megatron.training.training.dummy_train_step           train: --iterations-to-skip
     megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
     the three schedules of megatron.core.pipeline_parallel.schedules
@@ -59,6 +60,7 @@ def enable() -> None:
     _wrap(training, "setup_model_and_optimizer", _set_up)
     _wrap(training, "get_megatron_optimizer", _build_optimizer)
     _wrap(training, "build_train_valid_test_datasets", _build_datasets)
+    _wrap(training, "dummy_train_step", _skip)
     _wrap(training, "training_log", _log_training)
     _wrap(training, "evaluate", _log_validation)
     _wrap(training, "save_checkpoint", _save)
@@ -168,6 +170,13 @@ def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any
         for part, _ in parts.on(get_args()):
             train = part.on_data(get_args(), train)
     return train, *others
+
+
+def _skip(stock: Callable[..., Any], data_iterator: Any) -> None:
+    if _run is None:
+        stock(data_iterator)
+    else:
+        _run.skip(data_iterator)
 
 
 def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: Any, iteration: int,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.data.domains import DomainPlan
@@ -98,6 +99,19 @@ class TrainingRun:
         if schedule.get("collect_non_loss_data", False):
             return stock(**schedule)
         return self._validate(stock, schedule)
+
+    def skip(self, data_iterator: Any) -> None:
+        """An iteration of --iterations-to-skip: general data move on by a step.
+
+        Megatron's own reads on one tensor-parallel rank, for all and in the shape of one sequence
+        a sample, and from one iterator; here each rank moves on what it may read from.
+        """
+        machine = get_rerun_state_machine()
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        while machine.should_run_forward_backward(data_iterator):
+            for iterator in iterators:
+                for _ in range(0 if iterator is None else get_num_microbatches()):
+                    next(iterator)
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         reports = self.source.validate()

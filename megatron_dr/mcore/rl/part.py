@@ -27,6 +27,7 @@ _REFUSED = (
         "non_persistent_save_interval": "rollouts are saved with persistent checkpoints",
         "perform_rl_step": "it is Megatron's own loop for rewards",
         "skip_train": "validation alone has no rollouts",
+        "iterations_to_skip": "its data are made as it trains, not by iterations",
     }),
     Rule("dr_target_ranks", says="{who} {flag}: drop it."),
     Rule("dr_rows", when=lambda rows, _: rows == "domain", says="{who} {flag} {value}: drop it."),
