@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dr.rl.sandbox import passes
+from megatron_dr.rl import sandbox
 
 Reward = Callable[[Any, str, Any], float]
 
@@ -87,11 +87,20 @@ def last_boxed(text: str) -> str | None:
 def unit_tests(prompt: Any, completion: str, answer: Any) -> float:
     """1 if the completion's Python passes the answer's asserts in a sandbox (see `sandbox`).
 
+    It can change none of the user's files. A machine that can't give that is refused at the start,
+    unless --dr-rl-unsafe-sandbox is given.
+
     The code is the completion's last fenced block, or all of it where there is none.
 
     Args:
         answer: Python text, or a list of such lines.
+
+    Raises:
+        Impossible: the machine can't keep the code apart.
     """
     blocks = _FENCED.findall(completion)
     tests = "\n".join(answer) if isinstance(answer, list) else str(answer)
-    return float(passes(blocks[-1] if blocks else completion, tests))
+    return float(sandbox.passes(blocks[-1] if blocks else completion, tests))
+
+
+unit_tests.at_start = sandbox.check  # type: ignore[attr-defined]  # a pool's workers call it first
