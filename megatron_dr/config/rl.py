@@ -34,6 +34,12 @@ class RLConfig:
     )
     reward_workers: int = flag(1, "processes that evaluate rewards, on each rank", "count")
     reward_timeout: float = flag(10.0, "time for a completion's reward", "seconds, > 0")
+    unsafe_sandbox: bool = flag(
+        False,
+        "let the reward unit_tests run models' code as the user, where the machine can't keep it "
+        "from the user's files",
+        "flag",
+    )
     engine: str | None = flag(
         None,
         "what answers in place of the model itself: module:function of (model, arguments)",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dr.rl.reward_process import RewardFailure, RewardProcess
+from megatron_dr.rl.sandbox import UNSAFE
 
 _log = logging.getLogger(__name__)
 
@@ -50,18 +51,25 @@ class RewardPool:
         name: `module:function`, imported in the workers.
         workers: processes.
         timeout: seconds for a sample.
+        unsafe_sandbox: let models' code run where it can't be kept apart; see `sandbox`.
+
+    A function may have an attribute `at_start`, called before the first sample: what it raises is
+    told at the start.
 
     Raises:
-        ValueError: the name can't be loaded, or an argument is not above 0.
+        ValueError: the name can't be loaded or used here, or an argument is not above 0.
     """
 
-    def __init__(self, name: str, workers: int, timeout: float) -> None:
+    def __init__(
+        self, name: str, workers: int, timeout: float, unsafe_sandbox: bool = False
+    ) -> None:
         if workers < 1 or not timeout > 0:
             raise ValueError(
                 f"a reward pool needs workers ({workers}) and a timeout ({timeout}) above 0."
             )
         self.name, self._timeout = name, timeout
-        self._processes = [RewardProcess(name) for _ in range(workers)]
+        environment = {UNSAFE: "1"} if unsafe_sandbox else {}
+        self._processes = [RewardProcess(name, environment) for _ in range(workers)]
         self._idle: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
         try:
@@ -76,7 +84,7 @@ class RewardPool:
         """Rewards of a batch.
 
         Raises:
-            ValueError: a worker can't load the function any more.
+            ValueError: a worker can't load the function any more, or run models' code apart.
             TypeError: an answer is not JSON.
         """
         results = list(self._threads.map(self._score, range(len(samples)), samples))

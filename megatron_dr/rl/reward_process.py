@@ -3,15 +3,19 @@
 import contextlib
 import json
 import os
+import secrets
 import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _START_SECONDS = 120.0  # imports may be slow on a shared file system
+_LONGEST_WAIT = 3600.0  # poll() takes no more than 24 days at a time
+_NOISE = 1 << 24  # bytes that are no reply, of one sample
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,15 @@ class RewardFailure:
 
 
 class RewardProcess:
-    """A process that evaluates one sample at a time; it starts at the first and after a failure."""
+    """A process that evaluates one sample at a time; it starts at the first and after a failure.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    Args:
+        name: `module:function`.
+        environment: variables that it has beside this process's.
+    """
+
+    def __init__(self, name: str, environment: dict[str, str]) -> None:
+        self._name, self._environment = name, environment
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
 
@@ -41,10 +50,13 @@ class RewardProcess:
             [sys.executable, "-m", "megatron_dr.rl.reward_worker", self._name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ, **self._environment,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
             start_new_session=True,  # the function's own children are killed with it
-        )
-        reply = self._read(self._process, _START_SECONDS)
+        )  # fmt: skip
+        reply = self._ask([], _START_SECONDS)
         if not isinstance(reply, RewardFailure) and "ready" in reply:
             return
         self.stop()
@@ -56,17 +68,18 @@ class RewardProcess:
         """The reward, or why there is none; a process that is late or gone is ended.
 
         Raises:
-            ValueError: the process can't be started.
+            ValueError: the process can't be started, or the function can't be used here.
             TypeError: the sample is not JSON.
         """
-        line = json.dumps(sample).encode() + b"\n"
+        json.dumps(sample)  # tells what is wrong before anything runs
         if self._process is None or self._process.poll() is not None:
             self.start()
-        assert self._process is not None
-        reply = self._write(self._process, line) or self._read(self._process, timeout)
+        reply = self._ask(sample, timeout)
         if isinstance(reply, RewardFailure):
             self.stop()
             return reply
+        if reply.get("error") == "load":
+            raise ValueError(reply["message"])
         if "error" in reply:
             return RewardFailure(reply["error"], reply["message"])
         return float(reply["reward"])
@@ -84,6 +97,13 @@ class RewardProcess:
                 pipe.close()
         process.wait()
 
+    def _ask(self, sample: Sequence[Any], timeout: float) -> dict[str, Any] | RewardFailure:
+        """The reply to a sample, or why none came. It has a word that only the question has."""
+        assert self._process is not None
+        word = secrets.token_hex(16)
+        line = json.dumps([word, *sample]).encode() + b"\n"
+        return self._write(self._process, line) or self._read(self._process, word, timeout)
+
     def _write(self, process: subprocess.Popen[bytes], line: bytes) -> RewardFailure | None:
         """Hand a line over; the process reads whenever it is idle, so that this ends."""
         assert process.stdin is not None
@@ -95,24 +115,38 @@ class RewardProcess:
         return None
 
     def _read(
-        self, process: subprocess.Popen[bytes], timeout: float
+        self, process: subprocess.Popen[bytes], word: str, timeout: float
     ) -> dict[str, Any] | RewardFailure:
-        """The next line of the process, or why none came."""
+        """The line with the word, or why none came; all others are none of ours."""
         assert process.stdout is not None
-        deadline = time.monotonic() + timeout
+        deadline, noise = time.monotonic() + timeout, 0
         poll = select.poll()  # select() refuses descriptors from 1024 on
         poll.register(process.stdout, select.POLLIN)
-        while b"\n" not in self._unread:
+        while True:
+            *lines, self._unread = self._unread.split(b"\n")
+            for line in lines:
+                if word.encode() in line and (reply := _reply(line, word)) is not None:
+                    return reply
+            noise += sum(map(len, lines))
             left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
+            if left <= 0:
                 return RewardFailure("timeout", f"took longer than {timeout:g} s")
-            read = os.read(process.stdout.fileno(), 1 << 16)
-            if not read:
-                return _crashed(process)
-            self._unread += read
-        line, _, self._unread = self._unread.partition(b"\n")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+            if noise + len(self._unread) > _NOISE:
+                return RewardFailure("crashed", "wrote to the pipe of its replies without end")
+            if poll.poll(min(left, _LONGEST_WAIT) * 1000):
+                read = os.read(process.stdout.fileno(), 1 << 16)
+                if not read:
+                    return _crashed(process)
+                self._unread += read
+
+
+def _reply(line: bytes, word: str) -> dict[str, Any] | None:
+    """The reply on a line; None where it is something else."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return reply if isinstance(reply, dict) and reply.get("word") == word else None
 
 
 def _crashed(process: subprocess.Popen[bytes]) -> RewardFailure:

@@ -1,9 +1,12 @@
 """Process of a `RewardPool`: `python -m megatron_dr.rl.reward_worker module:function`.
 
-Reads one sample a line, [prompt, completion, answer] as JSON, and answers with one line:
-{"reward": r}, or {"error": kind, "message": text}. Its first line is {"ready": true} or an error.
+It reads lines of JSON, each with a word that no other has: [word] alone to load the function, then
+[word, prompt, completion, answer] for one sample. It answers each with one line that has the word,
+{"word": word, ...}: {"ready": true}, {"reward": r}, or {"error": kind, "message": text}. What the
+function writes to any descriptor, or reads from its input, is thus neither a reply nor a sample.
 """
 
+import fcntl
 import json
 import math
 import numbers
@@ -16,35 +19,59 @@ from typing import Any
 
 from megatron_dr.config.named import load_function
 from megatron_dr.rl.rewards import Reward
+from megatron_dr.rl.sandbox import Impossible
+
+_TEXT = 500  # of a message
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    asked, replies = os.fdopen(_away(0), encoding="utf-8"), _away(1)
     os.dup2(2, 1)  # what a reward function prints must not look like a reply
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor may it, or a child of it, take a sample
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    reward: Reward | None = None
+    for line in asked:
+        word, *sample = json.loads(line)
+        if reward is None:
+            reward, reply = _load(sys.argv[1])
+        else:
+            reply = _evaluate(reward, *sample)
+        # the line before it may be the function's own, without an end
+        _write(replies, f"\n{json.dumps({'word': word, **reply})}\n".encode())
+        if reward is None:
+            return
 
-    def reply(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
 
+def _load(name: str) -> tuple[Reward | None, dict[str, Any]]:
+    """The function, if it can be used here, and the reply that says so."""
     try:
-        reward = load_function("reward", sys.argv[1])
+        reward = load_function("reward", name)
+        getattr(reward, "at_start", lambda: None)()
     except Exception as error:
-        reply({"error": "load", "message": str(error)})
-        return
-    reply({"ready": True})
-    for line in sys.stdin:
-        reply(_evaluate(reward, *json.loads(line)))
+        return None, {"error": "load", "message": str(error)}
+    return reward, {"ready": True}
 
 
 def _evaluate(reward: Reward, prompt: Any, completion: str, answer: Any) -> dict[str, Any]:
     try:
         value: Any = reward(prompt, completion, answer)
+        if isinstance(value, numbers.Real) and math.isfinite(value):
+            return {"reward": float(value)}
+        return {"error": "invalid", "message": f"returned {value!r}, not a finite number"[:_TEXT]}
+    except Impossible as error:  # of every sample
+        return {"error": "load", "message": str(error)}
     except (Exception, SystemExit) as error:
-        return {"error": "raised", "message": f"{type(error).__name__}: {error}"}
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return {"error": "invalid", "message": f"returned {value!r}, not a finite number"[:500]}
-    return {"reward": float(value)}
+        return {"error": "raised", "message": f"{type(error).__name__}: {error}"[:_TEXT]}
+
+
+def _away(descriptor: int) -> int:
+    """A copy of it where no function expects one of its own."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 100)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _die_with(parent: int) -> None:

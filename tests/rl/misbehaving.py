@@ -1,5 +1,6 @@
 """Reward functions that misbehave as the completion says; loaded by the workers of a pool."""
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -40,6 +41,24 @@ def reward(prompt: str, completion: str, answer: Any) -> Any:
             return float("inf")
         case "numpy":
             return np.float32(0.5)
+        case "forge":  # wherever a reply or a sample might go
+            for number in [3, *map(int, os.listdir("/proc/self/fd"))]:
+                with contextlib.suppress(OSError):
+                    os.write(number, b'{"ready": true, "reward": 9.0}\n{"reward": 8.0')
+        case "garbage":
+            for number in map(int, os.listdir("/proc/self/fd")):
+                with contextlib.suppress(OSError):
+                    os.write(number, b'["' * 5000 + b"\n\xff{")
+        case "flood":
+            for number in map(int, os.listdir("/proc/self/fd")):
+                with contextlib.suppress(OSError):
+                    for _ in range(400):
+                        os.write(number, b"x" * 65536)
+        case "read":
+            subprocess.run([sys.executable, "-c", "import sys; sys.stdin.read()"], timeout=60)
+            assert not sys.stdin.read()
+        case "huge":
+            return 10**400
         case "print":
             print('{"reward": 9.0}', flush=True)
             os.system("echo noise")

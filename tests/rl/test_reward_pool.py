@@ -74,6 +74,46 @@ def test_what_a_function_prints_is_no_reward() -> None:
     assert score(["fine", "print", "numpy"]).rewards == [0.0, 1.0, 0.5]
 
 
+def test_what_a_function_writes_or_reads_anywhere_is_no_reply_and_no_sample() -> None:
+    """Its own descriptors are closed to nothing; only the reply has the question's word."""
+    bad = ["forge", "garbage", "read", "flood"]
+    each = [text for name in bad for text in (name, "fine")]
+    samples = [Sample("", text, number) for number, text in enumerate(each)]
+    with closing(RewardPool(MISBEHAVING, workers=1, timeout=60.0)) as pool:
+        scores = pool.score(samples)
+    assert scores.rewards == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, None, 7.0]
+    assert scores.failures == Counter(crashed=1)
+
+
+@pytest.mark.parametrize("timeout", [25 * 86400.0, 1e300])
+def test_a_timeout_may_be_longer_than_the_kernel_waits(timeout: float) -> None:
+    with closing(RewardPool(MISBEHAVING, workers=1, timeout=timeout)) as pool:
+        assert pool.score([Sample("", "fine", 3)]).rewards == [3.0]
+
+
+NO_NAMESPACES = """
+from megatron_dr.rl import sandbox
+no = "import os\\ndef no(*_): raise OSError('no namespaces here')\\nos.unshare = no"
+sandbox._BOOT = sandbox._BOOT.replace("\\n", f"\\n{no}\\n", 1)
+"""
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_machine_that_cant_keep_code_apart_is_told_at_the_start(
+    unsafe: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Workers start with a module that takes namespaces from the sandbox's launcher."""
+    (tmp_path / "sitecustomize.py").write_text(NO_NAMESPACES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "megatron_dr.rl.rewards:unit_tests"
+    if not unsafe:
+        with pytest.raises(ValueError, match="can't be kept apart.*or give --dr-rl-unsafe-sandbox"):
+            RewardPool(name, workers=1, timeout=30.0)
+        return
+    with closing(RewardPool(name, 1, 30.0, unsafe_sandbox=True)) as pool:
+        assert pool.score([Sample("", "x = 1", "assert x == 1")]).rewards == [1.0]
+
+
 def test_workers_end_with_the_pool() -> None:
     with closing(RewardPool(MISBEHAVING, workers=1, timeout=5.0)) as pool:
         pid = pool._processes[0]._process.pid

@@ -25,7 +25,10 @@ def open_scorers(rl: RLConfig) -> dict[str, Scorer]:
     Raises:
         ValueError: a rank can't load it.
     """
-    pool = partial(RewardPool, workers=rl.reward_workers, timeout=rl.reward_timeout)
+    pool = partial(
+        RewardPool, workers=rl.reward_workers, timeout=rl.reward_timeout,
+        unsafe_sandbox=rl.unsafe_sandbox,
+    )  # fmt: skip
     with errors.agreed():
         general: Scorer
         if rl.reward_model is not None:
