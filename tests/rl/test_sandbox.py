@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,8 @@ FORBIDDEN = [
     "call('shmget', 0, 1 << 20, 0o1600)",
     "os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)",
     "os.memfd_create('unseen')",
+    "socket.socket(socket.AF_UNIX).connect(f'{outside}/listening')",
+    "socket.socket(socket.AF_VSOCK)",
     "socket.create_connection(socket.create_server(('127.0.0.1', 0)).getsockname(), 1)",
 ]
 TRYING = """
@@ -109,7 +112,11 @@ os.kill(1, 9)  # who watches does not hear it
 def test_code_can_change_nothing_of_the_users(outside: Path) -> None:
     """It can read; there is no network, and no process but its own and the one that watches."""
     given = f"outside = {str(outside)!r}\nforbidden = {FORBIDDEN!r}\n"
-    assert passes(given + TRYING, "", PATIENT)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(outside / "listening"))
+        listening.listen()
+        assert passes(given + TRYING, "", PATIENT)
+    (outside / "listening").unlink()
     assert {path.name: path.read_text() for path in outside.iterdir()} == {
         "checkpoint": "weights", "target.jsonl": "data\n",
     }  # fmt: skip
@@ -118,12 +125,15 @@ def test_code_can_change_nothing_of_the_users(outside: Path) -> None:
 @apart
 def test_places_for_temporary_files_are_one_private_folder() -> None:
     code = """
-import os, tempfile, multiprocessing
+import asyncio, multiprocessing, os, subprocess, tempfile, threading
 for name in ("/tmp/a", "/var/tmp/b", "/dev/shm/c", "d"):
     open(name, "w").write("x")
 assert {"a", "b", "c", "d"} < set(os.listdir("/tmp")) and not os.path.exists(OUTSIDE)
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert pool.map(abs, [-1, 2]) == [1, 2]
+asyncio.run(asyncio.sleep(0))
+threading.Thread(target=print).start()
+assert subprocess.run(["true"]).returncode == 0
 assert len(os.urandom(3)) == 3 and open("/dev/null", "w").write("x")
 print("said", tempfile.mkdtemp())
 """

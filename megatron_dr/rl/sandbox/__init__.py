@@ -3,9 +3,10 @@
 The code sees the machine's files read-only and as the user may read them. It writes to one private
 folder in memory, which is its /tmp and /var/tmp, too, and ends with it. /dev has the harmless
 devices alone, /run is empty, /proc has its own processes, there is no network, the environment is
-empty, and system calls are refused that give memory outside of all this. Linux namespaces do so,
-without root. `Limits` holds for all processes of a run together, which are looked at every 20
-milliseconds; address space and CPU time are limited for each. Nothing outlives a run.
+empty, and system calls are refused that give memory outside of all this, or sockets on which the
+user's programs listen. Linux namespaces do so, without root. `Limits` holds for all processes of a
+run together, which are looked at every 20 milliseconds; address space and CPU time are limited for
+each. Nothing outlives a run.
 
 Where the machine can't give that, `passes` refuses, unless the environment variable
 MEGATRON_DR_UNSAFE_SANDBOX is 1, as --dr-rl-unsafe-sandbox sets it for reward workers. The code then

@@ -22,13 +22,16 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _GIVE = 0x20, 0x15, 0x35, 0x45, 0x06  # its 
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # where they stand in what it reads
 _OTHER_ABI = 0x40000000  # x86's x32 has the same calls by other numbers
 
-# by machine: its number; clone; then what gives namespaces, memory without a mapping, or both:
-# memfd_create, memfd_secret, shmget, unshare, setns, io_uring_setup, add_key, bpf
+_FAMILIES = (2, 10, 16)  # AF_INET, AF_INET6, AF_NETLINK: those of the network namespace
+
+# by machine: its number; clone; socket; then what gives namespaces, memory without a mapping, or
+# both: memfd_create, memfd_secret, shmget, unshare, setns, io_uring_setup, add_key, bpf
 _MACHINES = {
-    "x86_64": (0xC000003E, 56, (319, 447, 29, 272, 308, 425, 248, 321)),
-    "aarch64": (0xC00000B7, 220, (279, 447, 194, 97, 268, 425, 217, 280)),
+    "x86_64": (0xC000003E, 56, 41, (319, 447, 29, 272, 308, 425, 248, 321)),
+    "aarch64": (0xC00000B7, 220, 198, (279, 447, 194, 97, 268, 425, 217, 280)),
 }
 _CLONE3 = 435
+Step = tuple[int, str, str, int]  # an instruction: code, where to if so, where to if not, operand
 
 
 def prctl(option: int, *values: object) -> None:
@@ -63,7 +66,9 @@ def make_read_only(path: str) -> None:
 
 
 def forbid_some() -> None:
-    """This process and what it starts get EPERM for the calls of the table above.
+    """This process and what it starts get EPERM for the calls of the table above, for clone with a
+    user namespace, and for sockets that no network namespace holds: programs of the user's listen
+    on some that have names, and virtual machines' hosts on others.
 
     Raises:
         OSError: no table for this machine, or the kernel refuses.
@@ -75,23 +80,38 @@ def forbid_some() -> None:
 
 
 def _filter(machine: str) -> bytes:
-    """Of classic BPF: code, jump if so, jump if not, operand."""
+    """In the bytes of classic BPF."""
     if machine not in _MACHINES:
         raise OSError(errno.ENOSYS, f"no table of system calls for {machine}")
-    number, clone, denied = _MACHINES[machine]
-    left = len(denied) + 4  # instructions from the first comparison of a call to "give allow"
-    steps = [
-        (_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, number), (_GIVE, 0, 0, _KILL),
-        (_LOAD, 0, 0, _NUMBER), (_AT_LEAST, left + 1, 0, _OTHER_ABI),
-    ]  # fmt: skip
-    steps += [(_EQUAL, left - n, 0, call) for n, call in enumerate(denied)]
-    steps += [
-        (_EQUAL, 5, 0, _CLONE3),  # its flags can't be looked at: libraries go back to clone
-        (_EQUAL, 0, 2, clone), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_ANY_BIT, 1, 0, _CLONE_NEWUSER),
-        (_GIVE, 0, 0, _ALLOW), (_GIVE, 0, 0, _ERRNO | errno.EPERM),
-        (_GIVE, 0, 0, _ERRNO | errno.ENOSYS),
-    ]  # fmt: skip
-    return b"".join(struct.pack("HBBI", *step) for step in steps)
+    number, clone, socket, denied = _MACHINES[machine]
+    return _assembled({
+        "": [(_LOAD, "", "", _ARCHITECTURE), (_EQUAL, "", "kill", number),
+             (_LOAD, "", "", _NUMBER), (_AT_LEAST, "deny", "", _OTHER_ABI),
+             *((_EQUAL, "deny", "", call) for call in denied),
+             # its flags can't be looked at: libraries go back to clone
+             (_EQUAL, "lack", "", _CLONE3), (_EQUAL, "clone", "", clone),
+             (_EQUAL, "socket", "allow", socket)],
+        "clone": [(_LOAD, "", "", _FIRST_ARGUMENT), (_ANY_BIT, "deny", "allow", _CLONE_NEWUSER)],
+        "socket": [(_LOAD, "", "", _FIRST_ARGUMENT),
+                   *((_EQUAL, "allow", "", family) for family in _FAMILIES)],
+        "deny": [(_GIVE, "", "", _ERRNO | errno.EPERM)],
+        "lack": [(_GIVE, "", "", _ERRNO | errno.ENOSYS)],
+        "kill": [(_GIVE, "", "", _KILL)],
+        "allow": [(_GIVE, "", "", _ALLOW)],
+    })  # fmt: skip
+
+
+def _assembled(parts: dict[str, list[Step]]) -> bytes:
+    """Parts one after the other; an instruction goes to a part, or with no name to what follows."""
+    starts, steps = {}, list[Step]()
+    for name, part in parts.items():
+        starts[name] = len(steps)
+        steps += part
+    code = b""
+    for place, (kind, so, otherwise, operand) in enumerate(steps):
+        jumps = (starts[name] - place - 1 if name else 0 for name in (so, otherwise))
+        code += struct.pack("HBBI", kind, *jumps, operand)
+    return code
 
 
 def _libc() -> ctypes.CDLL:
