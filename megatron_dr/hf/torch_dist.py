@@ -9,20 +9,22 @@ the planner here makes each when it is written and drops it: a process holds one
 import argparse
 import io
 import json
+import math
 import os
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     create_default_global_save_plan,
 )
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -43,6 +45,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_dr.hf.output import rank
+from megatron_dr.hf.unpickling import (
+    Known,
+    check_metadata,
+    read_known,
+    read_metadata,
+    read_object,
+    why,
+)
 
 COMMON = "common_state/shard_0_1"
 
@@ -110,10 +120,19 @@ def write(folder: Path, pieces: list[Piece], objects: dict[str, Any], common: An
     """Write this process's pieces and objects (collective, over all processes).
 
     `common`: Megatron's common state, written by the first process.
+
+    Raises:
+        ValueError: what a process refused when it made a piece.
     """
     first = rank()[0] == 0
     planner = _SavePlanner(pieces, {COMMON: common, **objects} if first else objects)
-    save({}, storage_writer=_Writer(folder), planner=planner)
+    try:
+        save({}, storage_writer=_Writer(folder), planner=planner)
+    except CheckpointException as error:  # of all processes
+        for cause, _ in error.failures.values():
+            if isinstance(cause, ValueError):
+                raise ValueError(str(cause)) from None
+        raise
     if first:
         settings = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (folder / "metadata.json").write_text(json.dumps(settings))
@@ -158,6 +177,9 @@ class Reader:
 
     Attributes:
         tensors: what is stored of all tensors by key, the optimizer's too.
+
+    Raises:
+        ValueError: there is none, or files of it are damaged or not there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -165,7 +187,8 @@ class Reader:
             raise ValueError(f"{folder}: no torch_dist checkpoint.")
         self.folder = folder
         self.storage = FileSystemReader(folder)
-        self.metadata = self.storage.read_metadata()
+        self.metadata = read_metadata(folder / ".metadata")
+        check_metadata(folder, self.metadata)
         self.storage.set_up_storage_reader(self.metadata, is_coordinator=True)
         self.tensors = {
             key: found
@@ -181,55 +204,65 @@ class Reader:
         )
 
     def read(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """The whole tensor [shape] at place `index` on the axes in front of it."""
+        """The whole tensor [shape] at place `index` on the axes in front of it.
+
+        Raises:
+            ValueError: not all of it is there, or its file is damaged.
+        """
         found = self.tensors[key]
         out = torch.empty((*[1] * len(index), *shape), dtype=found.properties.dtype)
         box = ChunkStorageMetadata(torch.Size((*index, *[0] * len(shape))), out.shape)
         items = create_read_items_for_chunk_list(key, found, [box])
-        self.storage.read_data(LoadPlan(items), _Into(out)).wait()
+        if sum(math.prod(item.lengths) for item in items) < out.numel():
+            raise ValueError(f"{self.folder}: parts of tensor {key} are missing.")
+        try:
+            self.storage.read_data(LoadPlan(items), _Into(out)).wait()
+        except Exception as error:  # torch's readers raise any
+            places = [self.storage.storage_data.get(item.storage_index) for item in items]
+            files = sorted({str(self.folder / place.relative_path) for place in places if place})
+            where = ", ".join(files) or self.folder / ".metadata"
+            raise ValueError(f"{where}: damaged, {key} can't be read ({why(error)}).") from None
         return out.view(shape)
 
     def common(self) -> dict[str, Any]:
-        """Megatron's common state: `args`, `iteration`, ..."""
+        """Megatron's common state: `args`, `iteration`, ...
+
+        Raises:
+            ValueError: it is missing or damaged, or names what could run code.
+        """
         path = self.folder / "common.pt"
         if path.exists():  # before megatron.core 0.19
-            return dict(torch.load(path, weights_only=False, pickle_module=_Lenient))
-        place = self.storage.storage_data[MetadataIndex(COMMON)]
+            with open(path, "rb") as file:
+                found = read_object(file, str(path))
+        else:
+            listed = read_object(*self._object(COMMON))
+            found = listed[0] if isinstance(listed, list) and listed else None  # Megatron's form
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.folder}: damaged, its common state is no dictionary.")
+        return found
+
+    def check_objects(self, known: Sequence[Known]) -> None:
+        """That all that is no tensor can be read, with `known` beside plain data.
+
+        Raises:
+            ValueError: the first that is damaged, or names what could run code.
+        """
+        for key, found in self.metadata.state_dict_metadata.items():
+            if isinstance(found, BytesStorageMetadata):
+                read_known(*self._object(key), known)
+
+    def _object(self, key: str) -> tuple[io.BytesIO, str]:
+        """A pickled object as it is stored, and what errors call it."""
+        place = self.storage.storage_data.get(MetadataIndex(key))
+        if place is None:
+            raise ValueError(f"{self.folder}: damaged, {key} is missing.")
         with open(self.folder / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            data = io.BytesIO(file.read(place.length))
-        return dict(torch.load(data, weights_only=False, pickle_module=_Lenient)[0])
+            return io.BytesIO(file.read(place.length)), f"{file.name}, {key}"
 
     def arguments(self) -> dict[str, Any]:
         """Megatron's arguments by name; empty if it was saved without."""
-        return dict(vars(self.common().get("args", argparse.Namespace())))
-
-
-class _Unknown:
-    """Stands for an object of a class that isn't needed, such as Megatron's enums."""
-
-    def __new__(cls, *_: Any, **__: Any) -> "_Unknown":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _Lenient:
-    """torch.load's `pickle_module`: plain data, tensors and argparse's namespace, and no code.
-
-    Megatron need not be installed to read what it saved, and nothing in the file is called.
-    """
-
-    __name__ = "lenient"
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            plain = (module, name) in {
-                ("argparse", "Namespace"),
-                ("collections", "OrderedDict"),
-                ("torch._utils", "_rebuild_tensor_v2"),
-            }
-            if plain or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
-                return super().find_class(module, name)
-            return _Unknown
+        found = self.common().get("args", argparse.Namespace())
+        if not isinstance(found, argparse.Namespace):
+            raise ValueError(f"{self.folder}: damaged, its arguments are no namespace.")
+        return dict(vars(found))

@@ -19,6 +19,7 @@ from megatron_dr.config.lora import LoRAConfig
 from megatron_dr.hf.adapters import Adapters
 from megatron_dr.hf.config import megatron_arguments
 from megatron_dr.hf.model import Model
+from megatron_dr.mcore import unpickling
 from megatron_dr.mcore.cpu.layers import layer_spec
 from megatron_dr.mcore.model.lora import add_lora
 
@@ -71,7 +72,8 @@ def build(model: Model, vocabulary: int, adapters: Adapters | None = None) -> GP
 
 
 def load(gpt: GPTModel, checkpoint: Path) -> None:
-    """Megatron's own load (collective)."""
+    """Megatron's own load, without running what its pickles name (collective)."""
+    unpickling.restrict()
     states = {"model": gpt.sharded_state_dict()}
     gpt.load_state_dict(dist_checkpointing.load(states, str(checkpoint))["model"])
 

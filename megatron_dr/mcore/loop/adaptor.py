@@ -9,6 +9,7 @@ What is wrapped, and who calls it:
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
     megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
     megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
+    megatron.training.checkpointing.load_args_from_checkpoint  parse_args: --use-checkpoint-args
     megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
     megatron.core.dist_checkpointing.load                 load_checkpoint: one without adapters
     megatron.training.training.build_train_valid_test_datasets
@@ -18,7 +19,8 @@ What is wrapped, and who calls it:
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
-Without the plugin's flags each wrapper calls Megatron's function and does nothing else.
+Without the plugin's flags each wrapper calls Megatron's function and does nothing else, but for a
+checkpoint's pickles: they are read without running what they name (mcore/unpickling.py).
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dr.mcore import compat, cpu, errors
+import torch.distributed as dist
+
+from megatron_dr.mcore import compat, cpu, errors, unpickling
 from megatron_dr.mcore.loop import parts
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
@@ -53,6 +57,8 @@ def enable() -> None:
 
     from megatron_dr.mcore.loop import partial_checkpoint
 
+    unpickling.restrict()
+    _wrap(checkpointing, "load_args_from_checkpoint", _load_args)
     _wrap(arguments, "add_megatron_arguments", lambda stock, parser: add_arguments(stock(parser)))
     _wrap(arguments, "validate_args", _validate)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
@@ -89,6 +95,12 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
     return result
 
 
+def _load_args(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    with errors.refused():
+        unpickling.check_loaded(args)
+    return stock(args, *rest, **kwargs)
+
+
 def _build_optimizer(
     stock: Callable[..., Any], config: Any, model: list[Any], *rest: Any, **kwargs: Any
 ) -> Any:
@@ -123,6 +135,9 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
 
     args = get_args()
     configs = configs_from_args(args)
+    with errors.refused(), errors.agreed():
+        if dist.get_rank() == 0:
+            unpickling.check_loaded(args)
     with errors.refused():
         _adapt(args, kwargs.get("cfg_container"))
     if configs is not None:

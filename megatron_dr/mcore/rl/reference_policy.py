@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megatron_dr.mcore import errors, unpickling
 from megatron_dr.mcore.compat import unwrap
 from megatron_dr.mcore.rollouts.state import evaluating
 
@@ -70,7 +71,7 @@ class Reference:
         """Become the one that was saved there, in any layout (collective).
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or its files are damaged.
         """
         path = folder / FOLDER
         if not path.is_dir():
@@ -78,6 +79,9 @@ class Reference:
                 f"{folder} has no {FOLDER}, so it is no checkpoint of a run with --dr-rl-kl above "
                 "0: give --finetune to begin a new run from it, or --dr-rl-kl 0."
             )
+        with errors.agreed():
+            if dist.get_rank() == 0:
+                unpickling.check(path)
         with self.in_place():
             found: dict[str, Any] = dist_checkpointing.load(self._sharded(), str(path))
             for number, chunk in enumerate(self.model):
