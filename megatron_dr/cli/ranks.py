@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from megatron_dr.hf.output import rank
+from megatron_dr.hf.output import rank, sentence
 
 
 def run(name: str, act: Callable[[], bool | None], alone: bool = False) -> int:
     """Act in a gloo group of torchrun's ranks; the exit code.
 
-    1 where `act` says False, 2 for a ValueError, whose sentence is printed once.
+    1 where `act` says False, 2 for a ValueError or a file's error, in a sentence printed once.
 
     Args:
         alone: a process without torchrun gets a group too.
@@ -28,9 +28,10 @@ def run(name: str, act: Callable[[], bool | None], alone: bool = False) -> int:
         dist.init_process_group("gloo")
     try:
         return int(act() is False)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if rank()[0] == 0:
-            print(f"{name}: error: {error}", file=sys.stderr)
+            said = sentence(error) if isinstance(error, OSError) else error
+            print(f"{name}: error: {said}", file=sys.stderr)
         return 2
     finally:
         if started:

@@ -14,6 +14,9 @@ import torch
 FOLDER = "hf"
 FLAGS = "megatron_flags.txt"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+BASE = "base_model.txt"  # the checkpoint that was converted, as PEFT's adapters name it
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT; with it transformers looks for the adapter
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
 
 
@@ -21,7 +24,8 @@ def files(folder: Path) -> Iterator[Path]:
     """Configuration, tokenizer and chat template files of a checkpoint's folder."""
     for path in sorted(folder.iterdir()):
         named = path.suffix in _SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and named and not path.name.endswith(_WEIGHTS) and path.name != FLAGS:
+        ours = path.name in (FLAGS, BASE, ADAPTER_CONFIG) or path.name.endswith(_WEIGHTS)
+        if path.is_file() and named and not ours:
             yield path
 
 

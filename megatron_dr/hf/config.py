@@ -7,20 +7,42 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dr.hf.families import family_of
+from megatron_dr.hf.fields import number, switch, whole
 from megatron_dr.hf.model import Model
 from megatron_dr.hf.rope import read_rope
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint's folder."""
+    """config.json of a checkpoint's folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file.") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: no table of names and values, as a model's configuration is.")
     return config
+
+
+def read_model(folder: Path) -> Model:
+    """The model of a checkpoint's folder.
+
+    Raises:
+        ValueError: no config.json, or one that can't be converted exactly.
+    """
+    config = read_config(folder)
+    try:
+        return parse(config)
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace("config.json", str(folder / "config.json"), 1)
+        ) from None
 
 
 def parse(config: Mapping[str, Any]) -> Model:
@@ -35,35 +57,34 @@ def parse(config: Mapping[str, Any]) -> Model:
             raise ValueError(
                 f"config.json: {name} {config[name]!r} can't be converted, only {value!r}."
             )
-    heads = _need(config, "num_attention_heads")
-    hidden = _need(config, "hidden_size")
-    groups = config.get("num_key_value_heads") or (
-        heads if family.groups_default else _need(config, "num_key_value_heads")
-    )
+    heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
+    default = family.groups_default and config.get("num_key_value_heads") is None
+    groups = heads if default else whole(config, "num_key_value_heads")
     if heads % groups:
         raise ValueError(f"config.json: {heads} heads can't be divided into {groups} groups.")
-    positions = _need(config, "max_position_embeddings")
     return Model(
-        architecture=family.architecture, layers=_need(config, "num_hidden_layers"),
-        hidden_size=hidden, ffn_size=_need(config, family.ffn_key), heads=heads, groups=groups,
-        head_size=config.get("head_dim") or family.head_size or hidden // heads,
-        vocabulary=_need(config, "vocab_size"), positions=positions,
-        epsilon=_need(config, "rms_norm_eps"), tied=bool(config.get("tie_word_embeddings", False)),
+        architecture=family.architecture, layers=whole(config, "num_hidden_layers"),
+        hidden_size=hidden, ffn_size=whole(config, family.ffn_key), heads=heads, groups=groups,
+        head_size=_head_size(config, family.head_size, hidden, heads),
+        vocabulary=whole(config, "vocab_size"), positions=whole(config, "max_position_embeddings"),
+        epsilon=number(config, "rms_norm_eps"), tied=switch(config, "tie_word_embeddings", False),
         qkv_bias=family.qkv_bias, qk_norm=family.qk_norm, rope=read_rope(config, family.rope_base),
         window=_window(config, family.window_switch), **_experts(config, family.experts_key),
     )  # fmt: skip
 
 
-def _need(config: Mapping[str, Any], name: str) -> Any:
-    if config.get(name) is None:
-        raise ValueError(f"config.json: {name!r} is missing.")
-    return config[name]
+def _head_size(config: Mapping[str, Any], default: int, hidden: int, heads: int) -> int:
+    if config.get("head_dim") is not None:
+        return whole(config, "head_dim")
+    if not default and hidden % heads:
+        raise ValueError(f"config.json: hidden_size {hidden} can't be divided into {heads} heads.")
+    return default or hidden // heads
 
 
-def _window(config: Mapping[str, Any], switch: bool) -> int | None:
+def _window(config: Mapping[str, Any], by_switch: bool) -> int | None:
     """The sliding window; families with a `use_sliding_window` have it off unless switched on."""
-    on = not switch or config.get("use_sliding_window", False)
-    return config.get("sliding_window") if on else None
+    on = not by_switch or switch(config, "use_sliding_window", False)
+    return whole(config, "sliding_window") if on and config.get("sliding_window") else None
 
 
 def _experts(config: Mapping[str, Any], key: str | None) -> dict[str, Any]:
@@ -72,12 +93,13 @@ def _experts(config: Mapping[str, Any], key: str | None) -> dict[str, Any]:
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise ValueError("config.json: layers with and without experts can't be converted.")
     # transformers 4 and 5 name the number of experts differently
-    count = config.get("num_local_experts") or config.get("num_experts")
-    return {
-        "experts": count or _need(config, key),
-        "top_k": _need(config, "num_experts_per_tok"),
-        "normalised": config.get("norm_topk_prob", key == "num_local_experts"),
-    }
+    names = [name for name in ("num_local_experts", "num_experts") if config.get(name)]
+    experts = whole(config, names[0] if names else key)
+    top_k = whole(config, "num_experts_per_tok")
+    if top_k > experts:
+        raise ValueError(f"config.json: {top_k} experts per token, but only {experts} experts.")
+    normalised = switch(config, "norm_topk_prob", key == "num_local_experts")
+    return {"experts": experts, "top_k": top_k, "normalised": normalised}
 
 
 def padded_vocabulary(model: Model, tp: int) -> int:

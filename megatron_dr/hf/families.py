@@ -176,7 +176,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         ValueError: no architecture, or one that isn't in the table.
     """
-    names = config.get("architectures") or []
+    found = config.get("architectures") or []
+    names = [str(name) for name in found] if isinstance(found, list) else [str(found)]
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_dr.hf import adapters, assets
 from megatron_dr.hf.adapters import Adapters
-from megatron_dr.hf.config import check_agreement, parse, read_config
+from megatron_dr.hf.config import check_agreement, read_model
 from megatron_dr.hf.mapping import Mapped, check_shapes, hf_shapes, mapped_tensors, split
 from megatron_dr.hf.model import Model
-from megatron_dr.hf.output import complete, rank, wait
+from megatron_dr.hf.output import agreed, complete, rank, write_tensors
 from megatron_dr.hf.torch_dist import Reader
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -57,11 +56,22 @@ class Export:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The newest checkpoint of a folder that Megatron saves to, or the checkpoint itself."""
+    """The newest checkpoint of a folder that Megatron saves to, or the checkpoint itself.
+
+    Raises:
+        ValueError: the file that names the newest one doesn't.
+    """
     if not (path / TRACKER).exists():
         return path
-    latest = (path / TRACKER).read_text().strip()
-    return path / (latest if latest == "release" else f"iter_{int(latest):07d}")
+    latest = (path / TRACKER).read_text(errors="replace").strip()
+    if latest == "release":
+        return path / latest
+    if not (latest.isascii() and latest.isdigit()):
+        raise ValueError(
+            f"{path / TRACKER}: {latest[:50]!r} is no iteration; name the checkpoint's own folder, "
+            "such as iter_0000100."
+        )
+    return path / f"iter_{int(latest):07d}"
 
 
 def find_assets(path: Path, reader: Reader, given: Path | None) -> Path:
@@ -74,7 +84,7 @@ def find_assets(path: Path, reader: Reader, given: Path | None) -> Path:
         return given
     arguments = reader.arguments()
     loaded = [arguments.get(name) for name in ("load", "pretrained_checkpoint")]
-    places = [path, reader.folder.parent, *(Path(place) for place in loaded if place)]
+    places = [path, reader.folder.parent, *(Path(p) for p in loaded if isinstance(p, str) and p)]
     for place in places:
         if (place / assets.FOLDER / "config.json").exists():
             return place / assets.FOLDER
@@ -96,7 +106,7 @@ def plan(
     """
     reader = Reader(checkpoint_folder(path))
     folder = find_assets(path, reader, config)
-    model = parse(read_config(folder))
+    model = read_model(folder)
     check_agreement(model, reader.arguments())
     found = reader.tensors
     embedding = "embedding.word_embeddings.weight"
@@ -119,6 +129,8 @@ def _check(folder: Path, tensors: list[Mapped], found: dict[str, tuple[int, ...]
     check_shapes(folder, {_found(t, found): (*t.counts, *t.shape) for t in tensors}, found)
     known = {key for tensor in tensors for key in tensor.keys}
     known |= {key.removesuffix("weight") + f"{name}.weight" for key in known for name in _LORA}
+    if not dtype.is_floating_point:
+        raise ValueError(f"{reader.folder}: {embedding} is {str(dtype)[6:]}; choose --dtype.")
     for key in found:
         if key.startswith(_MODEL) and key not in known:
             raise ValueError(f"{folder}: tensor {key} is unknown to this architecture.")
@@ -151,12 +163,12 @@ def convert(export: Export, out: Path) -> None:
     """
     number, processes = rank()
     with complete(out) as folder:
-        for file in range(number, len(export.files), processes):
-            tensors: dict[str, torch.Tensor] = {}
-            for tensor in export.files[file]:
-                tensors |= export.read(tensor)
-            save_file(tensors, folder / export.name(file), metadata={"format": "pt"})
-        wait()
+        with agreed():
+            for file in range(number, len(export.files), processes):
+                tensors: dict[str, torch.Tensor] = {}
+                for tensor in export.files[file]:
+                    tensors |= export.read(tensor)
+                write_tensors(tensors, folder / export.name(file))
         if number == 0:
             _write_beside(export, folder)
 

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dr.hf.fields import need, number, switch, table, whole
+
 _KNOWN = {
     "default": (),
     "linear": ("factor",),
@@ -28,6 +30,8 @@ _KNOWN = {
         "attention_factor", "mscale", "mscale_all_dim",
     ),
 }  # fmt: skip
+_MAY_BE_0 = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")  # as if left out
+_LENGTH = "original_max_position_embeddings"
 _NEEDED = {"linear": ("factor",), "llama3": _KNOWN["llama3"], "yarn": ("factor",)}
 # fixed in megatron.core's RotaryEmbedding._apply_scaling
 _LLAMA3 = {
@@ -60,9 +64,10 @@ def read_rope(config: Mapping[str, Any], default_base: float) -> Rope:
     Raises:
         ValueError: a kind or a parameter that Megatron can't reproduce.
     """
-    found = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    found = table(config, "rope_scaling") | table(config, "rope_parameters")
     kind = str(found.pop("rope_type", found.pop("type", "default")))
-    base = found.pop("rope_theta", config.get("rope_theta") or default_base)
+    base = found.pop("rope_theta", config.get("rope_theta"))
+    base = default_base if base is None else number({"rope_theta": base}, "rope_theta")
     partial = found.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(f"config.json: partial_rotary_factor {partial} can't be converted.")
@@ -73,13 +78,27 @@ def read_rope(config: Mapping[str, Any], default_base: float) -> Rope:
     for name in found:
         if name not in _KNOWN[kind] and found[name] is not None:
             raise ValueError(f"config.json: {name!r} is no parameter of rope_type {kind!r}.")
-    if kind == "yarn":
-        length = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        found.setdefault("original_max_position_embeddings", length)
+    if kind == "yarn" and found.get(_LENGTH) is None:
+        found[_LENGTH] = config.get(_LENGTH) or need(config, "max_position_embeddings")
     for name in _NEEDED.get(kind, ()):
         if found.get(name) is None:
             raise ValueError(f"config.json: rope_type {kind!r} needs {name!r}.")
-    return Rope(kind, float(base), found)
+    for name in found:
+        _check(found, name)
+    rope = Rope(kind, float(base), found)
+    rope.flags()  # refuses what can't be said in them
+    return rope
+
+
+def _check(parameters: Mapping[str, Any], name: str) -> None:
+    """That a parameter is a number, but for the one that is a switch."""
+    found = parameters[name]
+    if name == "truncate":
+        switch(parameters, name, True)
+    elif name == _LENGTH:
+        whole(parameters, name)
+    elif found is not None and not (found == 0 and name in _MAY_BE_0):
+        number(parameters, name)
 
 
 def _whole(name: str, value: float) -> int:

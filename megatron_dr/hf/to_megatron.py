@@ -13,7 +13,7 @@ import torch
 from megatron_dr.hf import assets, config, torch_dist
 from megatron_dr.hf.mapping import Mapped, hf_shapes, mapped_tensors, take
 from megatron_dr.hf.model import Model
-from megatron_dr.hf.output import complete, rank
+from megatron_dr.hf.output import agreed, complete, rank
 from megatron_dr.hf.source import Source, check_tensors
 from megatron_dr.hf.torch_dist import Piece
 
@@ -104,7 +104,9 @@ class Plan:
         layout = self.layout
         return "\n".join([
             f"{self.model.architecture}: {parameters / 1e9:.3f} B parameters, "
+        note = [self.source.note] if self.source.note else []
             f"{len(self.source.places)} tensors, written as {str(self.dtype)[6:]}",
+            *note,
             f"vocabulary {self.model.vocabulary}, padded to {self.vocabulary}",
             f"pieces for --tp {layout.tp} --pp {layout.pp} --ep {layout.ep}; "
             "other layouts can load them too",
@@ -132,7 +134,7 @@ def plan(
     Raises:
         ValueError: what can't be converted, or isn't there.
     """
-    model = config.parse(config.read_config(folder))
+    model = config.read_model(folder)
     layout.check(model)
     source = Source(folder, allow_pickle)
     vocabulary = config.padded_vocabulary(model, layout.tp)
@@ -161,8 +163,9 @@ def convert(plan: Plan, out: Path) -> None:
     pieces = [piece for shard in mine for piece in plan.pieces(shard)]
     objects = {key: None for shard in mine for key in plan.objects(shard)}
     with complete(out) as folder:
-        if number == 0:
-            _write_beside(plan, folder)
+        with agreed():
+            if number == 0:
+                _write_beside(plan, folder)
         torch_dist.write(folder / "release", pieces, objects, common_state(plan))
 
 

@@ -50,6 +50,22 @@ def test_several_files_with_an_index(tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "one" / "model.safetensors"), values)
 
 
+def test_one_file_counts_before_an_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in transformers, whose rule it is; the folder is told of."""
+    values = make(tmp_path / "hf")
+    old = {name: value + 1 for name, value in values.items()}
+    save_file(old, tmp_path / "hf" / "old.safetensors")
+    index = {"weight_map": dict.fromkeys(old, "old.safetensors")}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.save(old, tmp_path / "hf" / "pytorch_model.bin")
+    assert run("hf-to-mcore", tmp_path / "hf", tmp_path / "mcore") == 0
+    assert "model.safetensors and model.safetensors.index.json are both" in capsys.readouterr().out
+    assert run("mcore-to-hf", tmp_path / "mcore", tmp_path / "back") == 0
+    assert same(load_file(tmp_path / "back" / "model.safetensors"), values)
+
+
 def test_dtype_is_chosen(tmp_path: Path) -> None:
     values = make(tmp_path / "hf")
     narrow = {name: value.bfloat16() for name, value in values.items()}
