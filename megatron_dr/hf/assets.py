@@ -8,15 +8,16 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 FOLDER = "hf"
 FLAGS = "megatron_flags.txt"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 BASE = "base_model.txt"  # the checkpoint that was converted, as PEFT's adapters name it
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT; with it transformers looks for the adapter
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
 
 
@@ -47,15 +48,31 @@ def carry(loaded: Path, saved: Path) -> None:
     partial = target.with_name(FOLDER + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     copy(source, partial)
-    if (source / FLAGS).exists():
-        shutil.copyfile(source / FLAGS, partial / FLAGS)
+    for name in (FLAGS, BASE):
+        if (source / name).exists():
+            shutil.copyfile(source / name, partial / name)
     partial.rename(target)
 
 
-def set_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Tell config.json the dtype of the weights beside it."""
+def set_values(folder: Path, dtype: torch.dtype | None = None, **values: Any) -> None:
+    """Tell config.json the dtype of the weights beside it, and values that are no longer its own.
+
+    Where it says all of them already it isn't touched.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
-    config[key] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
+        values[key] = str(dtype).removeprefix("torch.")
+    if any(name not in config or config[name] != value for name, value in values.items()):
+        path.write_text(json.dumps(config | values, indent=2) + "\n", encoding="utf-8")
+
+
+def name_of(folder: Path) -> str:
+    """What transformers finds a checkpoint by: its name on the hub if it lies in the hub's cache,
+    else its folder."""
+    path = folder.resolve()
+    cached = path.parent.name == "snapshots" and path.parent.parent.name.split("--")
+    if cached and cached[0] == "models":
+        return "/".join(cached[1:])
+    return str(path)

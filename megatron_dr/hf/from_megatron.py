@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from megatron_dr.hf.mapping import Mapped, check_shapes, hf_shapes, mapped_tenso
 from megatron_dr.hf.model import Model
 from megatron_dr.hf.output import agreed, complete, rank, write_tensors
 from megatron_dr.hf.torch_dist import Reader
+from megatron_dr.hf.vocabulary import words
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _LORA = ("lora_a", "lora_b")
@@ -94,12 +95,13 @@ def find_assets(path: Path, reader: Reader, given: Path | None) -> Path:
 
 def plan(
     path: Path, config: Path | None = None, dtype: torch.dtype | None = None,
-    file_size: int = 5 * 10**9, lora_alpha: float | None = None,
+    file_size: int = 5 * 10**9, lora_alpha: float | None = None, widen: bool = False,
 ) -> Export:  # fmt: skip
     """Look at everything but the weights.
 
     `dtype`: of the exported weights, None: as they are; `file_size`: bytes of one file, about;
-    `lora_alpha`: of adapters, where the checkpoint's arguments don't say it.
+    `lora_alpha`: of adapters, where the checkpoint's arguments don't say it; `widen`: export a row
+    for each id of the tokenizer, where config.json has fewer.
 
     Raises:
         ValueError: what can't be exported, or isn't there.
@@ -108,19 +110,27 @@ def plan(
     folder = find_assets(path, reader, config)
     model = read_model(folder)
     check_agreement(model, reader.arguments())
+    own, model = model.vocabulary, replace(model, vocabulary=words(folder, model, widen))
     found = reader.tensors
     embedding = "embedding.word_embeddings.weight"
     if embedding not in found:
         raise ValueError(f"{reader.folder}: tensor {embedding} is missing.")
     rows = found[embedding].size[0]
+    if rows < own:
+        raise ValueError(
+            f"{reader.folder}: the embedding has {rows} rows, but config.json {own}; train with "
+            "the --padded-vocab-size that the conversion wrote."
+        )
     if rows < model.vocabulary:
         raise ValueError(
-            f"{reader.folder}: the embedding has {rows} rows, but config.json {model.vocabulary}; "
-            "train with the --padded-vocab-size that the conversion wrote."
+            f"{reader.folder}: the embedding has {rows} rows, but the tokenizer in {folder} ids up "
+            f"to {model.vocabulary - 1}: the model was not trained with that tokenizer."
         )
     tensors = mapped_tensors(model, rows)
     _check(reader.folder, tensors, {key: tuple(stored.size) for key, stored in found.items()})
     dtype = dtype or found[embedding].properties.dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"{reader.folder}: {embedding} is {str(dtype)[6:]}; choose --dtype.")
     files = _files(tensors, dtype.itemsize, file_size)
     return Export(reader, model, folder, dtype, files, adapters.find(reader, lora_alpha))
 
@@ -129,8 +139,6 @@ def _check(folder: Path, tensors: list[Mapped], found: dict[str, tuple[int, ...]
     check_shapes(folder, {_found(t, found): (*t.counts, *t.shape) for t in tensors}, found)
     known = {key for tensor in tensors for key in tensor.keys}
     known |= {key.removesuffix("weight") + f"{name}.weight" for key in known for name in _LORA}
-    if not dtype.is_floating_point:
-        raise ValueError(f"{reader.folder}: {embedding} is {str(dtype)[6:]}; choose --dtype.")
     for key in found:
         if key.startswith(_MODEL) and key not in known:
             raise ValueError(f"{folder}: tensor {key} is unknown to this architecture.")
@@ -175,7 +183,7 @@ def convert(export: Export, out: Path) -> None:
 
 def _write_beside(export: Export, folder: Path) -> None:
     assets.copy(export.assets, folder)
-    assets.set_dtype(folder, export.dtype)
+    assets.set_values(folder, export.dtype, vocab_size=export.model.vocabulary)
     if len(export.files) == 1:
         return
     places, size = {}, 0

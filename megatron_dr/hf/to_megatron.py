@@ -1,6 +1,7 @@
 """Hugging Face to Megatron: plan who writes what, then write it slice by slice."""
 
 import argparse
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_dr.hf import assets, config, torch_dist
+from megatron_dr.hf import assets, config, torch_dist, vocabulary
 from megatron_dr.hf.mapping import Mapped, hf_shapes, mapped_tensors, take
 from megatron_dr.hf.model import Model
 from megatron_dr.hf.output import agreed, complete, rank
 from megatron_dr.hf.source import Source, check_tensors
 from megatron_dr.hf.torch_dist import Piece
+from megatron_dr.hf.vocabulary import Widened
 
 Shard = tuple[int, int, int]  # pipeline, tensor and expert rank
 
@@ -102,11 +104,11 @@ class Plan:
         largest = max(math.prod(p.shape) for s in self.layout.shards() for p in self.pieces(s))
         parameters = sum(math.prod(shape) for shape in hf_shapes(self.tensors).values())
         layout = self.layout
-        return "\n".join([
-            f"{self.model.architecture}: {parameters / 1e9:.3f} B parameters, "
         note = [self.source.note] if self.source.note else []
-            f"{len(self.source.places)} tensors, written as {str(self.dtype)[6:]}",
+        return "\n".join([
             *note,
+            f"{self.model.architecture}: {parameters / 1e9:.3f} B parameters, "
+            f"{len(self.source.places)} tensors, written as {str(self.dtype)[6:]}",
             f"vocabulary {self.model.vocabulary}, padded to {self.vocabulary}",
             f"pieces for --tp {layout.tp} --pp {layout.pp} --ep {layout.ep}; "
             "other layouts can load them too",
@@ -125,28 +127,33 @@ def share(layout: Layout, process: int, processes: int) -> list[Shard]:
 
 
 def plan(
-    folder: Path, layout: Layout, dtype: torch.dtype | None = None, allow_pickle: bool = False
-) -> Plan:
+    folder: Path, layout: Layout, dtype: torch.dtype | None = None, allow_pickle: bool = False,
+    widen: bool = False,
+) -> Plan:  # fmt: skip
     """Look at everything but the weights themselves.
 
-    `dtype`: of the written weights; None: the one that all have.
+    `dtype`: of the written weights; None: the one that all have; `widen`: give the model a word for
+    each id of its tokenizer.
 
     Raises:
         ValueError: what can't be converted, or isn't there.
     """
     model = config.read_model(folder)
     layout.check(model)
+    words = vocabulary.words(folder, model, widen)
     source = Source(folder, allow_pickle)
-    vocabulary = config.padded_vocabulary(model, layout.tp)
-    tensors = mapped_tensors(model, vocabulary)
-    check_tensors(hf_shapes(tensors), source, model.tied)
+    check_tensors(hf_shapes(mapped_tensors(model, model.vocabulary)), source, model.tied)
+    if words > model.vocabulary:
+        source, model = Widened(source, words), dataclasses.replace(model, vocabulary=words)
+    rows = config.padded_vocabulary(model, layout.tp)
+    tensors = mapped_tensors(model, rows)
     for tensor in tensors:
         tensor.shards(0, layout.tp)
     dtypes = {source.about(name)[1] for name in source.places}
     if dtype is None and len(dtypes) > 1:
         names = ", ".join(sorted(str(found)[6:] for found in dtypes))
         raise ValueError(f"{folder}: tensors are {names}; choose one with --dtype.")
-    return Plan(source, model, layout, dtype or dtypes.pop(), vocabulary, tensors)
+    return Plan(source, model, layout, dtype or dtypes.pop(), rows, tensors)
 
 
 def convert(plan: Plan, out: Path) -> None:
@@ -186,6 +193,9 @@ def common_state(plan: Plan) -> dict[str, object]:
 
 def _write_beside(plan: Plan, folder: Path) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
-    assets.copy(plan.source.folder, folder / assets.FOLDER)
+    beside = folder / assets.FOLDER
+    assets.copy(plan.source.folder, beside)
+    assets.set_values(beside, vocab_size=plan.model.vocabulary)
+    (beside / assets.BASE).write_text(assets.name_of(plan.source.folder) + "\n")
     flags = config.command_line(config.megatron_arguments(plan.model, plan.vocabulary))
-    (folder / assets.FOLDER / assets.FLAGS).write_text(flags + "\n")
+    (beside / assets.FLAGS).write_text(flags + "\n")

@@ -1,8 +1,10 @@
 """The training entry: Megatron's own loop on two ranks, with the plugin's flags."""
 
 import os
+import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -154,7 +156,33 @@ BAD = {
         "--dr-target-data {target} --dr-slots 4 --dr-metrics {target}/m.jsonl",
         "m.jsonl: can't be written",
     ),
+    "ids beyond the embedding": (
+        "--dr-target-data {target} --dr-slots 4 --padded-vocab-size 128",
+        "but the model's embedding 128 rows (--padded-vocab-size)",
+    ),
+    "checkpoint that runs code": (
+        "--dr-target-data {target} --dr-slots 4 --load {tmp}/crafted",
+        ".metadata: it names posix.mkdir, which no checkpoint of Megatron needs",
+    ),
 }
+
+
+class MakesFolder:
+    """Unpickling it does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+def craft(folder: Path, made: Path) -> None:
+    """A checkpoint of iteration 1 whose description runs code."""
+    (folder / "iter_0000001").mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("1")
+    (folder / "iter_0000001" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / "iter_0000001" / ".metadata").write_bytes(pickle.dumps(MakesFolder(made)))
 
 
 @pytest.mark.parametrize("more, sentence", BAD.values(), ids=BAD.keys())
@@ -163,6 +191,7 @@ def test_bad_input_is_one_sentence_at_start(
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "wrong.jsonl").write_text(WRONG_LINE)
+    craft(tmp_path / "crafted", tmp_path / "made")
     (first, out, error), (second, _, other) = run(
         flags(data, more.format(tmp=tmp_path, **data)), world=2
     )
@@ -170,4 +199,4 @@ def test_bad_input_is_one_sentence_at_start(
     assert len(said) == 1 and sentence in said[0], (said, error[-2000:])
     assert "megatron_dr: error" not in other  # rank 0 alone speaks
     assert first == second == 2
-    assert "iteration        1/" not in out
+    assert "iteration        1/" not in out and not (tmp_path / "made").exists()

@@ -10,8 +10,10 @@ def convert(args: Namespace) -> None:
     Raises:
         ValueError: it isn't installed, or a flag that it has no counterpart for.
     """
-    given = [f"--{n.replace('_', '-')}" for n in ("dtype", "adapter", "lora_alpha", "allow_pickle")
-             if getattr(args, n, None)]  # fmt: skip
+    names = (
+        "dtype", "adapter", "base_model", "lora_alpha", "allow_pickle", "widen_vocabulary",
+    )  # fmt: skip
+    given = [f"--{n.replace('_', '-')}" for n in names if getattr(args, n, None)]
     given += [f"--{n}" for n in ("tp", "pp", "ep") if getattr(args, n, 1) != 1]
     if given:
         raise ValueError(f"--backend megatron-bridge does not know {given[0]}: drop the flag.")

@@ -33,6 +33,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dr.mcore import compat, cpu, errors, unpickling
+from megatron_dr.mcore.data import vocabulary
 from megatron_dr.mcore.loop import parts
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
@@ -131,7 +132,7 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
 def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     global _run
     from megatron.core.utils import get_model_config
-    from megatron.training import get_args
+    from megatron.training import get_args, get_tokenizer
 
     args = get_args()
     configs = configs_from_args(args)
@@ -147,6 +148,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     _run = None
     if configs is not None and optimizer is not None:
         with errors.refused(), errors.agreed():
+            vocabulary.check(args, get_tokenizer())
             dr, target = configs
             source = parts.source(args, target)
             dr = dataclasses.replace(dr, **parts.known(args))

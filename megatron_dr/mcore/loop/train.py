@@ -81,14 +81,15 @@ def _embedding_ranks(tied: bool, pp_ranks: list[int]) -> list[int]:
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """General train, validation and test sets; called by Megatron on every rank."""
-    from megatron.training import get_args
+    from megatron.training import get_args, get_tokenizer
 
     from megatron_dr.mcore import errors
-    from megatron_dr.mcore.data import datasets
+    from megatron_dr.mcore.data import datasets, vocabulary
     from megatron_dr.mcore.loop import adaptor
 
     built: tuple[Any, Any, Any] = (None, None, None)
     with errors.refused():
+        vocabulary.check(get_args(), get_tokenizer())
         run = adaptor.current_run()
         if run is not None:
             built = run.source.datasets(num_samples, vp_stage)
