@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_dr.hf.mapping import Mapped, split
-from megatron_dr.hf.output import complete, rank
+from megatron_dr.hf.output import complete, rank, write_tensors
 from megatron_dr.hf.torch_dist import Reader
 
 _MARKS = (".lora_a.weight", ".lora_b.weight")
@@ -80,7 +79,8 @@ def find(reader: Reader, alpha: float | None = None) -> Adapters | None:
     Raises:
         ValueError: adapters of several ranks, or an alpha that nobody says.
     """
-    ranks = {found.size[-2] for key, found in reader.tensors.items() if key.endswith(_MARKS[0])}
+    sizes = {found.size for key, found in reader.tensors.items() if key.endswith(_MARKS[0])}
+    ranks = {size[-2] for size in sizes if len(size) > 1}
     if not ranks:
         return None
     if len(ranks) > 1:
@@ -96,8 +96,12 @@ def find(reader: Reader, alpha: float | None = None) -> Adapters | None:
     return Adapters(reader, ranks.pop(), alpha)
 
 
-def write(adapters: Adapters, tensors: list[Mapped], dtype: torch.dtype, out: Path) -> None:
+def write(
+    adapters: Adapters, tensors: list[Mapped], dtype: torch.dtype, base: str, out: Path
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors (collective; one process writes).
+
+    `base`: the model that they belong to, by a name or folder that transformers finds.
 
     Raises:
         ValueError: the output exists.
@@ -110,15 +114,17 @@ def write(adapters: Adapters, tensors: list[Mapped], dtype: torch.dtype, out: Pa
                 for mark, value in zip(("lora_A", "lora_B"), pair, strict=True):
                     key = f"base_model.model.{name}.{mark}.weight"
                     values[key] = value.to(dtype).contiguous()
-            save_file(values, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            text = json.dumps(_config(adapters, list(found), tensors), indent=2)
+            write_tensors(values, folder / "adapter_model.safetensors")
+            text = json.dumps(_config(adapters, base, list(found), tensors), indent=2)
             (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _config(adapters: Adapters, names: list[str], tensors: list[Mapped]) -> dict[str, object]:
+def _config(
+    adapters: Adapters, base: str, names: list[str], tensors: list[Mapped]
+) -> dict[str, object]:
     """adapter_config.json, as peft.LoraConfig reads it."""
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "inference_mode": True, "r": adapters.rank, "lora_alpha": adapters.alpha,
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
         "target_modules": _targets(names, tensors),

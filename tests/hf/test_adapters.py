@@ -89,6 +89,7 @@ def test_peft_files(tmp_path: Path, layers: tuple[int, ...]) -> None:
     values = load_file(tmp_path / "out" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == RANK and config["peft_type"] == "LORA"
+    assert config["base_model_name_or_path"] == str(tmp_path / "hf")
     names = [n.removesuffix(".lora_A.weight") for n in values if n.endswith(".lora_A.weight")]
     assert len(values) == 2 * len(names) == 2 * 7 * len(layers)
     modules = [name.removeprefix("base_model.model.") for name in names]
@@ -128,3 +129,42 @@ def test_an_adapter_of_nothing_is_unknown(tmp_path: Path) -> None:
     torch_dist.write(tmp_path / "mcore", pieces, {}, to_megatron.common_state(plan))
     with pytest.raises(ValueError, match=f"tensor {key} is unknown to this architecture"):
         from_megatron.plan(tmp_path / "mcore", tmp_path / "hf")
+
+
+def test_the_base_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the conversion's record, by a flag before it; one that nobody knows is asked for."""
+    hub = tmp_path / "models--some--model" / "snapshots"
+    hub.mkdir(parents=True)
+    make(hub / "0a1b")
+    make(tmp_path / "hf")
+    saved(tmp_path, BOTH, dr_lora_rank=RANK)
+    assert run("hf-to-mcore", hub / "0a1b", tmp_path / "other") == 0
+    argv = ("mcore-to-hf", tmp_path / "mcore", "--adapter", "--config")
+
+    def base(out: str, *more: object) -> object:
+        assert run(*argv, *more, tmp_path / out) == 0
+        text = (tmp_path / out / "adapter_config.json").read_text()
+        return json.loads(text)["base_model_name_or_path"]
+
+    assert base("recorded", tmp_path / "other" / "hf") == "some/model"
+    assert base("given", tmp_path / "other" / "hf", "--base-model", "mine") == "mine"
+    (tmp_path / "other" / "hf" / "base_model.txt").unlink()
+    assert run(*argv, tmp_path / "other" / "hf", tmp_path / "nobody") == 2
+    assert "name it with --base-model" in capsys.readouterr().err
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_an_adapter_beside_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its configuration alone doesn't travel; with its weights transformers would add it."""
+    make(tmp_path / "hf")
+    (tmp_path / "hf" / "adapter_config.json").write_text("{}")
+    assert run("hf-to-mcore", tmp_path / "hf", tmp_path / "mcore") == 0
+    (tmp_path / "mcore" / "hf" / "adapter_config.json").write_text("{}")  # of an older conversion
+    assert run("mcore-to-hf", tmp_path / "mcore", tmp_path / "out") == 0
+    assert not list((tmp_path / "out").glob("adapter*"))
+    (tmp_path / "hf" / "adapter_model.safetensors").touch()
+    assert run("hf-to-mcore", tmp_path / "hf", tmp_path / "again") == 2
+    assert "transformers would add that adapter" in capsys.readouterr().err
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert run("hf-to-mcore", tmp_path / "hf", tmp_path / "again") == 2
+    assert "only adapter_model.safetensors, an adapter: merge it" in capsys.readouterr().err

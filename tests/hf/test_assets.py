@@ -18,7 +18,8 @@ def test_a_run_carries_what_it_loaded(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["hf"]
     names = {path.name for path in (tmp_path / "run" / "hf").iterdir()}
     assert names == {
-        "config.json", "generation_config.json", "tokenizer.json", "megatron_flags.txt"
+        "config.json", "generation_config.json", "tokenizer.json", "megatron_flags.txt",
+        "base_model.txt",
     }  # fmt: skip
     for name in names:
         there, here = (tmp_path / place / "hf" / name for place in ("mcore", "run"))

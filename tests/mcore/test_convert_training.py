@@ -104,11 +104,13 @@ def test_adapters_are_those_of_peft(tmp_path: Path, clean: Clean) -> None:
     run(folder, f"{lora} --sequence-parallel --lr 5e-2")
     export = from_megatron.plan(folder / "saved")
     assert export.adapters is not None
-    adapters.write(export.adapters, export.tensors, export.dtype, tmp_path / "peft")
+    base = (export.assets / "base_model.txt").read_text().strip()
+    adapters.write(export.adapters, export.tensors, export.dtype, base, tmp_path / "peft")
     from_megatron.convert(export, tmp_path / "merged")
     found = run_ranks(1, megatron_logits, folder / "saved", 1, 1)[0]
     assert (found - before).abs().max() > 1e-2
     close(clean.logits(folder / "hf", TOKENS, tmp_path / "peft"), found)
+    close(clean.logits(tmp_path / "peft", TOKENS), found)  # finds the base model by its name
     close(clean.logits(tmp_path / "merged", TOKENS), found)
     values = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert len(values) == 2 * 7 * 2  # layers, modules, A and B
