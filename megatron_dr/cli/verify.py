@@ -10,6 +10,7 @@ with those of transformers. It needs transformers, and Megatron loads the whole 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from megatron_dr.cli import ranks
 from megatron_dr.cli.main import parser_of
 from megatron_dr.hf import from_megatron
-from megatron_dr.hf.output import rank
+from megatron_dr.hf.config import read_model
+from megatron_dr.hf.mapping import Box
+from megatron_dr.hf.output import agreed, rank
 from megatron_dr.hf.source import Source
 
 
@@ -36,15 +39,32 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def differing_tensors(source: Source, export: from_megatron.Export) -> list[str]:
-    """Names of tensors that aren't equal bit for bit; this process's share of them."""
+    """Tensors that aren't equal bit for bit, with what else is to say; this process's share."""
     number, processes = rank()
     names = []
     for tensor in export.tensors[number::processes]:
         for name, found in export.read(tensor).items():
-            box = tuple((0, size) for size in found.shape)
-            if not source.read(name, box).to(found.dtype).equal(found):
+            if name not in source.places:
+                names.append(f"{name} (not in {source.folder})")
+            elif (shape := source.about(name)[0]) != tuple(found.shape):
+                names.append(f"{name} ({list(shape)}, in the checkpoint {list(found.shape)})")
+            elif not source.read(name, whole(shape)).to(found.dtype).equal(found):
                 names.append(name)
     return names
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    return tuple((0, size) for size in shape)
+
+
+def misread_tensors(source: Source, model: Any) -> list[str]:
+    """Tensors whose files transformers read otherwise than we: it may choose other ones."""
+    return [
+        f"{name} (as transformers reads {source.folder})"
+        for name, found in model.state_dict().items()
+        if name in source.places
+        and not source.read(name, whole(tuple(found.shape))).to(found.dtype).equal(found)
+    ]
 
 
 def tokens_of(args: argparse.Namespace, vocabulary: int) -> torch.Tensor:
@@ -58,24 +78,31 @@ def tokens_of(args: argparse.Namespace, vocabulary: int) -> torch.Tensor:
     return ids
 
 
-def expected_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' logits [1, length, vocabulary], in float32 on the CPU."""
+def expected_logits(source: Source, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' logits [1, length, vocabulary], in float32 on the CPU.
+
+    What it has read otherwise than the tensors that were compared is printed.
+    """
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        source.folder, dtype=torch.float32, attn_implementation="eager"
     )
+    for name in misread_tensors(source, model):
+        print(f"differs: {name}", flush=True)
     with torch.no_grad():
         found: torch.Tensor = model(tokens).logits
     return found
 
 
-def logits(args: argparse.Namespace, export: from_megatron.Export) -> tuple[float, float] | None:
+def logits(
+    args: argparse.Namespace, source: Source, export: from_megatron.Export
+) -> tuple[float, float] | None:
     """On the last process: largest difference of logits, and the largest logit (collective)."""
     tokens = tokens_of(args, export.model.vocabulary)
     last = dist.get_rank() == dist.get_world_size() - 1
     # before Megatron's CUDA names are replaced: transformers then loads wrong rotary frequencies
-    expected = expected_logits(args.source, tokens) if last else None
+    expected = expected_logits(source, tokens) if last else None
 
     from megatron_dr.mcore import cpu
 
@@ -102,12 +129,17 @@ def verify(args: argparse.Namespace) -> bool:
     """
     if args.tp * args.pp != dist.get_world_size():
         raise ValueError(f"--tp {args.tp} --pp {args.pp} need {args.tp * args.pp} processes.")
-    export = from_megatron.plan(args.checkpoint)
-    names = differing_tensors(Source(args.source, args.allow_pickle), export)
+    with agreed():
+        export = from_megatron.plan(args.checkpoint)
+        source = Source(args.source, args.allow_pickle)
+        same_words = read_model(args.source).vocabulary == export.model.vocabulary
+        names = differing_tensors(source, export)
+    if source.note and dist.get_rank() == 0:
+        print(source.note, flush=True)
     for name in names:
         print(f"differs: {name}", flush=True)
     agree = torch.tensor(float(not names))
-    compared = logits(args, export)
+    compared = logits(args, source, export) if same_words else None
     if compared is not None:
         difference, largest = compared
         print(f"logits: largest difference {difference:.2e}, largest logit {largest:.3g}")
