@@ -11,6 +11,8 @@ from megatron_dr.hf.fields import number, switch, whole
 from megatron_dr.hf.model import Model
 from megatron_dr.hf.rope import read_rope
 
+_MOST = 10**6  # parts of a model's tensors that are listed one by one
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint's folder.
@@ -62,14 +64,20 @@ def parse(config: Mapping[str, Any]) -> Model:
     groups = heads if default else whole(config, "num_key_value_heads")
     if heads % groups:
         raise ValueError(f"config.json: {heads} heads can't be divided into {groups} groups.")
+    layers, experts = whole(config, "num_hidden_layers"), _experts(config, family.experts_key)
+    if layers * (groups + experts.get("experts", 0)) > _MOST:
+        raise ValueError(
+            f"config.json: {layers} layers of {groups} groups of heads and "
+            f"{experts.get('experts', 0)} experts can't be meant."
+        )
     return Model(
-        architecture=family.architecture, layers=whole(config, "num_hidden_layers"),
+        architecture=family.architecture, layers=layers,
         hidden_size=hidden, ffn_size=whole(config, family.ffn_key), heads=heads, groups=groups,
         head_size=_head_size(config, family.head_size, hidden, heads),
         vocabulary=whole(config, "vocab_size"), positions=whole(config, "max_position_embeddings"),
         epsilon=number(config, "rms_norm_eps"), tied=switch(config, "tie_word_embeddings", False),
         qkv_bias=family.qkv_bias, qk_norm=family.qk_norm, rope=read_rope(config, family.rope_base),
-        window=_window(config, family.window_switch), **_experts(config, family.experts_key),
+        window=_window(config, family.window_switch), **experts,
     )  # fmt: skip
 
 

@@ -38,7 +38,8 @@ def restrict() -> None:
 
 def _read_metadata(self: FileSystemReader, *_: Any, **kwargs: Any) -> Metadata:
     rank = kwargs.get("rank")
-    found = read_metadata(Path(self.path) / (".metadata" if rank is None else f"__{rank}.metadata"))
+    name = ".metadata" if rank is None else f"__{rank}.metadata"
+    found = read_metadata(Path(self.path) / name, checked=True)
     if getattr(found, "storage_meta", None) is None:
         found.storage_meta = StorageMeta()
     assert found.storage_meta is not None

@@ -4,6 +4,7 @@ import enum
 import json
 import os
 import pickle
+import resource
 import shutil
 import sys
 import types
@@ -83,6 +84,7 @@ FROM_HF = {
     "config cut": ("hf", "config.json", cut(40), "not JSON"),
     "text for a size": ("hf", "config.json", config(hidden_size="16"), "'hidden_size' is '16'"),
     "negative": ("hf", "config.json", config(num_attention_heads=-4), "'num_attention_heads' is"),
+    "endless": ("hf", "config.json", config(num_hidden_layers=10**30), "can't be meant"),
     "half": ("hf", "config.json", config(vocab_size=7.5), "'vocab_size' is '7.5'"),
     "not finite": ("hf", "config.json", config(rms_norm_eps=float("nan")), "'rms_norm_eps' is"),
     "text for a switch": (
@@ -183,6 +185,15 @@ def test_a_tensor_of_which_a_part_is_missing(whole: Path, tmp_path: Path) -> Non
     reader.read(key, (0,), shape)
     with pytest.raises(ValueError, match=f"parts of tensor {key} are missing"):
         reader.read(key, (1,), shape)
+
+
+def test_a_damaged_number_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """A place of 2^26 in the memory of what was read: Python's own unpickler makes room for it."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04]r\x00\x00\x00\x04.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="damaged, no metadata"):
+        read_metadata(tmp_path / ".metadata")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 class Call:

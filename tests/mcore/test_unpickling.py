@@ -15,9 +15,20 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import RerunMode, RerunState
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from megatron_dr.hf import to_megatron, torch_dist
 from megatron_dr.mcore import unpickling
@@ -80,6 +91,14 @@ def test_what_runs_code_is_refused(tmp_path: Path) -> None:
     unpickling.check_loaded(args)
     good = FileSystemReader(release).read_metadata()
     assert good.storage_meta is not None and good.storage_meta.load_id
+    chunk = ChunkStorageMetadata(torch.Size((0,)), torch.Size((2,)))
+    written = TensorWriteData(chunk, TensorProperties(torch.bfloat16), torch.Size((2,)))
+    item = WriteItem(MetadataIndex("key"), WriteItemType.SHARD, tensor_data=written)
+    good.all_local_plans = [SavePlan([item], _StoragePrefix("__0_"))]  # type: ignore[attr-defined]
+    (release / ".metadata").write_bytes(pickle.dumps(good))
+    found: Any = FileSystemReader(release).read_metadata()
+    assert found.all_local_plans[0].items == [item]  # as Megatron's own saves have it
+    unpickling.check_loaded(args)
     (release / ".metadata").write_bytes(pickle.dumps(bad))
     for read_it in (FileSystemReader(release).read_metadata, lambda: unpickling.check_loaded(args)):
         with pytest.raises(ValueError, match="metadata: it names posix.system"):
