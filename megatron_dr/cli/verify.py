@@ -19,7 +19,7 @@ from megatron_dr.cli import ranks
 from megatron_dr.cli.main import parser_of
 from megatron_dr.hf import from_megatron
 from megatron_dr.hf.config import read_model
-from megatron_dr.hf.mapping import Box
+from megatron_dr.hf.mapping import Box, hf_shapes
 from megatron_dr.hf.output import agreed, rank
 from megatron_dr.hf.source import Source
 
@@ -38,18 +38,26 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def unfit_tensors(source: Source, export: from_megatron.Export) -> dict[str, str]:
+    """Tensors that can't be compared, and why: transformers couldn't load the folder either."""
+    why = {}
+    for name, shape in hf_shapes(export.tensors).items():
+        if name not in source.places:
+            why[name] = f"not in {source.folder}"
+        elif source.about(name)[0] != shape:
+            why[name] = f"{list(source.about(name)[0])}, in the checkpoint {list(shape)}"
+    return why
+
+
 def differing_tensors(source: Source, export: from_megatron.Export) -> list[str]:
-    """Tensors that aren't equal bit for bit, with what else is to say; this process's share."""
+    """Names of tensors that aren't equal bit for bit; this process's share of them."""
     number, processes = rank()
-    names = []
+    names, unfit = [], unfit_tensors(source, export)
     for tensor in export.tensors[number::processes]:
         for name, found in export.read(tensor).items():
-            if name not in source.places:
-                names.append(f"{name} (not in {source.folder})")
-            elif (shape := source.about(name)[0]) != tuple(found.shape):
-                names.append(f"{name} ({list(shape)}, in the checkpoint {list(found.shape)})")
-            elif not source.read(name, whole(shape)).to(found.dtype).equal(found):
-                names.append(name)
+            if name not in unfit:
+                own = source.read(name, whole(tuple(found.shape)))
+                names += [] if own.to(found.dtype).equal(found) else [name]
     return names
 
 
@@ -133,13 +141,17 @@ def verify(args: argparse.Namespace) -> bool:
         export = from_megatron.plan(args.checkpoint)
         source = Source(args.source, args.allow_pickle)
         same_words = read_model(args.source).vocabulary == export.model.vocabulary
+        unfit = unfit_tensors(source, export)
         names = differing_tensors(source, export)
-    if source.note and dist.get_rank() == 0:
-        print(source.note, flush=True)
+    if dist.get_rank() == 0:
+        said = [source.note] if source.note else []
+        said += [] if same_words else [f"differs: vocab_size of {args.source}/config.json"]
+        said += [f"differs: {name} ({reason})" for name, reason in unfit.items()]
+        print("\n".join(said), end="\n" if said else "", flush=True)
     for name in names:
         print(f"differs: {name}", flush=True)
-    agree = torch.tensor(float(not names))
-    compared = logits(args, source, export) if same_words else None
+    agree = torch.tensor(float(not names and not unfit and same_words))
+    compared = logits(args, source, export) if same_words and not unfit else None
     if compared is not None:
         difference, largest = compared
         print(f"logits: largest difference {difference:.2e}, largest logit {largest:.3g}")
