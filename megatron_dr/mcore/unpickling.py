@@ -62,7 +62,7 @@ def check(folder: Path) -> None:
     Raises:
         ValueError: a file that is damaged or not there, or names what could run code.
     """
-    if not (folder / ".metadata").exists():
+    if not all((folder / name).exists() for name in (".metadata", "metadata.json")):
         return  # none, or of another format
     reader = Reader(folder)
     reader.common()
