@@ -159,6 +159,15 @@ def test_a_resume_without_what_it_needs_is_refused(
     assert code == 2 and sentence in error
 
 
+def test_a_damaged_reference_is_refused(data: Data, tmp_path: Path) -> None:
+    """It is a distributed checkpoint of its own, whose description is a pickle."""
+    shutil.copytree(data["base"], tmp_path / "base")
+    path = tmp_path / "base" / "dr_reference" / ".metadata"
+    path.write_bytes(path.read_bytes()[:500])
+    code, _, error, _ = _rl.run(data, f"--load {tmp_path / 'base'}", 1)[0]
+    assert code == 2 and f"{path}: damaged, no metadata of a checkpoint" in error
+
+
 def test_the_target_may_have_a_reward_of_its_own(data: Data, tmp_path: Path) -> None:
     """In its rollouts and on its held-out prompts."""
     path = tmp_path / "metrics.jsonl"
