@@ -2,7 +2,8 @@
 
     megatron-dr prepare DATA... --output PREFIX --tokenizer TOKENIZER
 
-DATA: JSONL or Parquet files, folders of them, or Hugging Face datasets on disk. TOKENIZER: a folder
+DATA: files of JSON lines (.gz too) or a JSON array, Parquet files, folders of them, or Hugging Face
+datasets on disk. TOKENIZER: a folder
 with a tokenizer.json, a sentencepiece .model file, or byte-level. A run that was cut off goes on
 when the same command is given again.
 """
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_dr.cli.main import parser_of
-from megatron_dr.data import prepare, records
+from megatron_dr.data import files, prepare, records
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, FORMS, Encoder, form_of
 from megatron_dr.data.shards import Rules
@@ -114,16 +115,19 @@ def plan(args: argparse.Namespace, console: Console) -> tuple[prepare.Job, Any, 
     from megatron_dr.mcore.data.preparation import load_tokenizer
 
     names = columns(args.columns)
-    paths = records.list_files(args.data)
-    files = []
+    paths = files.list_files(args.data)
+    note = files.passed_over(args.data)
+    if note:
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
+    found = []
     for number, path in enumerate(paths):
         with console.status(f"reading {path}"):
-            files.append(records.inspect(number, path, args.shard_size))
+            found.append(records.inspect(number, path, args.shard_size))
     tokenizer, identity, flags = load_tokenizer(args.tokenizer, args.chat_template)
-    form = args.form or first_form(files, names)
+    form = args.form or first_form(found, names)
     encoder = Encoder(form, tokenizer, names, load_chat(args))
     rules = Rules(args.max_length, args.too_long, args.bad_lines == "skip")
-    job = prepare.Job(args.output, files, encoder, rules, args.validation, args.seed, identity,
+    job = prepare.Job(args.output, found, encoder, rules, args.validation, args.seed, identity,
                       piece_size=args.shard_size)  # fmt: skip
     return job, tokenizer, flags
 

@@ -1,11 +1,11 @@
-"""Samples straight from files: JSONL, Parquet and datasets on disk, tokenised at the start."""
+"""Samples straight from files and folders of them, tokenised at the start."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from megatron_dr.data import records
+from megatron_dr.data import files, records
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
 from megatron_dr.data.packing import Padded
@@ -20,7 +20,7 @@ class FileSamples(Padded):
     the sequence is cut on the right.
 
     Args:
-        path: a file or folder that `records.list_files` knows.
+        path: a file or folder that `files.list_files` knows.
         sequence_length: L; a sample gives L inputs and L labels.
         chat: for messages; None if the tokenizer has no chat template.
         attention_mask: as `Padded`.
@@ -68,7 +68,7 @@ def read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: no such data, or a line that is no record.
     """
-    for file in records.list_files([path]):
+    for file in files.list_files([path]):
         for number, raw in records.read_file(file):
             where = f"{file}:{number}"
             with records.at(where):

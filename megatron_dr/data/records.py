@@ -1,16 +1,19 @@
-"""Input files as pieces of records: JSONL, Parquet, and Hugging Face datasets on disk."""
+"""Input files as pieces of records: lines and arrays of JSON, Parquet, and Arrow streams."""
 
+import gzip
 import hashlib
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".jsonl", ".parquet", ".arrow")
+from megatron_dr.data.files import ending, is_gzip, kind
+
+_GZIP_PIECES = 64  # at most: each is read from the file's beginning
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,10 @@ class Piece:
 
     Attributes:
         file: number of the file in the input.
-        first: number of its first line or row, from 1.
-        count: lines or rows.
-        offset: where it begins: a byte of JSONL, a row group of Parquet, unused for Arrow.
+        first: number of its first line, row or element, from 1.
+        count: lines, rows or elements.
+        offset: where it begins: a byte of JSONL (as it is unpacked), a row group of Parquet,
+            unused for others.
     """
 
     file: int
@@ -41,68 +45,31 @@ class InputFile:
     pieces: tuple[Piece, ...]
 
 
-def list_files(paths: list[str]) -> list[str]:
-    """The data files of files, folders (in order of names) and datasets on disk.
-
-    Raises:
-        ValueError: a path that is not there, of an unknown kind, or a folder without data.
-    """
-    files: list[str] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += _files_of_folder(path)
-        elif not path.is_file():
-            raise ValueError(f"{path}: no such file or folder.")
-        elif path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: not data: name a file that ends in {', '.join(SUFFIXES)}.")
-        else:
-            files.append(str(path))
-    twice = {file for file in files if files.count(file) > 1}
-    if twice:
-        raise ValueError(f"{min(twice)}: given twice: name it once.")
-    return files
-
-
-def _files_of_folder(folder: Path) -> list[str]:
-    splits, state = folder / "dataset_dict.json", folder / "state.json"
-    if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8")).get("splits", [])
-        raise ValueError(
-            f"{folder}: a dataset of several splits: name one of "
-            f"{', '.join(str(folder / name) for name in names)}."
-        )
-    if state.is_file():
-        saved = json.loads(state.read_text(encoding="utf-8"))
-        if saved.get("_indices_data_files") or saved.get("_indices_files"):
-            raise ValueError(
-                f"{folder}: a dataset that selects rows of its files: save it again with "
-                "flatten_indices()."
-            )
-        return [str(folder / part["filename"]) for part in saved["_data_files"]]
-    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES[:2] and p.is_file())
-    if not found:
-        raise ValueError(f"{folder}: no .jsonl or .parquet file in it, and no dataset on disk.")
-    return [str(path) for path in found]
-
-
 def inspect(number: int, path: str, piece_size: int) -> InputFile:
-    """Hash a file and cut it in pieces of `piece_size` records (a Parquet file: in row groups).
+    """Hash a file and cut it in pieces of `piece_size` records.
+
+    A Parquet file is cut in its row groups, an array not at all, and a gzip file in 64 pieces at
+    most.
 
     Raises:
-        ValueError: a file that pyarrow can't read.
+        ValueError: a file that can't be read.
     """
-    if path.endswith(".jsonl"):
-        return _inspect_jsonl(number, path, piece_size)
-    pieces = _table_pieces(number, path, piece_size)
+    pieces = _pieces(number, path, piece_size)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return InputFile(path, digest, sum(piece.count for piece in pieces), tuple(pieces))
 
 
+def _pieces(number: int, path: str, piece_size: int) -> list[Piece]:
+    if is_array(path):
+        return [Piece(number, path, 1, len(_array(path)), 0)]
+    return (_line_pieces if kind(path) == "json" else _table_pieces)(number, path, piece_size)
+
+
 def _table_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
     """Of Parquet its row groups, of Arrow so many rows."""
     table = _open(path)
-    if path.endswith(".parquet"):
+    if kind(path) == "parquet":
         metadata = table.metadata
         counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
     else:
@@ -114,35 +81,67 @@ def _table_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
     ]
 
 
-def _inspect_jsonl(number: int, path: str, piece_size: int) -> InputFile:
-    digest, starts, offset, lines = hashlib.sha256(), [], 0, 0
-    with open(path, "rb") as file:
+def _line_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
+    starts, offset, lines = [], 0, 0
+    with _lines(path) as file:
         for raw in file:
             if lines % piece_size == 0:
                 starts.append(offset)
-            digest.update(raw)
             offset += len(raw)
             lines += 1
-    pieces = [
+    if is_gzip(path):
+        joined = -(-len(starts) // _GZIP_PIECES) or 1
+        starts, piece_size = starts[::joined], piece_size * joined
+    return [
         Piece(number, path, n * piece_size + 1, min(piece_size, lines - n * piece_size), start)
         for n, start in enumerate(starts)
     ]
-    return InputFile(path, digest.hexdigest(), lines, tuple(pieces))
 
 
-def read(piece: Piece) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """(line or row number from 1, the raw line or the row) of every record; empty lines left out.
+@contextmanager
+def _lines(path: str) -> Iterator[Any]:
+    """A file of lines, unpacked as it is read."""
+    try:
+        with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}).") from None
+
+
+def is_array(path: str) -> bool:
+    """Whether a file is one JSON array of records; one that ends in .jsonl never is."""
+    if not ending(path).startswith(".json") or ending(path).startswith(".jsonl"):
+        return False
+    with _lines(path) as file:
+        beginning: bytes = file.read(4096)
+        return beginning.lstrip().startswith(b"[")
+
+
+def _array(path: str) -> list[Any]:
+    with _lines(path) as file:
+        found = _loaded(file.read(), path)
+    assert isinstance(found, list)
+    return found
+
+
+def read(piece: Piece) -> Iterator[tuple[int, Any]]:
+    """(number from 1, the raw line in bytes, the row or the element) of every record.
+
+    Empty lines are left out.
 
     A row's null fields are left out: columns of Arrow have a place in every row.
     """
-    if piece.path.endswith(".jsonl"):
-        with open(piece.path, "rb") as file:
+    if is_array(piece.path):
+        yield from enumerate(_array(piece.path), piece.first)
+        return
+    if kind(piece.path) == "json":
+        with _lines(piece.path) as file:
             file.seek(piece.offset)
             lines = enumerate(itertools.islice(file, piece.count), piece.first)
             yield from ((number, raw) for number, raw in lines if raw.strip())
         return
     table = _open(piece.path)
-    if piece.path.endswith(".parquet"):
+    if kind(piece.path) == "parquet":
         batches = table.iter_batches(1024, row_groups=[piece.offset])
     else:
         batches = table.slice(piece.first - 1, piece.count).to_batches(1024)
@@ -150,34 +149,39 @@ def read(piece: Piece) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     yield from enumerate(map(_without_nulls, rows), piece.first)
 
 
-def read_file(path: str) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+def read_file(path: str) -> Iterator[tuple[int, Any]]:
     """As `read`, of a whole file.
 
     Raises:
-        ValueError: a file that pyarrow can't read.
+        ValueError: a file that can't be read.
     """
     pieces = [Piece(0, path, 1, sys.maxsize, 0)]
-    if not path.endswith(".jsonl"):
+    if kind(path) != "json":
         pieces = _table_pieces(0, path, 1 << 20)
     for piece in pieces:
         yield from read(piece)
 
 
-def parse(raw: bytes | dict[str, Any]) -> dict[str, Any]:
-    """The record of a row or of a line of JSONL; ValueError if it is none."""
-    if isinstance(raw, dict):
-        return raw
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason}).") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno}).") from None
-    except (ValueError, RecursionError) as error:  # a huge number, deep nesting
-        raise ValueError(f"JSON that can't be read ({error}).") from None
+def parse(raw: Any) -> dict[str, Any]:
+    """The record of what `read` gives; ValueError if it is none."""
+    record = _loaded(raw) if isinstance(raw, bytes) else raw
     if not isinstance(record, dict):
-        raise ValueError(f"a line must be a JSON object, not {type(record).__name__}.")
+        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}.")
     return record
+
+
+def _loaded(raw: bytes, path: str = "") -> Any:
+    """What a line of JSON says, or a whole file with this path."""
+    whose = f"{path}: " if path else ""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{whose}not UTF-8 ({error.reason}).") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if path else ""
+        raise ValueError(f"{whose}not JSON ({error.msg}, {line}column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:  # a huge number, deep nesting
+        raise ValueError(f"{whose}JSON that can't be read ({error}).") from None
 
 
 @contextmanager
@@ -203,12 +207,12 @@ def _open(path: str) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path} needs pyarrow: pip install 'megatron_dr[data]'.") from None
-    parquet = path.endswith(".parquet")
+    parquet = kind(path) == "parquet"
     try:
         if parquet:
             return pyarrow.parquet.ParquetFile(path)
         with pyarrow.memory_map(path) as source:
             return pyarrow.ipc.open_stream(source).read_all()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        kind = "a Parquet file" if parquet else "an Arrow stream"
-        raise ValueError(f"{path}: not {kind} ({error}).") from None
+        what = "a Parquet file" if parquet else "an Arrow stream"
+        raise ValueError(f"{path}: not {what} ({error}).") from None

@@ -13,7 +13,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_dr.data import records
+from megatron_dr.data import files
 from megatron_dr.data.order import Samples, TargetStream
 from megatron_dr.data.packing import PackedSamples
 from megatron_dr.mcore import errors
@@ -131,11 +131,11 @@ def blended_paths(config: GPTDatasetConfig) -> list[str]:
 
 def _check_path(path: str) -> None:
     if is_file(path):
-        records.list_files([path])
+        files.list_files([path])
     elif not os.path.isfile(path + ".idx") or not os.path.isfile(path + ".bin"):
         raise ValueError(
             f"{path}: no such data; an indexed dataset is named by its path without .bin and .idx, "
-            f"a file of samples by a path that ends in {', '.join(records.SUFFIXES)}."
+            f"a file of samples by a path that ends in {', '.join(files.SUFFIXES)}."
         )
 
 

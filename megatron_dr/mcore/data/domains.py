@@ -7,7 +7,7 @@ from megatron.core import mpu
 from megatron.core.datasets.utils import Split
 
 from megatron_dr.data.domains import DomainPlan, domains_of_step
-from megatron_dr.data.records import SUFFIXES
+from megatron_dr.data.files import ending
 from megatron_dr.mcore import compat
 
 
@@ -38,8 +38,8 @@ def domain_names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _name(path: str) -> str:
-    stem, ending = os.path.splitext(os.path.basename(os.path.normpath(path)))
-    return stem if ending in SUFFIXES else stem + ending
+    name = os.path.basename(os.path.normpath(path))
+    return name[: len(name) - len(ending(name))]
 
 
 def domain_weights(args: argparse.Namespace) -> tuple[float, ...]:

@@ -14,11 +14,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_dr.data import files
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.file_samples import FileSamples
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.data.packing import PackedSamples, Padded
-from megatron_dr.data.records import SUFFIXES
 from megatron_dr.data.sample import Part
 from megatron_dr.mcore.say import say
 
@@ -83,7 +83,7 @@ def is_samples(path: str) -> bool:
 def is_file(path: str) -> bool:
     """Whether a path names a file of samples or a folder of them, not an indexed dataset."""
     folder = os.path.isdir(path) and not os.path.isfile(path + ".idx")
-    return path.endswith(SUFFIXES) or folder
+    return files.kind(path) is not None or folder
 
 
 def chat_of(tokenizer: Any) -> Chat | None:
@@ -96,6 +96,13 @@ def chat_of(tokenizer: Any) -> Chat | None:
     return Chat(inner) if getattr(inner, "chat_template", None) else None
 
 
+def note_passed_over(path: str) -> None:
+    """Say which files of a folder are not read."""
+    note = files.passed_over([path])
+    if note:
+        say(f"note: {note}")
+
+
 def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
     """The samples of a path; those that are too long are noted.
 
@@ -105,6 +112,7 @@ def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
     length, mask = config.sequence_length, config.create_attention_mask
     samples: SampleSet
     if is_file(path):
+        note_passed_over(path)
         tokenizer = config.tokenizer
         samples = FileSamples(path, tokenizer, length, chat_of(tokenizer), attention_mask=mask)
     else:

@@ -10,7 +10,14 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron_dr.data.encode import FORMS
 from megatron_dr.data.pairs import FilePairs, Pair, Pairs
 from megatron_dr.mcore.data import datasets
-from megatron_dr.mcore.data.samples import MASK, PreparedSamples, SampleDataset, chat_of, is_file
+from megatron_dr.mcore.data.samples import (
+    MASK,
+    PreparedSamples,
+    SampleDataset,
+    chat_of,
+    is_file,
+    note_passed_over,
+)  # fmt: skip
 
 
 class PreparedPairs(Pairs):
@@ -53,6 +60,7 @@ def open_pairs(path: str, config: GPTDatasetConfig) -> Pairs:
     """
     length, mask, tokenizer = config.sequence_length, config.create_attention_mask, config.tokenizer
     if is_file(path):
+        note_passed_over(path)
         return FilePairs(path, tokenizer, length, chat_of(tokenizer), attention_mask=mask)
     missing = next(
         (p for end in FORMS["preference"] for p in (path + end, path + end + MASK)

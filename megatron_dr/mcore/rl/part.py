@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.config.rl import RLConfig
-from megatron_dr.data.records import SUFFIXES
+from megatron_dr.data.files import SUFFIXES
 from megatron_dr.mcore.data.samples import is_file
 from megatron_dr.mcore.refuse import Rule, rules
 from megatron_dr.mcore.rl.saved import other_run

@@ -15,7 +15,7 @@ from megatron_dr.config.rl import RLConfig
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.data.datasets import dataset_config
-from megatron_dr.mcore.data.samples import chat_of
+from megatron_dr.mcore.data.samples import chat_of, note_passed_over
 from megatron_dr.mcore.rl import filter_once, saved
 from megatron_dr.mcore.rl.collect import Collector, draw
 from megatron_dr.mcore.rl.forward import policy_step
@@ -97,6 +97,8 @@ class RolloutSource(Source):
             self._reference.save(folder)
 
     def _read(self, paths: list[str]) -> list[Prompt]:
+        for path in paths:
+            note_passed_over(path)
         return read_prompts(paths, self.tokenizer, self.args.seq_length, chat_of(self.tokenizer))
 
     # -- a run's steps ---------------------------------------------------------------------------
