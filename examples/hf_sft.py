@@ -58,7 +58,7 @@ def write_data(folder: Path) -> None:
     general = [(f"What is {n} + {n + 3}?", f"{2 * n + 3}") for n in range(24)] + asked[6:]
     for name, pairs in (("target", target), ("general", general)):
         lines = [
-            {"prompt": CHAT.format(question=question), "response": answer + "<|im_end|>"}
+            {"prompt": CHAT.format(question=question), "response": answer}
             for question, answer in pairs
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)

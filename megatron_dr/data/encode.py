@@ -2,24 +2,18 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from megatron_dr.data.chat import Chat, Message
+from megatron_dr.data.chat import Chat
+from megatron_dr.data.messages import Message, check_unicode, checked
 from megatron_dr.data.sample import Part, Sample
+from megatron_dr.data.texts import Tokenizer, texts_of
 
 COLUMNS = ("text", "prompt", "response", "messages", "chosen", "rejected", "answer", "tools")
 # Of a form, what its sequences' files are called after the output's prefix.
 FORMS = {"sft": ("",), "preference": ("_chosen", "_rejected"), "prompts": ("",)}
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer: Megatron's have it."""
-
-    eod: int
-
-    def tokenize(self, text: str) -> list[int]: ...
 
 
 def form_of(names: Iterable[str], columns: dict[str, str]) -> str:
@@ -42,8 +36,8 @@ class Encoder:
     def __init__(
         self, form: str, tokenizer: Tokenizer, columns: dict[str, str], chat: Chat | None
     ) -> None:
-        self.form, self.tokenizer, self.columns, self.chat = form, tokenizer, columns, chat
-        self.around = set(tokenizer.tokenize(""))  # what it puts around every text
+        self.form, self.columns, self.chat, self.eod = form, columns, chat, tokenizer.eod
+        self.texts = texts_of(tokenizer)
 
     def __call__(self, record: dict[str, Any]) -> Sample:
         """The sample of a record.
@@ -65,7 +59,7 @@ class Encoder:
             )
         if kinds == ["messages"]:
             messages = self._messages(record, "messages")
-            return Sample((self._chat().encode(messages, record.get(self.columns["tools"])),))
+            return Sample((self._chat().encode(messages, self._tools(record)),))
         if kinds == ["text"]:
             return Sample((self._pair("", self._text(record, "text")),))
         prompt = self._text(record, "prompt", empty=True)
@@ -81,7 +75,7 @@ class Encoder:
             both = [self._messages(record, name) for name in names]
             if not all(m[: len(first)] == first for m in both):
                 both = [first + messages for messages in both]
-            given, tools = _common(*both), record.get(self.columns["tools"])
+            given, tools = _common(*both), self._tools(record)
             parts = [self._chat().encode(messages, tools, given) for messages in both]
         if np.array_equal(parts[0].ids, parts[1].ids):
             raise ValueError("the chosen and the rejected answer are the same.")
@@ -92,35 +86,41 @@ class Encoder:
             raise ValueError(f"no column {self.columns['answer']!r}.")
         if isinstance(record.get(self.columns["prompt"]), list):
             messages = self._messages(record, "prompt")
-            ids = self._chat().prompt(messages, record.get(self.columns["tools"]))
+            ids = self._chat().prompt(messages, self._tools(record))
         else:
-            ids = np.asarray(self._tokens(self._text(record, "prompt")), np.int32)
+            text = self._text(record, "prompt")
+            ids = np.asarray(self.texts.begun(self.texts.ids(text)), np.int32)
         fields = {"answer": record[self.columns["answer"]]}
         left = {self.columns["prompt"], self.columns["answer"]}
         fields |= {k: v for k, v in record.items() if k not in left | {"answer", "id"}}
         if "id" in record:  # ours is the document's number
             fields["source_id"] = record["id"]
+        for column, value in fields.items():
+            check_unicode(column, [column, value])
         try:
             json.dumps(fields, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"a column that JSON can't hold ({error}).") from None
         return Sample((Part(ids, np.zeros(len(ids), np.uint8)),), fields)
 
     def _pair(self, prompt: str, text: str) -> Part:
-        """Prompt, text and end of document; a loss on the last two."""
-        before = self._tokens(prompt) if prompt else []
-        after = self._tokens(text, start=bool(prompt)) + [self.tokenizer.eod]
-        return Part.of(before + after, [0] * len(before) + [1] * len(after))
+        """Prompt, text and end of document, as one text; a loss on the last two.
 
-    def _tokens(self, text: str, start: bool = False) -> list[int]:
-        """Without the tokens in `around` at the end and, if asked for, at the start."""
-        ids = self.tokenizer.tokenize(text)
-        first, last = 0, len(ids)
-        while start and first < last and ids[first] in self.around:
-            first += 1
-        while last > first + 1 and ids[last - 1] in self.around:
-            last -= 1
-        return list(ids[first:last])
+        A text that has its end already, as one rendered by a chat template, gets no second one, and
+        white space after it has no loss.
+        """
+        if prompt:
+            before, after = self.texts.split((prompt, text))
+        else:
+            before, after = [], self.texts.ids(text)
+        last = len(after) - after[::-1].index(self.eod) if self.eod in after else 0
+        if not last or self.texts.decode(after[last:]).strip():
+            after = [*after, self.eod]
+            last = len(after)
+        ids = self.texts.begun(before + after)
+        mask = np.zeros(len(ids), np.uint8)
+        mask[len(ids) - len(after) : len(ids) - len(after) + last] = 1
+        return Part.of(ids, mask)
 
     def _chat(self) -> Chat:
         if self.chat is None:
@@ -138,34 +138,20 @@ class Encoder:
             raise ValueError(f"{column!r} must be a string, and is {found}.")
         if not text.strip() and not empty:
             raise ValueError(f"{column!r} is empty.")
-        _check_unicode(column, text)
+        check_unicode(column, text)
         return text
 
     def _messages(self, record: dict[str, Any], name: str) -> list[Message]:
         column = self.columns[name]
-        messages = record.get(column)
-        if not (
-            isinstance(messages, list)
-            and messages
-            and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-        ):
-            raise ValueError(
-                f"{column!r} must be a list of messages, each an object with 'role' and 'content'."
-            )
-        for message in messages:
-            if isinstance(message.get("content"), str):
-                _check_unicode(column, message["content"])
-        return messages
+        return checked(column, record.get(column))
+
+    def _tools(self, record: dict[str, Any]) -> Any:
+        tools = record.get(self.columns["tools"])
+        check_unicode(self.columns["tools"], tools)
+        return tools
 
 
 def _common(a: list[Message], b: list[Message]) -> int:
     """How many first messages are the same in both."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def _check_unicode(column: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{column!r} has half of a surrogate pair.") from None

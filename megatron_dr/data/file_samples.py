@@ -7,9 +7,10 @@ import numpy as np
 
 from megatron_dr.data import files, records
 from megatron_dr.data.chat import Chat
-from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
+from megatron_dr.data.encode import COLUMNS, Encoder
 from megatron_dr.data.packing import Padded
 from megatron_dr.data.sample import Part
+from megatron_dr.data.texts import Tokenizer
 
 
 class FileSamples(Padded):

@@ -7,10 +7,11 @@ import torch
 
 from megatron_dr.data import records
 from megatron_dr.data.chat import Chat
-from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
+from megatron_dr.data.encode import COLUMNS, Encoder
 from megatron_dr.data.file_samples import read
 from megatron_dr.data.packing import causal_mask, padded
 from megatron_dr.data.sample import Part, Sample
+from megatron_dr.data.texts import Tokenizer
 
 Pair = tuple[Part, Part]  # chosen, rejected
 

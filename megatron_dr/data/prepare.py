@@ -23,7 +23,7 @@ from megatron_dr.data.encode import FORMS, Encoder
 from megatron_dr.data.output import OpenDataset, Writer
 from megatron_dr.data.records import InputFile, Piece
 
-FORMAT = 1  # of the manifest and the shards
+FORMAT = 2  # of the manifest and the shards, and of how samples are encoded
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def _refuse_changes(path: Path, earlier: dict[str, Any], wanted: dict[str, Any])
     if not changed:
         return
     what = ", ".join(changed)
+    if "format" in changed:
+        what = "how samples are encoded (it is of another version of this tool)"
     if changed == ["files"]:
         before = {file["path"]: file["sha256"] for file in earlier["files"]}
         now = {file["path"]: file["sha256"] for file in wanted["files"]}

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dr.data.chat import Chat, Message
-from megatron_dr.data.encode import COLUMNS, Encoder, Tokenizer
+from megatron_dr.data.chat import Chat
+from megatron_dr.data.encode import COLUMNS, Encoder
 from megatron_dr.data.file_samples import read
+from megatron_dr.data.messages import Message
+from megatron_dr.data.texts import Tokenizer
 
 
 @dataclass(frozen=True)

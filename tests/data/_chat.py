@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -55,6 +56,41 @@ def fast(template: str | None) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe(), eos_token=end)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def trimming(template: str | None, bos: bool = False) -> Any:
+    """The same, with a post-processor that trims places, as is its default, and may add a BOS."""
+    tokenizer = fast(template)
+    steps: list[Any] = [ByteLevel(trim_offsets=True)]
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        special = [("<s>", tokenizer.bos_token_id)]
+        steps.append(TemplateProcessing(single="<s> $A", special_tokens=special))
+    tokenizer.backend_tokenizer.post_processor = Sequence(steps)
+    return tokenizer
+
+
+def spaced(kind: str) -> Any:
+    """A BPE that begins a text with a space, as Llama 2's does: `first`, `always` or `legacy`."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # no token of two words
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    words = ["The cat sat: the answer is four.\n", " Answer: Question: the cat\n"]
+    tokenizer.train_from_iterator(words * 10, trainer)
+    if kind == "legacy":
+        tokenizer.pre_tokenizer = None
+        marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(marks)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    steps = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
 
 
 def saved(folder: Path, template: str | None = CHATML) -> str:

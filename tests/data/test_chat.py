@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.sample import Part
@@ -83,6 +84,62 @@ def test_a_template_that_renders_a_turn_in_two_ways() -> None:
 def test_wrong_messages(messages: list[dict[str, str]], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Chat(_chat.fast(_chat.CHATML)).encode(messages)
+
+
+def test_a_conversation_that_begins_with_the_assistant() -> None:
+    """Also where the template looks at the first message, and puts a message of its own before."""
+    system = "'<|im_start|>system\\nBe.<|im_end|>\\n'"
+    own = "{% if messages[0].role != 'system' %}{{ " + system + " }}{% endif %}"
+    answers = {_chat.CHATML: "Hi.<|im_end|>", own + _chat.CHATML: "Hi.<|im_end|>",
+               _chat.MARKED: "Hi.<|im_end|>", _chat.INSTRUCT: "Hi.</s>"}  # fmt: skip
+    for template, first in answers.items():
+        chat = Chat(_chat.fast(template))
+        messages = [{"role": "assistant", "content": "Hi."}, *conversation("One.")]
+        second = (" " if template == _chat.INSTRUCT else "") + first.replace("Hi", "One")
+        assert trained(chat.encode(messages), chat) == [first, second], template
+        assert trained(chat.encode(messages, given=1), chat) == [second], template
+
+
+CODE = "if x:\n        return  four\n\n    \n"
+
+
+@pytest.mark.parametrize("template", ENDS)
+def test_white_space_has_a_loss_where_places_are_trimmed(template: str) -> None:
+    chat, plain = Chat(_chat.trimming(template)), Chat(_chat.fast(template))
+    messages = conversation(CODE, "   " + CODE)
+    part = chat.encode(messages)
+    before = " " if template == _chat.INSTRUCT else ""
+    answers = [before + CODE + ENDS[template], before + "   " + CODE + ENDS[template]]
+    assert trained(part, chat) == answers
+    assert part.ids.tolist() == plain.encode(messages).ids.tolist()
+    assert part.ids.tolist() == chat.tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [_chat.INSTRUCT, _chat.MARKED])
+def test_a_tokenizer_that_tells_no_places(template: str) -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer)
+    part = chat.encode(conversation("One.", CODE.strip()))
+    before = " " if template == _chat.INSTRUCT else ""
+    answers = [before + answer + ENDS[template] for answer in ("One.", CODE.strip())]
+    assert trained(part, chat) == answers
+
+
+def test_two_named_templates() -> None:
+    """What transformers takes: the one for tools, where there are tools."""
+    tokenizer = _chat.fast(None)
+    with_tools = "{% for t in tools %}{{ t.name }}{% endfor %}" + _chat.CHATML
+    tokenizer.chat_template = {"default": _chat.MARKED, "tool_use": with_tools}
+    chat, messages = Chat(tokenizer), conversation("One.")
+    plain = chat.encode(messages)
+    assert plain.ids.tolist() == Chat(_chat.fast(_chat.MARKED)).encode(messages).ids.tolist()
+    part = chat.encode(messages, [{"name": "clock"}])
+    assert chat.tokenizer.decode(part.ids).startswith("clock<|im_start|>")
+    assert trained(part, chat) == trained(plain, chat) == ["One.<|im_end|>"]
+    tokenizer.chat_template = {"tool_use": with_tools}
+    with pytest.raises(ValueError, match="no default"):
+        chat.encode(messages)
 
 
 def test_no_template() -> None:

@@ -115,6 +115,10 @@ def test_changed_since(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="changed since: max_length, seed"):
         main(command(data, tmp_path / "p", *flags, "--seed", 1, "--max-length", 50))
     assert len(documents(tmp_path / "p")) == 20
+    manifest = tmp_path / "p.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(SystemExit, match=r"changed since: how samples are encoded.*--restart"):
+        main(command(data, tmp_path / "p", *flags))
 
 
 def test_validation_shares_no_sample_and_no_content(whole: Any) -> None:

@@ -20,6 +20,7 @@ from megatron_dr.data.file_samples import FileSamples
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.data.packing import PackedSamples, Padded
 from megatron_dr.data.sample import Part
+from megatron_dr.data.texts import hugging_face
 from megatron_dr.mcore.say import say
 
 MASK = "_loss_mask"
@@ -87,13 +88,9 @@ def is_file(path: str) -> bool:
 
 
 def chat_of(tokenizer: Any) -> Chat | None:
-    """The chat template of Megatron's tokenizer, if it is one of Hugging Face with one.
-
-    Raises:
-        ValueError: the tokenizer does not say which characters a token is.
-    """
-    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    return Chat(inner) if getattr(inner, "chat_template", None) else None
+    """The chat template of Megatron's tokenizer, if it is one of Hugging Face with one."""
+    inner = hugging_face(tokenizer)
+    return Chat(inner) if inner is not None and inner.chat_template else None
 
 
 def note_passed_over(path: str) -> None:
