@@ -19,6 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # of PEFT; with it transformers looks fo
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
+_TEMPLATES = "additional_chat_templates"  # of a tokenizer with several, beside its default
 
 
 def files(folder: Path) -> Iterator[Path]:
@@ -28,13 +29,16 @@ def files(folder: Path) -> Iterator[Path]:
         ours = path.name in (FLAGS, BASE, ADAPTER_CONFIG) or path.name.endswith(_WEIGHTS)
         if path.is_file() and named and not ours:
             yield path
+    yield from sorted((folder / _TEMPLATES).glob("*.jinja"))
 
 
 def copy(source: Path, target: Path) -> None:
     """Copy them; `target` is made."""
     target.mkdir(parents=True, exist_ok=True)
     for path in files(source):
-        shutil.copyfile(path, target / path.name)
+        place = target / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
 
 
 def carry(loaded: Path, saved: Path) -> None:

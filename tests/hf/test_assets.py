@@ -11,15 +11,19 @@ from ._convert import make, run
 
 def test_a_run_carries_what_it_loaded(tmp_path: Path) -> None:
     make(tmp_path / "hf")
+    (tmp_path / "hf" / "additional_chat_templates").mkdir()
+    (tmp_path / "hf" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ x }}")
     assert run("hf-to-mcore", tmp_path / "hf", tmp_path / "mcore") == 0
     (tmp_path / "run" / "hf.partial").mkdir(parents=True)  # of a run that was killed
     (tmp_path / "run" / "hf.partial" / "old.json").touch()
     assets.carry(tmp_path / "mcore", tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["hf"]
-    names = {path.name for path in (tmp_path / "run" / "hf").iterdir()}
+    top = tmp_path / "run" / "hf"
+    names = {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
     assert names == {
         "config.json", "generation_config.json", "tokenizer.json", "megatron_flags.txt",
         "base_model.txt",
+        "additional_chat_templates/tool_use.jinja",
     }  # fmt: skip
     for name in names:
         there, here = (tmp_path / place / "hf" / name for place in ("mcore", "run"))
