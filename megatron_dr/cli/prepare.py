@@ -24,6 +24,7 @@ from rich.table import Table
 from megatron_dr.cli.main import parser_of
 from megatron_dr.data import files, prepare, records
 from megatron_dr.data.chat import Chat
+from megatron_dr.data.chat_template import THOUGHTS, template_text
 from megatron_dr.data.encode import COLUMNS, FORMS, Encoder, form_of
 from megatron_dr.data.shards import Rules
 
@@ -31,8 +32,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--output": {"metavar": "PREFIX", "type": Path, "required": True,
                  "help": "path of the output without endings"},
     "--tokenizer": {"required": True},
-    "--chat-template": {"metavar": "FILE", "type": Path,
-                        "help": "Jinja template in place of the tokenizer's own"},
+    "--chat-template": {"metavar": "FILE",
+                        "help": "Jinja template in place of the tokenizer's own; qwen3: one of "
+                        "this package, with marks"},
+    "--thoughts": {"choices": THOUGHTS,
+                   "help": "whose thoughts a template that knows of them keeps and trains on: of "
+                   "the turns after the last question, of all turns, or none"},
     "--form": {"choices": FORMS, "help": "default: by the first record's columns"},
     "--columns": {"metavar": "NAME=COLUMN", "nargs": "+", "default": [],
                   "help": "what the data calls " + ", ".join(COLUMNS)},
@@ -72,17 +77,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_chat(args: argparse.Namespace) -> Chat | None:
+def given_template(args: argparse.Namespace) -> str | None:
+    """The text of the template that is given; None: the tokenizer's own."""
+    if not args.chat_template and not args.thoughts:
+        return None
+    return template_text(args.chat_template, args.thoughts)
+
+
+def load_chat(args: argparse.Namespace, template: str | None) -> Chat | None:
     """The chat template, if the tokenizer has one or one is given."""
     if not Path(args.tokenizer).is_dir():
-        if args.chat_template:
+        if template:
             raise ValueError("--chat-template needs a tokenizer folder with a tokenizer.json.")
         return None
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    if args.chat_template:
-        tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
+    if template:
+        tokenizer.chat_template = template
     return Chat(tokenizer) if tokenizer.chat_template else None
 
 
@@ -114,7 +126,7 @@ def plan(args: argparse.Namespace, console: Console) -> tuple[prepare.Job, Any, 
     """The job of the command line, the tokenizer, and the training's flags for it."""
     from megatron_dr.mcore.data.preparation import load_tokenizer
 
-    names = columns(args.columns)
+    names, template = columns(args.columns), given_template(args)
     paths = files.list_files(args.data)
     note = files.passed_over(args.data)
     if note:
@@ -123,9 +135,9 @@ def plan(args: argparse.Namespace, console: Console) -> tuple[prepare.Job, Any, 
     for number, path in enumerate(paths):
         with console.status(f"reading {path}"):
             found.append(records.inspect(number, path, args.shard_size))
-    tokenizer, identity, flags = load_tokenizer(args.tokenizer, args.chat_template)
+    tokenizer, identity, flags = load_tokenizer(args.tokenizer, template)
     form = args.form or first_form(found, names)
-    encoder = Encoder(form, tokenizer, names, load_chat(args))
+    encoder = Encoder(form, tokenizer, names, load_chat(args, template))
     rules = Rules(args.max_length, args.too_long, args.bad_lines == "skip")
     job = prepare.Job(args.output, found, encoder, rules, args.validation, args.seed, identity,
                       piece_size=args.shard_size)  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from megatron.core.tokenizers import MegatronTokenizer
 
 from megatron_dr.cli.prepare import main
+from megatron_dr.data.chat_template import template_text
 from megatron_dr.data.file_samples import FileSamples
 from megatron_dr.mcore.data.samples import chat_of
 
@@ -83,11 +84,14 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2] and len(found[0]) == 23
 
 
-def test_a_folder_in_order_of_names(tmp_path: Path) -> None:
+def test_a_folder_in_order_of_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     for name in "ba":
         write(tmp_path / "in" / f"{name}.jsonl", [{"body": name}, "", {"body": name + name}])
+    (tmp_path / "in" / "more").mkdir()
+    (tmp_path / "in" / "more" / "notes.md").touch()
     manifest = prepare(tmp_path / "in", tmp_path / "p", "--columns", "text=body")
+    assert f"note: {tmp_path / 'in'}: passed over more/notes.md" in capsys.readouterr().out
     assert [Path(f["path"]).name for f in manifest["files"]] == ["a.jsonl", "b.jsonl"]
     assert sources(tmp_path / "p") == [[0, 1], [0, 3], [1, 1], [1, 3]]
     assert [len(ids) for ids, _ in documents(tmp_path / "p")] == [2, 3, 2, 3]
@@ -102,6 +106,46 @@ def test_conversations(tmp_path: Path) -> None:
     decode = _chat.fast(None).decode
     assert decode([i for i, m in zip(ids, mask, strict=True) if m]) == "Hello there.<|im_end|>"
     assert decode(ids).startswith("<|im_start|>user\nHi<|im_end|>")
+
+
+def test_thoughts(tmp_path: Path) -> None:
+    """Of a template of the package; training that reads the file itself has the same."""
+    folder = _chat.saved(tmp_path / "tokenizer")
+    data = write(
+        tmp_path / "a.jsonl", [{"messages": [TURNS[0], TURNS[1] | {"reasoning_content": "Hm."}]}]
+    )
+    template = ("--chat-template", "qwen3", "--restart", "--thoughts")
+    decode, found, digests = _chat.fast(None).decode, {}, set()
+    for thoughts in ("all", "none"):
+        manifest = prepare(data, tmp_path / "p", *template, thoughts, tokenizer=folder)
+        [(ids, mask)] = documents(tmp_path / "p")
+        found[thoughts] = decode([i for i, m in zip(ids, mask, strict=True) if m])
+        tokenizer = MegatronTokenizer.from_pretrained(
+            folder, metadata_path={"library": "huggingface"},
+            chat_template=template_text("qwen3", thoughts),
+        )  # fmt: skip
+        assert read_directly(data, tokenizer) == [(ids, mask)]
+        digests.add(manifest["tokenizer"]["sha256"])
+    assert found["all"] == "<think>\nHm.\n</think>\n\nHello there.<|im_end|>"
+    assert found["none"] == "Hello there.<|im_end|>" and len(digests) == 2
+    assert "give --chat-template qwen3" in refused(
+        data, tmp_path / "q", "--thoughts", "all", tokenizer=folder
+    )
+
+
+def test_several_templates(tmp_path: Path) -> None:
+    """Text needs none; messages take the default."""
+    tokenizer = _chat.fast(None)
+    tokenizer.chat_template = {"default": _chat.CHATML, "tool_use": _chat.CHATML}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    lines = [{"text": "Hello there"}, {"messages": TURNS}]
+    data, folder = write(tmp_path / "a.jsonl", lines), str(tmp_path / "tokenizer")
+    first = prepare(data, tmp_path / "p", tokenizer=folder)
+    assert len(documents(tmp_path / "p")) == 2
+    more = tmp_path / "tokenizer" / "additional_chat_templates" / "tool_use.jinja"
+    more.write_text(_chat.MARKED)
+    second = prepare(data, tmp_path / "q", tokenizer=folder)
+    assert first["tokenizer"] != second["tokenizer"]
 
 
 def test_preference_pairs(tmp_path: Path) -> None:

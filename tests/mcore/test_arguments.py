@@ -31,7 +31,7 @@ def test_help_has_all_flags_under_one_title(monkeypatch: pytest.MonkeyPatch) -> 
     assert text.count(TITLE) == 1
     before, after = text.split(TITLE)
     ours, *rest = after.split("\n\n")
-    for name in (*FIELDS, *PARTS, "device", "pack"):
+    for name in (*FIELDS, *PARTS, "device", "pack", "thoughts"):
         assert f"\n  {option(name)}" in ours
     assert "--dr-" not in before + "".join(rest) and "--other" in before
 
@@ -45,7 +45,9 @@ def test_every_flag_has_a_unit_and_a_default() -> None:
     parser = add_arguments(argparse.ArgumentParser())
     (group,) = [g for g in parser._action_groups if TITLE.startswith(str(g.title))]
     actions = {o: a for a in group._group_actions for o in a.option_strings}
-    assert set(actions) == {option(name) for name in (*FIELDS, *PARTS, "device", "pack")}
+    assert set(actions) == {
+        option(name) for name in (*FIELDS, *PARTS, "device", "pack", "thoughts")
+    }
     for action in actions.values():
         assert action.help is not None
         assert "[" in action.help and action.help.count("(default: ") == 1
@@ -78,7 +80,7 @@ def test_flags_do_not_disturb_megatrons() -> None:
     stock = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
     both = add_arguments(add_megatron_arguments(argparse.ArgumentParser())).parse_args([])
     added = vars(both).keys() - vars(stock).keys()
-    assert added == {f"dr_{name}" for name in (*FIELDS, *PARTS, "device", "pack")}
+    assert added == {f"dr_{name}" for name in (*FIELDS, *PARTS, "device", "pack", "thoughts")}
     assert {k: v for k, v in vars(both).items() if k not in added} == vars(stock)
     assert configs_from_args(both) is None and configs_from_args(stock) is None
 

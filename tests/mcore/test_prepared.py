@@ -79,11 +79,12 @@ def test_prepared_samples_are_those_of_jsonl(tmp_path: Path, pack: tuple[str, ..
 
 
 def test_conversations_in_a_folder_of_parquet_need_no_preparing(tmp_path: Path) -> None:
-    """In both roles, beside JSONL in a blend; a wrong row is named."""
+    """In both roles, beside JSONL in a blend, with a template by name; a wrong row is named."""
     folder, tokenizer = tmp_path / "talks", _chat.saved(tmp_path / "tokenizer")
     folder.mkdir()
     asked = {"role": "user", "content": "Hi"}
-    lines = [{"messages": [asked, {"role": "assistant", "content": f"{n}"}]} for n in range(4)]
+    said = {"role": "assistant", "reasoning_content": "why"}
+    lines = [{"messages": [asked, said | {"content": f"{n}"}]} for n in range(4)]
     parquet.write_table(pyarrow.Table.from_pylist(lines), folder / "part-0.parquet")
     more = tmp_path / "more.jsonl"
     more.write_text('{"text": "7"}\n')
@@ -96,11 +97,16 @@ def test_conversations_in_a_folder_of_parquet_need_no_preparing(tmp_path: Path) 
         samples = datasets.target_samples(args, str(folder))
         decode = datasets.dataset_config(args).tokenizer.detokenize
         every = [train_set[n] for n in range(8)] + [samples[n] for n in range(4)]
+        args = arguments(*flags, *ONE, str(more), *thinking)
+        samples = datasets.target_samples(args, str(folder))
+        every += [samples[n] for n in range(4)]
         return [decode(s["labels"][s["loss_mask"] == 1].tolist()) for s in every]
 
-    (said,) = on_ranks(1, read)
+    thinking = ("--chat-template", "qwen3", "--dr-thoughts", "all")
+    (found,) = on_ranks(1, read)
     answers = [f"{n}<|im_end|>" for n in range(4)]
-    assert sorted(said[:8]) == sorted([*answers, *["<|im_end|>"] * 4]) and said[8:] == answers
+    assert sorted(found[:8]) == sorted([*answers, *["<|im_end|>"] * 4]) and found[8:12] == answers
+    assert found[12:] == [f"<think>\nwhy\n</think>\n\n{answer}" for answer in answers]
     lines.append({"messages": []})
     parquet.write_table(pyarrow.Table.from_pylist(lines), folder / "part-0.parquet")
     (refusal,) = on_ranks(1, general, [*flags, *ONE, str(folder)], [8, 0, 0])

@@ -23,12 +23,12 @@ def token_type(tokenizer: Any) -> type:
     return found
 
 
-def load_tokenizer(name: str, template: Path | None) -> tuple[Any, dict[str, str], str]:
+def load_tokenizer(name: str, template: str | None) -> tuple[Any, dict[str, str], str]:
     """Megatron's tokenizer, its name and hash, and the flags by which training takes the same.
 
     Args:
         name: a folder with a tokenizer.json, a sentencepiece .model file, or byte-level.
-        template: a chat template's file, hashed too.
+        template: a chat template's text, hashed too.
 
     Raises:
         ValueError: none of these, or one that can't be read or has no end-of-text token.
@@ -42,6 +42,7 @@ def load_tokenizer(name: str, template: Path | None) -> tuple[Any, dict[str, str
     if path.is_dir() and (path / "tokenizer.json").is_file():
         library, flag = "huggingface", "HuggingFaceTokenizer"
         files = [path / file for file in TOKENIZER_FILES if (path / file).is_file()]
+        files += sorted((path / "additional_chat_templates").glob("*.jinja"))
     elif path.is_file() and path.suffix == ".model":
         library, flag, files = "sentencepiece", "SentencePieceTokenizer", [path]
     else:
@@ -55,7 +56,7 @@ def load_tokenizer(name: str, template: Path | None) -> tuple[Any, dict[str, str
         raise ValueError(f"--tokenizer {name}: can't be read ({error}).") from None
     if tokenizer.eod is None or tokenizer.eod < 0:
         raise ValueError(f"--tokenizer {name}: has no end-of-text token (eos_token).")
-    files += [template] if template else []
-    digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
+    held = [file.read_bytes() for file in files] + ([template.encode()] if template else [])
+    digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in held))
     flags = f"{flag} --tokenizer-model {name}"
     return tokenizer, {"name": name, "sha256": digest.hexdigest()}, flags

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.mcore.data.domain_blend import DomainPart
 from megatron_dr.mcore.data.packed import PackPart
+from megatron_dr.mcore.data.template import TemplatePart
 from megatron_dr.mcore.dpo.part import DPOPart
 from megatron_dr.mcore.model.lora import LoRAPart
 from megatron_dr.mcore.model.meso import MesoPart
@@ -21,6 +22,7 @@ PARTS: list[Part] = [
     DPOPart(),
     PackPart(),
     DomainPart(),
+    TemplatePart(),
 ]
 
 
