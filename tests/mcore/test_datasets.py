@@ -79,6 +79,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (*ONE, good, prefix): "the general data mixes samples (files",
         ("--train-data-path", good, "--valid-data-path", prefix): "the general data mixes",
         ("--train-data-path", good, "--valid-data-path", missing): none,
+        (*ONE, "1", good, "0", good): f"--data-path: {good} has weight 0, but weights of a blend",
+        (*ONE, "nan", good, "1", good): f"--data-path: {good} has weight nan",
+        ("--train-data-path", "-1", good): f"--train-data-path: {good} has weight -1",
+        (*ONE, good, good, "1", good): "the general data has weights before some paths and not",
         ("--split", "99,1,0", "--data-path", good): f"{good}: no sample is left for valid",
     }
 
