@@ -3,12 +3,14 @@
 import os
 import pickle
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_dr.mcore.loop import adaptor
+from megatron_dr.mcore.loop import adaptor, first_line
 
 from ._ranks import run_ranks
 from ._train import MODEL, cone, data, flags, launch, losses, run
@@ -24,6 +26,10 @@ def test_both_roles_are_trained_logged_and_validated(data: dict[str, str], tmp_p
     assert re.search(r"validation loss at iteration 6 .*lm loss value.*target loss value", out)
     trained = losses(path, "train")
     assert list(trained) == [1, 2, 3, 4, 5, 6]
+    printed = [[float(v) for v in re.findall(rf" {name} loss: (\S+)", out)]
+               for name in ("lm", "target")]  # fmt: skip
+    expected = [pytest.approx(pair, rel=1e-6) for pair in trained.values()]
+    assert list(zip(*printed, strict=True)) == expected
     assert trained[6][0] < trained[1][0] and trained[6][1] < trained[1][1]
     assert list(losses(path, "validation")) == [3, 6]
 
@@ -109,17 +115,43 @@ def test_target_larger_than_its_set_is_noted(data: dict[str, str]) -> None:
 
 def test_without_our_flags_megatron_runs_as_if_we_were_not_there(data: dict[str, str]) -> None:
     def plain(installed: bool) -> list[str]:
+        from megatron.training import training
+
         os.environ["MEGATRON_DR_DEVICE"] = "cpu"
+        stock, seen = training.training_log, []
+
+        def watched(found: dict[str, torch.Tensor], *rest: Any, **kwargs: Any) -> Any:
+            seen.extend(float(loss) for loss in found.values())
+            return stock(found, *rest, **kwargs)
+
+        training.training_log = watched
         if not installed:
             adaptor.enable = lambda: None
         argv = [f for f in flags(data, "", 3) if f not in ("--dr-device", "cpu")]
         code, out, error = launch(argv)
         assert code == 0, error
         assert adaptor._run is None
+        printed = [float(v) for v in re.findall(r" lm loss: (\S+)", out)]
+        assert printed == (pytest.approx(seen) if printed else [])  # the last rank prints
         return re.findall(r"lm loss: \S+|grad norm: \S+", out)
 
     ours, stock = run_ranks(2, plain, True)[1], run_ranks(2, plain, False)[1]
     assert len(ours) == 6 and ours == stock
+
+
+INTERVALS = [(1, 1, False), (1, 10, True), (12, 10, True), (20, 10, False)]
+
+
+@pytest.mark.parametrize("iteration, interval, keeps", INTERVALS)
+def test_an_interval_that_ends_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, iteration: int, interval: int, keeps: bool
+) -> None:
+    """Also where a resumed process begins with its last iteration."""
+    monkeypatch.setattr("megatron.training.get_args", lambda: Namespace(log_interval=interval))
+    said = dict[str, bool]()
+    stock = lambda *_, **kwargs: said.update(kwargs)  # noqa: E731
+    first_line.log(stock, {}, {}, 0.1, iteration, 1.0, is_first_iteration=True)
+    assert said == {"is_first_iteration": keeps}
 
 
 WRONG_LINE = '{"text": "good"}\n{"prompt": "no response"}\n'

@@ -15,7 +15,8 @@ What is wrapped, and who calls it:
     megatron.training.training.build_train_valid_test_datasets
                                   build_train_valid_test_data_loaders: microbatches of one domain
     megatron.training.training.dummy_train_step           train: --iterations-to-skip
-    megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics
+    megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics,
+                                                          the second line (`first_line`)
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
@@ -34,7 +35,7 @@ import torch.distributed as dist
 
 from megatron_dr.mcore import compat, cpu, errors, unpickling
 from megatron_dr.mcore.data import vocabulary
-from megatron_dr.mcore.loop import parts
+from megatron_dr.mcore.loop import first_line, parts
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.refuse import refuse
@@ -202,6 +203,8 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
         seconds = time.monotonic() - _run.step_began
         values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
         _run.file.write("train", iteration, values)
+    if _run is not None:
+        stock = functools.partial(first_line.log, stock)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
     if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:
         from megatron.training.global_vars import get_tensorboard_writer

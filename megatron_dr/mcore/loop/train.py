@@ -41,12 +41,13 @@ def import_megatron() -> None:
 
 def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-defined]
     from megatron.core.enums import ModelType
-    from megatron.training import argument_utils, pretrain
+    from megatron.training import argument_utils, pretrain, training
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_dr.mcore.loop import adaptor
+    from megatron_dr.mcore.loop import adaptor, first_line
 
     adaptor.enable()
+    training.training_log = partial(first_line.log, training.training_log)
     defaults = {"tokenizer_type": "GPT2BPETokenizer", "eval_interval": 1000}
     args = parse_and_validate_args(args_defaults=defaults)
     _carry_assets(args)
