@@ -1,6 +1,6 @@
 """The rows that a configuration makes on the ranks there are, and what can't be made: refused."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -37,6 +37,16 @@ def row_map_of(dr: DRConfig) -> RowMap:
                 f"{dr.target_ranks} must be a multiple of {2 * together}."
             )
     return RowMap(groups, dr.num_slots, target_groups, halves, by_domain=dr.row_kind.named)
+
+
+def check_routers(dr: DRConfig, config: Any) -> None:
+    """Raise ValueError where routers would mix roles that run on different ranks."""
+    if dr.target_ranks and "global_aux_loss" in config.moe_router_load_balancing_type:
+        raise ValueError(
+            "--moe-router-load-balancing-type global_aux_loss adds up the tokens of all data ranks "
+            f"in every forward, of both roles with --dr-target-ranks {dr.target_ranks}: use "
+            "aux_loss or seq_aux_loss, or --dr-target-ranks 0."
+        )
 
 
 def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int) -> None:

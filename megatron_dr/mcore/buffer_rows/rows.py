@@ -39,6 +39,7 @@ class BufferRows:
 
     def __init__(self, model: list[Any], config: Any, dr: DRConfig) -> None:
         self.model, self.dr = model, dr
+        row_groups.check_routers(dr, config)
         owned = owned_parameters(model, config)
         names = block_names(owned, dr.blocks)
         number = {name: n for n, name in enumerate(names)}
@@ -74,21 +75,25 @@ class BufferRows:
 
     def passes(self, call: Call, log: StepLog) -> Passes:
         row_map, num_target, num_general = self.layout.row_map, call.num_target, call.num_general
+        ranks = 1.0
         if row_map.target_groups:  # a rank has one role
             on_target = self.layout.group < row_map.target_groups
             num_target, num_general = (num_target, 0) if on_target else (0, num_general)
+            others = row_map.groups - row_map.target_groups
+            ranks = row_map.groups / (row_map.target_groups if on_target else others)
         router = RoleRouter(
             self.model, self.buffers, num_target, num_general, call.target_data, call.domains
         )
 
         def finalize(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
             num_tokens = self._project(router, num_tokens, call, log)
+            assert self.update is not None
             with self.source.reduced():
-                stock(num_tokens)
+                stock(num_tokens, self.dr.feasible_set().target_share(self.update.alpha))
 
         self.buffers.begin_step(with_target=call.num_target > 0)
         try:
-            yield Pass(router, finalize, both=not row_map.target_groups)
+            yield Pass(router, finalize, both=not row_map.target_groups, ranks=ranks)
         finally:
             self.buffers.end_step()
 

@@ -210,11 +210,11 @@ class _Step:
             path.end()
             at_end()
             if gradients:
-                stock(num_tokens)
+                stock(num_tokens, self.dr.feasible_set().target_share(self.alpha) if own else 0.0)
 
         size = self.size + batches.merged
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}
-        return Pass(router, of_general, changes)
+        return Pass(router, of_general, changes, kept=gradients)
 
     def _tell(self, log: StepLog) -> None:
         """All weights are known: sum up the log, and name what is not finite (collective)."""

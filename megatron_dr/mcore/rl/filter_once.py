@@ -205,5 +205,5 @@ def _run(
         "data_iterator": iterators if len(iterators) > 1 else iterators[0],
         "micro_batch_size": share.size,
     }
-    one = Pass(router, lambda *_: None, changes)  # nothing is reduced
+    one = Pass(router, lambda *_: None, changes, kept=False)  # nothing is reduced
     run(function, schedule, one, get_model_config(model[0]))

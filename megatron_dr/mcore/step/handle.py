@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore.meter import Meter
+from megatron_dr.mcore.step import books
 from megatron_dr.mcore.step import schedule as schedules
 from megatron_dr.mcore.step.alpha import Alpha
 from megatron_dr.mcore.step.log import StepLog
@@ -157,7 +158,8 @@ class Handle:
         forward_step = router.wrap(call.schedule["forward_step_func"])
         number = call.num_target + call.num_general
         changes = {"forward_step_func": forward_step, "num_microbatches": number}
-        reports = call.function(**{**call.schedule, **changes})
+        with books.opened(self.model, router):
+            reports = call.function(**{**call.schedule, **changes})
         return merge_reports(reports, call.num_target, {}, both=True)
 
     def _train(self, call: Call, log: StepLog) -> Any:

@@ -7,11 +7,15 @@ hook on the stage's output tells.
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 Report = dict[str, torch.Tensor]
+
+
+class Opens(Protocol):
+    def open(self, target: bool, forward: bool) -> None: ...
 
 
 class MicrobatchRouter:
@@ -20,7 +24,12 @@ class MicrobatchRouter:
     Args:
         num_target, num_general: microbatches of each role.
         target_data_iterator: as the schedule's own: one iterator, or one per model chunk.
+
+    Attributes:
+        books: told of each microbatch's role when its forward or backward begins (`step.books`).
     """
+
+    books: Opens | None = None
 
     def __init__(
         self, model: list[torch.nn.Module], num_target: int, num_general: int,
@@ -45,7 +54,7 @@ class MicrobatchRouter:
             chunk = self._chunk[id(module)]
             microbatch = self._forwards[chunk]
             self._forwards[chunk] += 1
-            self.enter(chunk, microbatch, backward=False)
+            self._begin(chunk, microbatch, backward=False)
             if microbatch < self.num_target:
                 target = self._target_data
                 data_iterator = target[chunk] if isinstance(target, list) else target
@@ -73,9 +82,14 @@ class MicrobatchRouter:
 
         def begin(_: torch.Tensor) -> None:
             self._backwards[chunk] += 1
-            self.enter(chunk, microbatch, backward=True)
+            self._begin(chunk, microbatch, backward=True)
 
         output.register_hook(begin)
+
+    def _begin(self, chunk: int, microbatch: int, backward: bool) -> None:
+        if self.books is not None:
+            self.books.open(microbatch < self.num_target, forward=not backward)
+        self.enter(chunk, microbatch, backward)
 
     def check_complete(self) -> None:
         """Raise unless every microbatch of every chunk ran backward once."""

@@ -15,11 +15,13 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from megatron_dr.mcore.compat import Chunk, Schedule, bucket_groups
+from megatron_dr.mcore.step import books
 from megatron_dr.mcore.step.roles import MicrobatchRouter
 
 _HOOKS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
-# Megatron's own finalize of the call under way, of the tokens that it divides by
-Finalize = Callable[[torch.Tensor | None], None]
+# Megatron's own finalize of the call under way, of the tokens that it divides by and of the
+# target's share of the update
+Finalize = Callable[[torch.Tensor | None, torch.Tensor | float], None]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class Pass:
             Megatron counted (None without a per-token loss).
         changes: the schedule's arguments that differ from the host's.
         both: whether this rank runs both roles.
+        ranks: data ranks over those that run this rank's role; 1 where each runs both.
+        kept: whether what its forwards keep beside gradients is the step's (`books`).
     """
 
     router: MicrobatchRouter
     finalize: Callable[[Finalize, torch.Tensor | None], None]
     changes: dict[str, Any] = field(default_factory=dict)
     both: bool = True
+    ranks: float = 1.0
+    kept: bool = True
 
 
 def group_size(model: Sequence[torch.nn.Module]) -> int:
@@ -120,21 +126,28 @@ def run(
 
     def hook(model: Any, num_tokens: torch.Tensor | None = None, *args: Any, **kw: Any) -> None:
         nonlocal fired
+
+        def finalize(tokens: torch.Tensor | None, share: torch.Tensor | float) -> None:
+            of_roles.settle(share, one.ranks)
+            stock(model, tokens, *args, **kw)
+
         fired += 1
         if fired == 1:
             router.check_complete()
             with torch.no_grad():
-                one.finalize(lambda tokens: stock(model, tokens, *args, **kw), num_tokens)
+                one.finalize(finalize, num_tokens)
 
-    config.finalize_model_grads_func = hook
+    config.finalize_model_grads_func, model = hook, schedule["model"]
+    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
     try:
-        reports = function(
-            **{
-                **schedule, **one.changes,
-                "forward_step_func": router.wrap(schedule["forward_step_func"]),
-                "num_microbatches": router.num_target + router.num_general,
-            }
-        )  # fmt: skip
+        with books.opened(chunks, router, one.kept) as of_roles:
+            reports = function(
+                **{
+                    **schedule, **one.changes,
+                    "forward_step_func": router.wrap(schedule["forward_step_func"]),
+                    "num_microbatches": router.num_target + router.num_general,
+                }
+            )  # fmt: skip
     finally:
         config.finalize_model_grads_func = stock
     if fired != 1:

@@ -17,8 +17,8 @@ which share their samples, an expert on this rank sees
 
 Auxiliary losses (load balancing, z-loss) are attached to the router's scores token by token, so
 their gradient arrives in the gradient of each token's logits: it counts as that token's sample's,
-in scores and in the update, as in the input's gradient. Two passes record them twice in Megatron's
-log. TE's and fused permutations, the flex dispatcher and grouped experts have not run.
+in scores and in the update, as in the input's gradient. TE's and fused permutations, the flex
+dispatcher and grouped experts have not run.
 """
 
 import copy
@@ -89,6 +89,12 @@ def check(dr: DRConfig, config: Any) -> None:
             "shared experts: use --moe-token-dispatcher-type alltoall without "
             "--moe-shared-expert-overlap."
         )
+    balanced = _balanced(config)
+    if dr.target_pass == "merged" and balanced:
+        raise ValueError(
+            f"a router can't tell the target's tokens of a merged microbatch from the general ones "
+            f"that it balances ({balanced}): use --dr-target-pass own, or drop that."
+        )
     tp = parallel_state.get_tensor_model_parallel_world_size()
     shared = tp * parallel_state.get_context_parallel_world_size()
     if compat.expert_ranks() not in (1, tp) and compat.expert_ranks() % shared:
@@ -98,6 +104,21 @@ def check(dr: DRConfig, config: Any) -> None:
         )
     if peers() > 1 and (dr.target_pass == "merged" or dr.window == "streaming"):
         _refuse(f"--dr-target-pass {dr.target_pass} with --dr-window {dr.window}")
+
+
+def _balanced(config: Any) -> str:
+    """The flag by which routers balance all tokens of a microbatch; empty: none."""
+    coefficients = config.moe_aux_loss_coeff
+    if not isinstance(coefficients, list):
+        coefficients = [coefficients]
+    quantiles = config.moe_router_load_balancing_type == "quantile_balancing"
+    flags = {
+        "--moe-aux-loss-coeff": any(coefficients),
+        "--moe-z-loss-coeff": config.moe_z_loss_coeff,
+        "--moe-router-enable-expert-bias": config.moe_router_enable_expert_bias,
+        "--moe-router-load-balancing-type quantile_balancing": quantiles,
+    }
+    return next((flag for flag, given in flags.items() if given), "")
 
 
 def check_deferred(dr: DRConfig) -> None:
