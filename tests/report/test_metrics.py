@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,29 @@ def test_path_that_cannot_be_written(tmp_path: Path) -> None:
     for path in (str(tmp_path), str(tmp_path / "file" / "metrics.jsonl")):
         with pytest.raises(ValueError, match=f"^{path}: can't be written"):
             metrics.MetricsFile(path)
+
+
+def test_a_full_disk_is_said_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    file = metrics.MetricsFile("/dev/full")
+    for iteration in (1, 2, 3):
+        file.write("train", iteration, {"loss": 1.0})
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("megatron_dr: note: /dev/full: can't be written (No space left")
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_lines_follow_where_there_is_room_again(tmp_path: Path, room: int) -> None:
+    """A limit on the file's size stands for a disk: of a line that does not fit nothing stays."""
+    path = tmp_path / "metrics.jsonl"
+    file = metrics.MetricsFile(str(path))
+    file.write("train", 1, {"loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
+        file.write("train", 2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    file.write("train", 3, {"loss": 3.0})
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 3]

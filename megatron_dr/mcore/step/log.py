@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import collectives, compat
+from megatron_dr.mcore import collectives, compat, say
 from megatron_dr.projection import Update, report, report_sums
 
 _ROWS = {"effective_rows": "dr rows", "zero_rows": "dr zero rows"}
@@ -106,4 +106,4 @@ def write_blocks(log: StepLog, iteration: int, args: Any, writer: Any) -> None:
                 writer.add_scalar(f"{name}/{block}", of_blocks[number], iteration)
         if to_log:
             numbers = " | ".join(f"{n}: {v[number]: .3f}" for n, v in values.items())
-            print(f" iteration {iteration} | {block} | {numbers}", flush=True)
+            say.log(f" iteration {iteration} | {block} | {numbers}")
