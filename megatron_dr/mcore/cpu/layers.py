@@ -5,11 +5,13 @@ sequence parallelism. `layer_spec` is Megatron's own local layer specification w
 modules put in their place, so that every layout can be run on the CPU.
 """
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -66,9 +68,13 @@ class Attention(torch.nn.Module):
             segment = torch.bucketize(token, packed_seq_params.cu_seqlens_q, right=True)
             mask &= segment[:, None] == segment[None, :]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        # as in Megatron's own: with sequence parallelism the ranks' state is their own already
+        own_state = dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if own_state else contextlib.nullcontext():
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+            )
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
 
