@@ -24,12 +24,14 @@ class Padded(ABC):
         sequence_length: L.
         pad: token that fills a sequence.
         attention_mask: give a causal mask [1, L, L] too, True where attention is forbidden.
+        eod_mask: no loss for what follows `pad`, the end of a text; as Megatron's --eod-mask-loss.
         lengths: tokens of each sample, at most L + 1 [n].
     """
 
     sequence_length: int
     pad: int
     attention_mask: bool
+    eod_mask = False
     lengths: np.ndarray
 
     def __len__(self) -> int:
@@ -39,9 +41,17 @@ class Padded(ABC):
     def part(self, number: int) -> Part:
         """The sample itself, cut to one token more than the sequence."""
 
+    def masked(self, number: int) -> Part:
+        """`part` with the mask that is trained with."""
+        part = self.part(number)
+        if not self.eod_mask:
+            return part
+        after = np.concatenate([[False], part.ids[:-1] == self.pad])
+        return Part(part.ids, np.where(after, 0, part.mask).astype(part.mask.dtype))
+
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         """tokens, labels, loss_mask, position_ids, each [L], padded on the right."""
-        sample = padded(self.part(number), self.sequence_length, self.pad)
+        sample = padded(self.masked(number), self.sequence_length, self.pad)
         if self.attention_mask:
             sample["attention_mask"] = causal_mask(self.sequence_length)
         return sample
@@ -126,7 +136,7 @@ class PackedSamples:
         return self.order.packs(0)
 
     def __getitem__(self, places: np.ndarray) -> dict[str, torch.Tensor]:
-        found = [self.parts.part(int(self.numbers[place])) for place in places]
+        found = [self.parts.masked(int(self.numbers[place])) for place in places]
         return pack(found, self.parts.sequence_length, self.parts.pad)
 
 

@@ -7,30 +7,42 @@ import pytest
 import torch
 
 from megatron_dr.data.order import TargetStream
-from megatron_dr.data.packing import PackedSamples, PackOrder, first_fit, pack, padded
+from megatron_dr.data.packing import PackedSamples, PackOrder, Padded, first_fit, pack, padded
 from megatron_dr.data.sample import Part
 
 LENGTH, PAD = 16, 99
 
 
-class Numbered:
+class Numbered(Padded):
     """Sample n has tokens 100 n, 100 n + 1, ..., the first half of them without a loss."""
 
-    sequence_length, pad = LENGTH, PAD
+    sequence_length, pad, attention_mask = LENGTH, PAD, False
 
     def __init__(self, sizes: list[int]) -> None:
-        self.sizes = sizes
-
-    def __len__(self) -> int:
-        return len(self.sizes)
+        self.sizes, self.lengths = sizes, np.minimum(sizes, LENGTH + 1)
 
     def part(self, number: int) -> Part:
         size = min(self.sizes[number], LENGTH + 1)
         return Part.of(100 * number + np.arange(size), np.arange(size) >= size // 2)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.minimum(self.sizes, LENGTH + 1)
+
+class EndsWithin(Padded):
+    """One sample: two texts, each ended by the token that pads."""
+
+    sequence_length, pad, attention_mask = 6, PAD, False
+    lengths = np.array([5])
+
+    def part(self, number: int) -> Part:
+        return Part.of([1, 2, PAD, 3, PAD], [1] * 5)
+
+
+def test_no_loss_after_the_end_of_a_text() -> None:
+    """As Megatron's --eod-mask-loss in running text: what follows that token is not learnt."""
+    samples = EndsWithin()
+    packs, place = PackedSamples(samples, seed=1), np.array([0])
+    for eod_mask, expected in ((False, [1, 1, 1, 1, 0, 0]), (True, [1, 1, 0, 1, 0, 0])):
+        samples.eod_mask = eod_mask
+        assert samples[0]["loss_mask"].tolist() == packs[place]["loss_mask"].tolist() == expected
 
 
 def sizes(count: int, seed: int = 0) -> list[int]:

@@ -114,6 +114,7 @@ def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
         samples = FileSamples(path, tokenizer, length, chat_of(tokenizer), attention_mask=mask)
     else:
         samples = PreparedSamples(path, length, config.tokenizer.eod, attention_mask=mask)
+    samples.eod_mask = bool(config.eod_mask_loss)
     if samples.num_cut:
         say(
             f"note: {path}: {samples.num_cut} of {len(samples)} samples are longer than "

@@ -20,7 +20,11 @@ class DPOPart(Part):
             "dr_rl_algorithm": "a run has one loss",
             "dr_pack": "pairs are not packed",
             "mock_data": "a preference needs real answers",
-            "skip_train": "validation alone has no reference",
+            **dict.fromkeys(
+            ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
+            "its losses are of answers alone",
+        ),
+        "skip_train": "validation alone has no reference",
         }),
         single("context_parallel_size"),
         single("expert_model_parallel_size"),

@@ -26,6 +26,10 @@ _REFUSED = (
         "full_validation": "every validation answers all held-out prompts",
         "non_persistent_save_interval": "rollouts are saved with persistent checkpoints",
         "perform_rl_step": "it is Megatron's own loop for rewards",
+        **dict.fromkeys(
+            ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
+            "its losses are of completions alone",
+        ),
         "skip_train": "validation alone has no rollouts",
         "iterations_to_skip": "its data are made as it trains, not by iterations",
     }),
