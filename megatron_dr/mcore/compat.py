@@ -43,6 +43,10 @@ _FLAGS = rules({
     "step_batch_size_schedule": "slots need the same number of microbatches in every step",
     "sft": "JSONL with 'prompt' and 'response' goes to --data-path as it is, and --dr-pack packs "
     "both roles' samples",
+    "fim_data": "the target's text would not be filled in",
+    "dataloader_inter_document_masking": "the target's documents would see one another",
+    "logits_load_dir": "the target's tokens have no teacher's logits",
+    "logits_save_dir": "the target's logits would be saved among the general ones",
 })  # fmt: skip
 _SINGLE = tuple(map(single, (
     "num_distributed_optimizer_instances", "gtp_weight_remat_size", "expert_gtp_weight_remat_size",

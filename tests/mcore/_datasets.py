@@ -91,7 +91,7 @@ def text(sample: dict[str, torch.Tensor]) -> str:
 def general(tp: int, flags: list[str], numbers: list[int]) -> Any:
     args = arguments(*flags, tp=tp)
     built: Any = None
-    with errors.refused():  # as in train.datasets_provider
+    with errors.refused():  # as in adaptor.datasets_provider
         built = datasets.general_datasets(args, numbers, None)
     return [None if d is None else [text(s) for s in map(d.__getitem__, range(len(d)))]
             for d in built]  # fmt: skip

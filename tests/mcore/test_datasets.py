@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dr.mcore.data import datasets
-from megatron_dr.mcore.loop import train
+from megatron_dr.mcore.loop import forward
 
 from ._datasets import (
     LENGTH,
@@ -191,7 +191,7 @@ def received(tp: int, path: str, flags: list[str]) -> list[list[int]]:
     args = arguments(*flags, tp=tp)
     samples = datasets.target_samples(args, path)
     (stream,) = datasets.target_streams(args, samples, 1, 1, args.data_parallel_size)
-    return [train._batch(stream, None, True)["tokens"].tolist()[0] for _ in range(2)]
+    return [forward._batch(stream, None, True)["tokens"].tolist()[0] for _ in range(2)]
 
 
 @pytest.mark.parametrize("flags", [["--no-create-attention-mask-in-dataloader"], []])
@@ -199,3 +199,17 @@ def test_tensor_parallel_peers_get_the_batch(tmp_path: Path, flags: list[str]) -
     path = jsonl(tmp_path, "a")
     one, other = on_ranks(2, received, path, [*ONE, path, *flags], timeout=8, tp=2)
     assert one == other and one[0] != one[1]
+
+
+def test_eod_mask_loss_is_for_samples_too(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, "a", '{"text": "one<|end|>two"}')
+
+    def masks(tp: int) -> list[list[float]]:
+        found = []
+        for more in ((), ("--eod-mask-loss",)):
+            samples = datasets.target_samples(arguments(*ONE, path, *more), path)
+            found.append(samples[SAMPLES]["loss_mask"].tolist()[:7])
+        return found
+
+    ((plain, masked),) = on_ranks(1, masks)
+    assert plain == [1] * 7 and masked == [1, 1, 1, 0, 1, 1, 1]

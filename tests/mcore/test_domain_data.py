@@ -106,7 +106,7 @@ def loaded(
     args.dr_rows, args.num_workers, args.consumed_train_samples = "domain", 0, consumed
     together = args.micro_batch_size * args.data_parallel_size
     train: Any = None
-    with errors.refused():  # as in train.datasets_provider
+    with errors.refused():  # as in adaptor.datasets_provider
         train, _, _ = by_domain(args, [steps * together, 0, 0])
     peers = compat.data_ranks_per_row()
     rank, ranks = parallel_state.get_data_parallel_rank(), args.data_parallel_size

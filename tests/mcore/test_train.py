@@ -1,5 +1,6 @@
 """The training entry: Megatron's own loop on two ranks, with the plugin's flags."""
 
+import json
 import os
 import pickle
 import re
@@ -104,6 +105,47 @@ def test_resumed_run_equals_uninterrupted_one(data: dict[str, str], tmp_path: Pa
     assert list(found) == [1, 2, 3, 4, 5, 6]
     for step in expected:
         assert found[step] == pytest.approx(expected[step], rel=1e-6)
+    _nothing_is_left_to_train(flags(data, f"{more} --load {folder}"), folder)
+
+
+def _nothing_is_left_to_train(again: list[str], folder: Path) -> None:
+    """A complete run says so with exit code 0; one whose last checkpoint is unknown is none."""
+    (code, out, error), _ = run(again)
+    assert code == 0, error
+    assert f"megatron_dr: {folder} is complete: it has 6 iterations of 6" in out
+    (folder / "latest_checkpointed_iteration.txt").write_text("")
+    (code, _, error), (other, *_) = run(again)
+    assert code == other == 2 and "latest_checkpointed_iteration.txt: it is empty, where" in error
+
+
+def test_validation_sets_of_their_own(data: dict[str, str], tmp_path: Path) -> None:
+    """Each has a line, and the held-out target is the same in all of them."""
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other.jsonl"
+    other.write_text("".join(Path(data["general"]).read_text().splitlines(keepends=True)[-8:]))
+    more = f"""--valid-data-path {data["held_out"]} {other} --multiple-validation-sets
+        --full-validation --eval-interval 1 --lr 0 --dr-target-valid-data {data["held_out"]}
+        --validation-set-names held_out other --dr-metrics {path} --global-batch-size 2"""
+    code, out, error = run(flags(data, more, 1), 1)[0]
+    assert code == 0, error
+    assert "validation-held_out loss at" in out and "validation-other loss at" in out
+    held_out, others = (losses(path, f"validation-{n}")[1] for n in ("held_out", "other"))
+    assert held_out[0] == pytest.approx(held_out[1]) and others[0] != pytest.approx(held_out[0])
+    assert others[1] == held_out[1]
+
+
+@pytest.mark.parametrize("more", ["", "--dr-dpo-beta 0.1"])
+def test_a_loss_that_is_not_finite_ends_the_run(
+    data: dict[str, str], tmp_path: Path, more: str
+) -> None:
+    """As in Megatron's own script, whatever is trained on."""
+    pairs = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    pairs.write_text((json.dumps(pair) + "\n") * 8)
+    if more:
+        data = {**data, "general": str(pairs), "held_out": str(pairs)}
+    argv = flags(data, f"{more} --dr-set mean --lr 1e19 --eval-iters 0", 4)
+    with pytest.raises(AssertionError, match="the loss of a microbatch is (NaN|infinite)"):
+        run(argv, 1)
 
 
 def test_target_larger_than_its_set_is_noted(data: dict[str, str]) -> None:
@@ -178,6 +220,14 @@ BAD = {
     "optimizer instances": (
         "--dr-target-data {target} --num-distributed-optimizer-instances 2",
         "--num-distributed-optimizer-instances 1",
+    ),
+    "of another script": (
+        "--dr-target-data {target} --fim-data",
+        "megatron_dr.train does not act on --fim-data (it does not fill in middles",
+    ),
+    "no folder for checkpoints": (
+        "--dr-target-data {target} --dr-slots 4 --save {target}/saved --save-interval 1",
+        "saved: checkpoints can't be written there",
     ),
     "ramp-up": ("--dr-target-data {target} --rampup-batch-size 2 2 8", "--rampup-batch-size"),
     "no general file": (

@@ -2,7 +2,9 @@
 
 import argparse
 import copy
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +26,19 @@ from megatron_dr.mcore.data.samples import SampleDataset, is_file, is_samples, o
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its flags."""
     blend, blend_per_split = blends(args)
+    counts = args.per_dataset_sequences_path
     config = GPTDatasetConfig(
         random_seed=args.seed, sequence_length=args.seq_length, blend=blend,
         blend_per_split=blend_per_split, split=args.split, full_validation=args.full_validation,
+        multiple_validation_sets=args.multiple_validation_sets,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path, mmap_bin_files=args.mmap_bin_files,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=None if counts is None else _counts(counts),
         tokenizer=build_tokenizer(args), reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask, eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
@@ -38,6 +48,29 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     )  # fmt: skip
     config.packed = bool(getattr(args, "dr_pack", None))  # what `SampleDataset` asks for
     return config
+
+
+def _counts(path: str) -> dict[str, Any]:
+    """Sequences and documents of each dataset, as Megatron's --per-dataset-sequences-path has them.
+
+    Raises:
+        ValueError: no such file, or another one.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--per-dataset-sequences-path {path}: can't be read ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--per-dataset-sequences-path {path}: it must be a table by path.")
+    return found
+
+
+def names_samples(args: argparse.Namespace) -> bool:
+    """Whether the general data are samples, which Megatron's own datasets don't know."""
+    blend, per_split = blends(args)
+    return any(
+        is_samples(path) for found in (blend, *(per_split or [])) if found for path in found[0]
+    )
 
 
 def general_datasets(

@@ -7,25 +7,32 @@ One line in a copy of Megatron's pretrain_gpt.py, before the arguments are parse
 What is wrapped, and who calls it:
     megatron.training.arguments.add_megatron_arguments    parse_args: the flags
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
+    megatron.training.yaml_arguments.load_yaml            parse_args: no command line, no flags
     megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
     megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
     megatron.training.checkpointing.load_args_from_checkpoint  parse_args: --use-checkpoint-args
     megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
+    megatron.training.checkpointing.read_metadata         load_checkpoint: an empty tracker file
+    megatron.training.training.load_checkpoint            setup_model_and_optimizer: exit codes
     megatron.core.dist_checkpointing.load                 load_checkpoint: one without adapters
+    megatron.training.training.build_train_valid_test_data_iterators
+                                                          pretrain: files of samples
     megatron.training.training.build_train_valid_test_datasets
                                   build_train_valid_test_data_loaders: microbatches of one domain
     megatron.training.training.dummy_train_step           train: --iterations-to-skip
-    megatron.training.training.{training_log, evaluate}   train, evaluate_and_print: --dr-metrics,
-                                                          the second line (`first_line`)
+    megatron.training.training.{training_log, evaluate, evaluate_and_print_results}
+                                  train: --dr-metrics, the second line (`first_line`)
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
-Without the plugin's flags each wrapper calls Megatron's function and does nothing else, but for a
-checkpoint's pickles: they are read without running what they name (mcore/unpickling.py).
+Without the plugin's flags each wrapper calls Megatron's function and changes nothing of a run that
+goes well, but for a checkpoint's pickles: they are read without running what they name
+(mcore/unpickling.py).
 """
 
 import dataclasses
 import functools
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -34,8 +41,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dr.mcore import compat, cpu, errors, unpickling
-from megatron_dr.mcore.data import vocabulary
-from megatron_dr.mcore.loop import first_line, parts
+from megatron_dr.mcore.data import datasets, vocabulary
+from megatron_dr.mcore.loop import begin, first_line, forward, model_config, parts
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.refuse import refuse
@@ -43,6 +50,7 @@ from megatron_dr.mcore.seams.source import num_target_microbatches
 from megatron_dr.mcore.step import log
 
 _run: TrainingRun | None = None
+_packed = False  # --dr-pack
 _enabled = False
 
 
@@ -55,7 +63,7 @@ def enable() -> None:
     cpu.enable_if_asked()
     from megatron.core import dist_checkpointing
     from megatron.core.pipeline_parallel import schedules
-    from megatron.training import arguments, checkpointing, training
+    from megatron.training import arguments, checkpointing, training, yaml_arguments
 
     from megatron_dr.mcore.loop import partial_checkpoint
 
@@ -63,13 +71,18 @@ def enable() -> None:
     _wrap(checkpointing, "load_args_from_checkpoint", _load_args)
     _wrap(arguments, "add_megatron_arguments", lambda stock, parser: add_arguments(stock(parser)))
     _wrap(arguments, "validate_args", _validate)
+    _wrap(yaml_arguments, "load_yaml", _load_yaml)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
+    _wrap(checkpointing, "read_metadata", begin.read_tracker)
+    _wrap(training, "load_checkpoint", begin.load)
     _wrap(dist_checkpointing, "load", partial_checkpoint.load)
     _wrap(training, "setup_model_and_optimizer", _set_up)
     _wrap(training, "get_megatron_optimizer", _build_optimizer)
+    _wrap(training, "build_train_valid_test_data_iterators", _build_iterators)
     _wrap(training, "build_train_valid_test_datasets", _build_datasets)
     _wrap(training, "dummy_train_step", _skip)
     _wrap(training, "training_log", _log_training)
+    _wrap(training, "evaluate_and_print_results", _validate_sets)
     _wrap(training, "evaluate", _log_validation)
     _wrap(training, "save_checkpoint", _save)
     for name in compat.SCHEDULES:
@@ -103,6 +116,17 @@ def _load_args(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs:
     return stock(args, *rest, **kwargs)
 
 
+def _load_yaml(stock: Callable[..., Any], *rest: Any) -> Any:
+    with errors.refused():
+        lost = next((argument for argument in sys.argv if argument.startswith("--dr-")), None)
+        if lost is not None:
+            raise ValueError(
+                f"--yaml-cfg takes the place of the command line, and {lost} would be lost: give "
+                "Megatron's flags instead."
+            )
+    return stock(*rest)
+
+
 def _build_optimizer(
     stock: Callable[..., Any], config: Any, model: list[Any], *rest: Any, **kwargs: Any
 ) -> Any:
@@ -131,21 +155,25 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
 
 
 def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    global _run
+    global _run, _packed
     from megatron.core.utils import get_model_config
     from megatron.training import get_args, get_tokenizer
 
     args = get_args()
+    _packed = bool(getattr(args, "dr_pack", None))
     configs = configs_from_args(args)
     with errors.refused(), errors.agreed():
         if dist.get_rank() == 0:
             unpickling.check_loaded(args)
+        begin.check_folders(args)
+    begin.carry_assets(args)
     with errors.refused():
         _adapt(args, kwargs.get("cfg_container"))
     if configs is not None:
         for name, start in START.items():
             setattr(args, name, start)
     model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint
+    begin.leave_if_complete(args)
     _run = None
     if configs is not None and optimizer is not None:
         with errors.refused(), errors.agreed():
@@ -160,13 +188,9 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     return model, optimizer, scheduler
 
 
-def current_run() -> TrainingRun | None:
-    """The run of this process; None before its set-up, and without the plugin."""
-    return _run
-
-
 def _adapt(args: Namespace, container: Any) -> None:
     """Have Megatron change the model that it builds as the parts want it."""
+    model_config.mend(getattr(container, "model", None), args)
     for part, own in parts.on(args):
         hook = part.on_model(own, args)
         if hook is None:
@@ -178,6 +202,31 @@ def _adapt(args: Namespace, container: Any) -> None:
                 "the model."
             )
         container.model.pre_wrap_hooks.append(hook)
+
+
+def _build_iterators(stock: Callable[..., Any], provider: Any, *rest: Any, **kwargs: Any) -> Any:
+    """A script's own provider knows indexed datasets alone, and nothing of rewards and pairs."""
+    from megatron.training import get_args
+
+    if _run is not None and _run.source.forward_step or datasets.names_samples(get_args()):
+        stage = getattr(provider, "keywords", {}).get("vp_stage")
+        provider = functools.partial(datasets_provider, vp_stage=stage)
+        provider.is_distributed = True
+    return stock(provider, *rest, **kwargs)
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """General train, validation and test sets; called by Megatron on every rank."""
+    from megatron.training import get_args, get_tokenizer
+
+    with errors.refused():
+        vocabulary.check(get_args(), get_tokenizer())
+        if _run is not None:
+            return _run.source.datasets(num_samples, vp_stage)
+        return datasets.general_datasets(get_args(), num_samples, vp_stage)
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
@@ -213,10 +262,19 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
     return result
 
 
+def _validate_sets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    if _run is not None:
+        _run.validations = 0
+    return stock(*rest, **kwargs)
+
+
 def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    if _run is None:
+        return stock(*rest, **kwargs)
+    kind = _run.begin_validation()
     result = stock(*rest, **kwargs)
-    if _run is not None and _run.file is not None and result[0] is not None:
-        _run.file.write("validation", _run.steps_done, result[0])
+    if _run.file is not None and result[0] is not None:
+        _run.file.write(kind, _run.steps_done, result[0])
     return result
 
 
@@ -227,6 +285,8 @@ def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) 
 
 
 def _schedule(stock: Callable[..., Any], **schedule: Any) -> Any:
+    if _packed:  # a script's own forward step knows nothing of where samples begin
+        schedule["forward_step_func"] = forward.forward_step
     if _run is None or not _run.is_for(schedule["model"]):
         return stock(**schedule)
     return _run.call(stock, schedule)

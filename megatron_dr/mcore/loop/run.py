@@ -19,6 +19,7 @@ from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.data.domains import DomainPlan
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
+from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.seams.source import Source, num_target_microbatches
 from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.metrics import MetricsFile
@@ -62,6 +63,7 @@ class TrainingRun:
         self._open_validation(len(model))
         self.handle.check_batch(get_num_microbatches(), self.num_target)
         self._fresh_validation = True
+        self.validations = 0  # sets of this validation so far
         self._iteration: int | None = None
         self._before: tuple[int, int, Any] = (0, 0, None)
         self.step_began = 0.0
@@ -91,6 +93,15 @@ class TrainingRun:
     def is_for(self, model: Any) -> bool:
         first = model[0] if isinstance(model, list) else model
         return first is self.handle.model[0]
+
+    def begin_validation(self) -> str:
+        """A pass over one validation set, or the test set, begins: how its line is called."""
+        self._fresh_validation = True
+        if not self.args.multiple_validation_sets:
+            return "validation"
+        number, names = self.validations, self.args.validation_set_names
+        self.validations += 1
+        return f"validation-{names[number] if names else number}"
 
     def call(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         """A training step, or a validation batch, of Megatron's loop."""
@@ -124,7 +135,6 @@ class TrainingRun:
 
     def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         args = self.args
-        self._fresh_validation = True
         self.step_began = time.monotonic()
         if args.curr_iteration != self._iteration:
             self._iteration = args.curr_iteration
@@ -152,7 +162,7 @@ class TrainingRun:
     ) -> Any:
         training = not schedule.get("forward_only", False)
         if self.source.forward_step is not None:
-            schedule = {**schedule, "forward_step_func": self.source.forward_step}
+            schedule = {**schedule, "forward_step_func": watched(timed(self.source.forward_step))}
         of_step = []
         if training and self._plan is not None:
             of_step = domains.of_step(self._plan, self.args, schedule["num_microbatches"])

@@ -1,0 +1,94 @@
+"""What is looked at before a run begins, so that it does not end at its first checkpoint."""
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_dr.hf import assets
+from megatron_dr.mcore import errors
+from megatron_dr.mcore.say import say
+
+_SAVED = {  # where checkpoints go, and the kind of them that goes there
+    "save": None,
+    "non_persistent_global_ckpt_dir": "global",
+    "non_persistent_local_ckpt_dir": "local",
+}
+
+
+def check_folders(args: Namespace) -> None:
+    """Raise ValueError where checkpoints can't be written."""
+    for name, kind in _SAVED.items():
+        if getattr(args, name) and kind in (None, args.non_persistent_ckpt_type):
+            _check_written("--" + name.replace("_", "-"), Path(getattr(args, name)))
+
+
+def _check_written(flag: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"room for a checkpoint?")
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder}: checkpoints can't be written there ({error.strerror}): mend it, or "
+            "name another folder."
+        ) from None
+
+
+def read_tracker(stock: Callable[..., Any], name: str, *rest: Any, **kwargs: Any) -> Any:
+    """Megatron's `read_metadata`, which leaves with exit code 0 where a file says no iteration."""
+    with errors.refused():
+        if os.path.isfile(name):
+            _check_tracker(Path(name))
+    return stock(name, *rest, **kwargs)
+
+
+def _check_tracker(path: Path) -> None:
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if text == "release":
+        return
+    saved = sorted(folder.name for folder in path.parent.glob("iter_*"))
+    is_number = text.isascii() and text.isdigit()
+    if is_number and f"iter_{int(text):07d}" in saved:
+        return
+    wrong = f"says {text[:20]!r}" if text else "is empty"
+    wrong += ", and there is no such checkpoint" * is_number
+    last = f" (the newest folder is {saved[-1]})" if saved else ""
+    raise ValueError(
+        f"{path}: it {wrong}, where the iteration of the last whole checkpoint belongs: write that "
+        f"number{last}, or delete the file to begin anew."
+    )
+
+
+def load(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    """Megatron's `load_checkpoint`; what it can't load ends the run with exit code 2, not 0."""
+    try:
+        return stock(*rest, **kwargs)
+    except SystemExit as end:
+        if end.code:
+            raise
+        with errors.refused():
+            raise ValueError("no checkpoint was loaded; Megatron says why above.") from None
+
+
+def carry_assets(args: Namespace) -> None:
+    """Give --save the Hugging Face configuration and tokenizer of what is loaded, on rank 0."""
+    if args.save and int(os.environ.get("RANK", "0")) == 0:
+        for loaded in filter(None, (args.load, args.pretrained_checkpoint)):
+            assets.carry(Path(loaded), Path(args.save))
+
+
+def leave_if_complete(args: Namespace) -> None:
+    """End a run that has nothing left to train with exit code 0; its checkpoint is loaded."""
+    if args.skip_train or not args.train_iters or args.iteration < args.train_iters:
+        return
+    say(
+        f"{args.load} is complete: it has {args.iteration} iterations of {args.train_iters}; raise "
+        "--train-iters to go on"
+        if args.train_samples is None else
+        f"{args.load} is complete: it has all of --train-samples {args.train_samples}; raise it to "
+        "go on"
+    )  # fmt: skip
+    raise SystemExit(0)
