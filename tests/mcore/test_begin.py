@@ -26,7 +26,7 @@ def test_folders_for_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     good, bad = tmp_path / "new" / "folder", tmp_path / "file" / "folder"
     names = ("save", "non_persistent_global_ckpt_dir", "non_persistent_local_ckpt_dir")
-    nothing = dict.fromkeys(names)
+    nothing = dict.fromkeys((*names, "load", "pretrained_checkpoint", "ckpt_step"))
     begin.check_folders(Namespace(**nothing, non_persistent_ckpt_type=None))
     begin.check_folders(Namespace(**{**nothing, "save": str(good)}, non_persistent_ckpt_type=None))
     assert good.is_dir() and not list(good.iterdir())
@@ -43,7 +43,7 @@ def test_folders_for_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text, saved, wrong", [
-    ("", True, "it is empty"), ("7\n", True, "it says '7', and there is no such checkpoint"),
+    ("", True, "it is empty"), ("7\n", True, None),
     ("itera", True, "it says 'itera'"), ("-1", False, "it says '-1'"),
     ("3\n", True, None), ("release", False, None),
 ])  # fmt: skip
@@ -68,6 +68,22 @@ def test_the_note_of_the_last_checkpoint(
         f"{tracker}: {wrong}, where the iteration of the last whole checkpoint belongs: write that "
         f"number{last}, or delete the file to begin anew."
     )
+
+
+def test_a_last_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    """Unless another is chosen by --ckpt-step."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    args = Namespace(
+        save=None, non_persistent_global_ckpt_dir=None, non_persistent_local_ckpt_dir=None,
+        load=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="it says '7', and there is no such checkpoint, where"):
+        begin.check_folders(args)
+    args.ckpt_step = 3
+    begin.check_folders(args)
+    args.ckpt_step = None
+    (tmp_path / "iter_0000007").mkdir()
+    begin.check_folders(args)
 
 
 def test_what_megatron_cannot_load_is_no_success() -> None:

@@ -11,6 +11,7 @@ from megatron_dr.hf import assets
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.say import say
 
+_TRACKER = "latest_checkpointed_iteration.txt"
 _SAVED = {  # where checkpoints go, and the kind of them that goes there
     "save": None,
     "non_persistent_global_ckpt_dir": "global",
@@ -19,10 +20,14 @@ _SAVED = {  # where checkpoints go, and the kind of them that goes there
 
 
 def check_folders(args: Namespace) -> None:
-    """Raise ValueError where checkpoints can't be written."""
+    """Raise ValueError where checkpoints can't be written, or the one to load isn't there."""
     for name, kind in _SAVED.items():
         if getattr(args, name) and kind in (None, args.non_persistent_ckpt_type):
             _check_written("--" + name.replace("_", "-"), Path(getattr(args, name)))
+    for folder in (args.load, args.pretrained_checkpoint):
+        tracker = Path(folder or "") / _TRACKER
+        if folder and not args.ckpt_step and tracker.is_file():
+            _check_tracker(tracker, is_loaded=True)
 
 
 def _check_written(flag: str, folder: Path) -> None:
@@ -45,12 +50,13 @@ def read_tracker(stock: Callable[..., Any], name: str, *rest: Any, **kwargs: Any
     return stock(name, *rest, **kwargs)
 
 
-def _check_tracker(path: Path) -> None:
+def _check_tracker(path: Path, is_loaded: bool = False) -> None:
+    """`is_loaded`: what it names is what is loaded."""
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if text == "release":
-        return
-    saved = sorted(folder.name for folder in path.parent.glob("iter_*"))
     is_number = text.isascii() and text.isdigit()
+    saved = sorted(folder.name for folder in path.parent.glob("iter_*"))
+    if text == "release" or (is_number and not is_loaded):
+        return
     if is_number and f"iter_{int(text):07d}" in saved:
         return
     wrong = f"says {text[:20]!r}" if text else "is empty"
