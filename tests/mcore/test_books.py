@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
+from megatron.core.transformer.moe import moe_logging
 
 from megatron_dr import DRConfig
 from megatron_dr.mcore.step import books
@@ -62,10 +63,8 @@ def test_nor_with_sample_rows() -> None:
 # -- a target that is trained on -------------------------------------------------------------------
 MIXED = {
     "slots": (0.25, DRConfig(set="mean", alpha=0.25, slots=2)),
-    "samples": (0.25, DRConfig(set="mean", alpha=0.25, rows="sample")),
     "two passes": (0.25, DRConfig(set="mean", alpha=0.25, rows="sample", passes=2)),
     "target": (1.0, DRConfig(set="target", rows="rank")),
-    "halfspace": (0.5, DRConfig(set="halfspace", alpha=0.0, rows="rank")),
 }
 
 
@@ -80,6 +79,11 @@ def test_tokens_count_for_a_bias_as_their_role_does_in_the_update() -> None:
             for name in counts:
                 expected = (1 - share) * general[name] + share * target[name] / 2
                 torch.testing.assert_close(each[name], expected)
+
+
+def test_share_of_a_set_that_holds_the_target() -> None:
+    halfspace = DRConfig(set="halfspace").feasible_set()
+    assert halfspace.target_share(0.0) == 0.5 and halfspace.target_share(1.0) == 1.0
 
 
 def test_quantiles_too() -> None:
@@ -142,6 +146,17 @@ class Attention(torch.nn.Module):
         new, old = torch.tensor([largest]), self.current_max_attn_logits
         self.current_max_attn_logits = new if old is None else torch.maximum(new, old)
         DSAIndexerLossLoggingHelper.save_loss_to_tracker(new[0], 1, 1)
+        moe_logging.get_moe_metrics_tracker().record("z_loss", new[0], 1, 1)
+
+
+def logged() -> list[float]:
+    """Of both trackers, which are new again."""
+    entries = moe_logging.get_moe_metrics_tracker().metrics
+    moe_logging.destroy_moe_metrics_tracker()
+    return [
+        float(DSAIndexerLossLoggingHelper.tracker.pop("values")),
+        float(entries["z_loss"].values),
+    ]
 
 
 CASES = {  # of roles, share, ranks: the largest logit, the indexer's loss
@@ -153,7 +168,7 @@ CASES = {  # of roles, share, ranks: the largest logit, the indexer's loss
 
 
 @pytest.mark.parametrize("numbers, share, ranks, largest, loss", CASES.values(), ids=CASES.keys())
-def test_largest_logits(
+def test_largest_logits_and_losses_for_the_log(
     numbers: tuple[int, int], share: float, ranks: float, largest: float, loss: float,
 ) -> None:  # fmt: skip
     general, target = numbers
@@ -165,7 +180,7 @@ def test_largest_logits(
         both.open(target > 0, forward=False)
         both.settle(share, ranks)
     assert model.current_max_attn_logits == largest
-    assert DSAIndexerLossLoggingHelper.tracker.pop("values") == loss
+    assert logged() == pytest.approx([loss, loss])
 
 
 def test_passes_that_leave_nothing() -> None:
@@ -179,5 +194,5 @@ def test_passes_that_leave_nothing() -> None:
         torch.rand(3)
         raise KeyError
     assert model.current_max_attn_logits == 5.0
-    assert DSAIndexerLossLoggingHelper.tracker.pop("values") == 5.0
+    assert logged() == [5.0, 5.0]
     assert torch.equal(torch.get_rng_state(), random)
