@@ -59,6 +59,7 @@ from megatron_dr.projection.feasible_sets import FeasibleSet
 from megatron_dr.projection.update import project
 
 _PASSES = 6.0  # P: docs/alpha.md says how it was measured
+_KEEP = 0.9  # of the average, at each step
 
 
 def alpha_at(style: str, start: float, end: float, step: int, steps: int) -> float:
@@ -94,11 +95,26 @@ def statistics(set_: FeasibleSet, norm: str, gram_BRR: Tensor) -> Tensor:
     return torch.stack([halves_BRR[:, -2, -1].sum(), gram_BRR[:, -1, -1].sum(), worth, square])
 
 
-def smoothed(average_4: Tensor | None, new_4: Tensor, keep: float = 0.9) -> Tensor:
-    """keep average + (1 - keep) new, from 0 (None) on; a step that is not finite is left out."""
+def smoothed(average_4: Tensor | None, new_4: Tensor, keep: float = _KEEP) -> Tensor:
+    """keep average + (1 - keep) new, from 0 (None) on; a step that is not finite is left out.
+
+    All steps must be in one unit: gradients of mean losses.
+    """
     average_4 = torch.zeros_like(new_4) if average_4 is None else average_4
     mixed_4 = keep * average_4 + (1.0 - keep) * new_4
     return torch.where(new_4.isfinite().all(), mixed_4, average_4)
+
+
+def in_unit_of(average_4: Tensor, new_4: Tensor, steps: int) -> Tensor:
+    """An average of so many steps, times an unknown factor, as it would be in the unit of `new`.
+
+    The factor is the one with which S + N, the square of |t|, is what it was at the new step.
+    """
+    average_4 = average_4.to(new_4)
+    ratio = new_4[:2].sum() / average_4[:2].sum()
+    scaled_4 = average_4 * ratio * (1.0 - _KEEP**steps)
+    usable = scaled_4.isfinite().all() & (ratio > 0)
+    return torch.where(usable, scaled_4, torch.zeros_like(new_4))
 
 
 def alpha_of(average_4: Tensor, passes: float) -> Tensor:

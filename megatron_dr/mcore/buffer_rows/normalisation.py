@@ -11,14 +11,17 @@ of microbatches. A role has its own count. So with n_t and n_g microbatches (tok
 | ranks run both roles; losses were divided by n_t + n_g | n_g / n_t | (n_t + n_g) / n_g |
 | G_t of G row groups run the target alone, G_g the others | G_g / G_t | G / G_g |
 
-The role scale multiplies the update: it undoes a division by what is the other role's too.
+The role scale multiplies the update: it undoes a division by what is the other role's too. c times
+the role scale, the unit, makes a gradient of what is summed in buffers, the same in every layout.
 
 Legend: D domains.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat
@@ -26,10 +29,17 @@ from megatron_dr.mcore.buffer_rows.router import RoleRouter
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
 
 
-def factors(
-    router: RoleRouter, row_map: RowMap, per_token: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
-    """c_t / c in float64, the role scale, and with domain rows each domain's share, else None."""
+class Factors(NamedTuple):
+    """c_t / c in float64, the role scale, with domain rows each domain's share, and the unit."""
+
+    ratio: torch.Tensor
+    role_scale: torch.Tensor | float
+    share_D: torch.Tensor | None
+    unit: torch.Tensor
+
+
+def factors(router: RoleRouter, row_map: RowMap, per_token: bool, device: torch.device) -> Factors:
+    """Of a step (collective where tokens or domains are counted)."""
     n_t, n_g, groups = router.num_target, router.num_general, row_map.target_groups
     share_D = None
     if per_token or row_map.by_domain:
@@ -43,13 +53,14 @@ def factors(
     else:  # each microbatch was divided by n_t + n_g
         ratio, role_scale = n_g / n_t if n_t else 0.0, (n_t + n_g) / n_g
     by_microbatch = torch.tensor(ratio, dtype=torch.float64, device=device)
+    mean = by_microbatch.new_tensor(role_scale / dist.get_world_size(compat.data_group()))
     if not per_token:
-        return by_microbatch, role_scale, share_D
+        return Factors(by_microbatch, role_scale, share_D, mean)
     counted = amounts.sum() > 0
-    ratio_of_tokens = general / target.clamp(min=1)
-    return (
-        torch.where(counted, ratio_of_tokens, by_microbatch),
+    return Factors(
+        torch.where(counted, general / target.clamp(min=1), by_microbatch),
         torch.where(counted, 1.0, by_microbatch.new_tensor(role_scale)), share_D,
+        torch.where(counted, 1.0 / general.clamp(min=1), mean),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class BufferRows:
     hold = True
 
     def __init__(self, model: list[Any], config: Any, dr: DRConfig) -> None:
-        self.model, self.dr = model, dr
+        self.model, self.config, self.dr = model, config, dr
         row_groups.check_routers(dr, config)
         owned = owned_parameters(model, config)
         names = block_names(owned, dr.blocks)
@@ -106,7 +106,7 @@ class BufferRows:
         """
         dr, layout, row_map = self.dr, self.layout, self.layout.row_map
         rows = row_map.num_rows
-        ratio, role_scale, share_D = normalisation.factors(
+        ratio, role_scale, share_D, unit = normalisation.factors(
             router, row_map, num_tokens is not None, self.device
         )
         if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
@@ -117,7 +117,7 @@ class BufferRows:
         with meter.part("solve"):
             whole_BRR = gram.gram_BRR[: layout.projected]
             with_target = row_map.target_groups > 0 or router.num_target > 0
-            alpha = call.alpha(whole_BRR) if with_target else 0.0
+            alpha = call.alpha(self._of_means(whole_BRR, unit)) if with_target else 0.0
             gram_BRR = whole_BRR[:, : rows + 1, : rows + 1]
             self.update = update = project(gram_BRR, dr.feasible_set(), dr.norm, alpha)
         with meter.part("combine"):
@@ -135,3 +135,12 @@ class BufferRows:
             error_sq = gram.error_sq_B[: layout.projected].sum()
             log.put("dr sketch error", (error_sq / length_sq).sqrt())
         return num_tokens
+
+    def _of_means(self, gram_BRR: torch.Tensor, unit: torch.Tensor) -> torch.Tensor | None:
+        """The gram of mean gradients, where alpha reads it: without the loss scale of fp16."""
+        if self.dr.alpha_style != "auto":
+            return None
+        scale_loss = self.config.grad_scale_func
+        if scale_loss is not None:
+            unit = unit / scale_loss(torch.ones([], device=self.device))
+        return gram_BRR * unit.square()

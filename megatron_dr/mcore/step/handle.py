@@ -86,7 +86,7 @@ class Handle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         if self.rows.state is None:
-            self.dial.state = state["dial"]
+            self.dial.load(state["dial"])
         else:
             self.rows.load(state["dial"])
 
