@@ -7,6 +7,7 @@
 Legend: B blocks, R = M rows and the target, P buffers of all row groups.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,12 @@ class BufferRows:
 
     def load(self, state: Any) -> None:
         """Nothing to load."""
+
+    def kept(self, steps: int) -> dict[str, Any]:
+        return {}
+
+    def load_kept(self, path: Path, samples: int, tokens: int) -> bool:
+        return True
 
     # -- a step ----------------------------------------------------------------------------------
     def target_due(self, steps: int) -> bool:

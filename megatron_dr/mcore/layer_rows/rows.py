@@ -7,6 +7,7 @@ each microbatch again with them.
 import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,17 @@ class LayerRows:
         return found if self.dr.window == "streaming" else None
 
     def load(self, state: Any) -> None:
+        """What is no state of these blocks (the run before had others) counts as none."""
         blank = [float("nan")] * len(self.names)
-        self.thresholds.copy_(torch.tensor(state or blank, dtype=torch.float64))
+        fits = isinstance(state, list) and len(state) == len(blank)
+        self.thresholds.copy_(torch.tensor(state if fits else blank, dtype=torch.float64))
+
+    def kept(self, steps: int) -> dict[str, Any]:
+        return {} if self.target_due(steps) else self.path.targets.sharded(self.dr.seed)
+
+    def load_kept(self, path: Path, samples: int, tokens: int) -> bool:
+        self._prepare(self._shape_of(samples, 0, tokens))
+        return self.path.targets.load(path, self.dr.seed)
 
     def offload(self) -> int:
         """A target that later steps use, and projections, go to the host."""
@@ -81,7 +91,7 @@ class LayerRows:
 
     # -- a step ----------------------------------------------------------------------------------
     def target_due(self, steps: int) -> bool:
-        """Every `target_refresh` steps, and after a resume."""
+        """Every `target_refresh` steps, and where there is none yet."""
         return steps % self.dr.target_refresh == 0 or not self.path.targets.known
 
     def check_batch(self, num_general: int, num_target: int) -> None:
@@ -118,6 +128,10 @@ class LayerRows:
         for chunk in self.model:
             chunk.ddp_config.overlap_grad_reduce = value
 
+    def _shape_of(self, samples: int, merged: int, tokens: int) -> BatchShape:
+        context = parallel_state.get_context_parallel_world_size()
+        return BatchShape(samples, merged, tokens * self.dr.sequences // context)
+
     def _prepare(self, shape: BatchShape) -> None:
         """Places for microbatches of this shape: in the first step, as `auto` depends on it."""
         if shape == self._shape:
@@ -138,9 +152,7 @@ class _Step:
         self.batches = Microbatches(call, dr, rows.device)
         merged = self.batches.merged
         self.own = 0 if merged else call.num_target  # target microbatches by themselves
-        context = parallel_state.get_context_parallel_world_size()
-        length = schedule["seq_length"] * dr.sequences // context
-        self.shape = BatchShape(self.size, merged, length)
+        self.shape = rows._shape_of(self.size, merged, schedule["seq_length"])
         # Megatron waits for the device, too, where it checks gradients
         wanted = bool(rows.model[0].ddp_config.check_for_nan_in_grad)
         self.step, self.told, self.seen = call.step, False, NotFinite(self.batches.tokens, wanted)

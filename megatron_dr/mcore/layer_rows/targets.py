@@ -1,11 +1,13 @@
 """The target's features, where its samples have microbatches of their own."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_dr.mcore import collectives, meter
-from megatron_dr.mcore.layer_rows import scoring
+from megatron_dr.mcore.layer_rows import saved_target, scoring
 from megatron_dr.mcore.layer_rows.places import Place
 from megatron_dr.mcore.layer_rows.scoring import Use
 
@@ -42,6 +44,16 @@ class Targets:
         part = scoring.target_part(place, uses)
         known = self._value.get(place.number)
         self._value[place.number] = part if known is None else known.add_(part)
+
+    def sharded(self, seed: int) -> dict[str, ShardedTensor]:
+        """For a checkpoint (collective)."""
+        return saved_target.sharded(self._places, self._value, seed)
+
+    def load(self, path: Path, seed: int) -> bool:
+        """Whether what was saved there could be taken (collective)."""
+        found = saved_target.load(self._places, path, seed)
+        self._value, self.known = found or {}, found is not None
+        return self.known
 
     def offload(self, keep: bool) -> int:
         """Off the device, to the host's memory or nowhere; bytes that are free then."""

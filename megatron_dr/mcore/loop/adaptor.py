@@ -280,7 +280,7 @@ def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any
 
 def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:
     if _run is not None:
-        _run.source.save(iteration)
+        _run.save(iteration)
     return stock(iteration, *rest, **kwargs)
 
 

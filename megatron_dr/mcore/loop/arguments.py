@@ -39,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="cpu: run Megatron without a GPU, over gloo [device] (default: cuda, or "
         f"${cpu.ENVIRONMENT_VARIABLE})",
     )
+    group.add_argument(
+        "--dr-changed-ok",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="flags, without their dashes, that a resumed run may have otherwise than the run of "
+        "its checkpoint where that is refused [names] (default: none)",
+    )
     _mend_help(parser)
     return parser
 

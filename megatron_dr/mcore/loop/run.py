@@ -17,10 +17,12 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.data.domains import DomainPlan
+from megatron_dr.mcore import errors
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
+from megatron_dr.mcore.loop import kept_target
 from megatron_dr.mcore.loop.forward import timed, watched
-from megatron_dr.mcore.seams.source import Source, num_target_microbatches
+from megatron_dr.mcore.seams.source import Source, num_target_microbatches, resumes
 from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.metrics import MetricsFile
 
@@ -47,7 +49,8 @@ class TrainingRun:
         self.train_streams: list[Any] = [None] * len(model)
         self.valid_streams: list[Any] = [None] * len(model)
         self.target_ranks = dr.target_ranks or args.data_parallel_size
-        samples = source.target_samples()
+        with errors.agreed():  # before attach, in which ranks wait for one another
+            samples, held_out = source.target_samples(), source.validation_samples()
         size = None if target is None else len(samples)
         self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
         dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
@@ -60,7 +63,7 @@ class TrainingRun:
             self.train_streams = source.streams(
                 samples, self.target_size, self.target_ranks, len(model)
             )
-        self._open_validation(len(model))
+        self._open_validation(held_out, len(model))
         self.handle.check_batch(get_num_microbatches(), self.num_target)
         self._fresh_validation = True
         self.validations = 0  # sets of this validation so far
@@ -68,9 +71,10 @@ class TrainingRun:
         self._before: tuple[int, int, Any] = (0, 0, None)
         self.step_began = 0.0
         source.begin(self.handle)
+        if resumes(args):
+            kept_target.load(args, self.handle, getattr(args, _STEPS))
 
-    def _open_validation(self, chunks: int) -> None:
-        samples = self.source.validation_samples()
+    def _open_validation(self, samples: Any, chunks: int) -> None:
         if samples is not None:
             size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
             self.valid_streams = self.source.streams(samples, size, ranks, chunks)
@@ -123,6 +127,11 @@ class TrainingRun:
             for iterator in iterators:
                 for _ in range(0 if iterator is None else get_num_microbatches()):
                     next(iterator)
+
+    def save(self, iteration: int) -> None:
+        """A checkpoint of this iteration is about to be written."""
+        self.source.save(iteration)
+        kept_target.save(self.args, iteration, self.handle, getattr(self.args, _STEPS))
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         reports = self.source.validate()

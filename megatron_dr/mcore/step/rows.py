@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,17 @@ class Rows(Protocol):
         """What later steps need of earlier ones, for a checkpoint."""
 
     def load(self, state: Any) -> None: ...
+
+    def kept(self, steps: int) -> dict[str, Any]:
+        """As `state`, after so many steps: what is large or spread over ranks, as Megatron's
+        sharded tensors (collective)."""
+
+    def load_kept(self, path: Path, samples: int, tokens: int) -> bool:
+        """Whether what `dist_checkpointing` saved of it there could be taken (collective).
+
+        Args:
+            samples, tokens: of a general microbatch, and of one of its sequences.
+        """
 
     def offload(self) -> int:
         """Free what is kept on the device between steps; how many bytes."""
