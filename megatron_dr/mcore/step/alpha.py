@@ -35,8 +35,8 @@ class Alpha:
         return None if self.statistics is None else {"statistics": self.statistics}
 
     def load(self, state: Any) -> None:
-        """Version 0.1.0 kept a bare tensor, times a factor that went with layout and tokens. What
-        is no state of the rule (the run before had another) counts as none."""
+        """Earlier versions kept a bare tensor, times a factor that went with layout and tokens.
+        What is no state of the rule (the run before had another) counts as none."""
         is_own = isinstance(state, dict) and "statistics" in state
         self.statistics = state["statistics"] if is_own else None
         self._of_other_unit = state if isinstance(state, torch.Tensor) else None
