@@ -8,12 +8,14 @@ Importing this package patches nothing and imports no Megatron.
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_dr.version import VERSION
+
 if TYPE_CHECKING:
     from megatron_dr.config.dr import DRConfig
     from megatron_dr.mcore.attach import Handle
 
 __all__ = ["DRConfig", "attach", "enable"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

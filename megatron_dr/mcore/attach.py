@@ -3,10 +3,11 @@
 from typing import Any
 
 from megatron_dr.config.dr import DRConfig
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat, errors
 from megatron_dr.mcore.buffer_rows.rows import BufferRows
 from megatron_dr.mcore.layer_rows.rows import LayerRows
 from megatron_dr.mcore.step.handle import Handle, attached
+from megatron_dr.version import VERSION
 
 __all__ = ["Handle", "attach", "attached"]
 
@@ -27,11 +28,26 @@ def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) 
         ValueError: an unsupported model, Megatron feature or version, saying what to change.
     """
     dr = dr or DRConfig()
-    compat.check_contract(model, config)
-    existing = attached(model)
-    if existing is not None:
-        if existing.dr == dr:
-            return existing
-        existing.detach()
-    kind = LayerRows if dr.row_kind.in_layers else BufferRows
-    return Handle(list(model), optimizer, config, dr, kind)
+    with errors.agreed():
+        compat.check_contract(model, config)
+        _check_alike(dr)
+        existing = attached(model)
+        if existing is not None:
+            if existing.dr == dr:
+                return existing
+            existing.detach()
+        kind = LayerRows if dr.row_kind.in_layers else BufferRows
+        return Handle(list(model), optimizer, config, dr, kind)
+
+
+def _check_alike(dr: DRConfig) -> None:
+    """Raise ValueError where ranks were given different configurations (collective)."""
+    of_ranks = collectives.of_all_ranks({"version": VERSION} | vars(dr))
+    for name in of_ranks[0]:
+        values = [one[name] for one in of_ranks]
+        other = next((n for n, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"attach was given {name} {values[0]!r} on rank 0 and {values[other]!r} on rank "
+                f"{other}: give every rank the same configuration."
+            )

@@ -3,6 +3,7 @@
 A group of None or of one rank sends nothing and changes nothing.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,11 +51,42 @@ def from_first(value: torch.Tensor, group: Group) -> None:
         meter.sent(scatter_bytes(value.nbytes, dist.get_world_size(group)))
 
 
+class Heard(ValueError):
+    """A rank has refused what it was given, and every rank of the group has heard it."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a rank sends in place of a value, wherever the others are."""
+
+    sentence: str
+
+
 def of_all_ranks(value: Any, group: Group = None) -> list[Any]:
-    """Every rank's value, of any type, by rank; not in a step."""
+    """Every rank's value, of any type, by rank; not in a step.
+
+    Raises:
+        Heard: a rank has sent a refusal instead.
+    """
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group)
+    refusals = {rank: one.sentence for rank, one in enumerate(found) if isinstance(one, Refusal)}
+    if refusals:
+        raise Heard(of_whom(refusals, len(found)))
     return found
+
+
+def of_whom(refusals: dict[int, str], ranks: int) -> str:
+    """The first refusal, with the ranks that have it where not all of them do."""
+    first = next(iter(refusals.values()))
+    of_it = [rank for rank, sentence in refusals.items() if sentence == first]
+    return first if len(of_it) == ranks else f"{first} (on {said(of_it)})"
+
+
+def said(ranks: list[int]) -> str:
+    """Ranks in a sentence: a few, and how many more."""
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s'[: len(ranks) > 1]} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 def all_reduce_bytes(num_bytes: int, ranks: int) -> int:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from megatron_dr.mcore import collectives
 
@@ -14,23 +15,28 @@ def refused() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        _leave(str(error))
+        leave(str(error))
 
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """Where only some ranks may raise a ValueError: all ranks raise it (collective)."""
-    message = None
+    """Where only some ranks may raise a ValueError: all ranks raise it (collective).
+
+    What refuses may have collectives of its own: a rank that is not there sends its refusal to the
+    first one of `collectives.of_all_ranks`.
+    """
     try:
         yield
+    except collectives.Heard:
+        raise
     except ValueError as error:
-        message = str(error)
-    found = next((m for m in collectives.of_all_ranks(message) if m is not None), None)
-    if found is not None:
-        raise ValueError(found)
+        collectives.of_all_ranks(collectives.Refusal(str(error)))
+    else:
+        collectives.of_all_ranks(None)
 
 
-def _leave(message: str) -> None:
+def leave(message: str) -> NoReturn:
+    """Say it on rank 0; exit code 2."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"megatron_dr: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -76,7 +76,7 @@ def _left(function: Callable[..., Any], tp: int, args: tuple[Any, ...]) -> Any:
         said.append(message)
         raise SystemExit(2)
 
-    errors._leave = leave  # this rank is a fork: said, not printed
+    errors.leave = leave  # type: ignore[assignment]  # this rank is a fork: said, not printed
     try:
         return function(tp, *args)
     except SystemExit:

@@ -40,14 +40,19 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.mcore import compat, cpu, errors, unpickling
 from megatron_dr.mcore.data import datasets, vocabulary
-from megatron_dr.mcore.loop import begin, first_line, forward, model_config, parts
+from megatron_dr.mcore.loop import (
+    agreement, begin, first_line, forward, model_config, parts, record,
+)  # fmt: skip
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.refuse import refuse
 from megatron_dr.mcore.seams.source import num_target_microbatches
 from megatron_dr.mcore.step import log
+
+Configs = tuple[DRConfig, TargetConfig] | None
 
 _run: TrainingRun | None = None
 _packed = False  # --dr-pack
@@ -95,19 +100,40 @@ def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-    with errors.refused():
-        configs = configs_from_args(args)
-        if configs is not None:
-            refuse(compat.WHO, compat.REFUSED, args)
-        parts.prepare(args)
-    result = stock(args, *rest, **kwargs)
-    with errors.refused():
-        parts.settle(args)
-        if configs is not None:
-            target = parts.step_target(args, *configs)
-            if target is not None:
-                num_target_microbatches(args, configs[0], target)
+    """Whatever this rank refuses, all ranks hear it, and of what they were started with otherwise:
+    before Megatron's ranks wait for one another."""
+    result, found = None, record.Record()
+    refusal, configs = _refusal(_prepare, args)
+    if not refusal:
+        result = stock(args, *rest, **kwargs)
+        refusal, found = _refusal(_settle, args, configs)
+    agreement.check(args, refusal, (found or {}) | record.layout(args))
     return result
+
+
+def _refusal(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+    """The sentence of its ValueError, and what it gives."""
+    try:
+        return "", function(*args)
+    except ValueError as error:
+        return str(error), None
+
+
+def _prepare(args: Namespace) -> Configs:
+    configs = configs_from_args(args)
+    if configs is not None:
+        refuse(compat.WHO, compat.REFUSED, args)
+    parts.prepare(args)
+    return configs
+
+
+def _settle(args: Namespace, configs: Configs) -> record.Record:
+    parts.settle(args)
+    if configs is not None:
+        target = parts.step_target(args, *configs)
+        if target is not None:
+            num_target_microbatches(args, configs[0], target)
+    return record.of(args, configs)
 
 
 def _load_args(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:

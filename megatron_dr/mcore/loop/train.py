@@ -41,8 +41,11 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_dr.mcore import errors
-    from megatron_dr.mcore.loop import adaptor, first_line, forward, model_config, script_flags
+    from megatron_dr.mcore.loop import (
+        adaptor, agreement, first_line, forward, model_config, script_flags,
+    )  # fmt: skip
 
+    agreement.meet_in(store)
     adaptor.enable()
     training.training_log = partial(first_line.log, training.training_log)
     with errors.refused():
