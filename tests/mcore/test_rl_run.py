@@ -144,6 +144,12 @@ def test_bad_input_is_one_sentence_at_start(
 
 WITHOUT = {
     "other flags": ("", "--dr-rl-epochs 4", "run with --dr-rl-epochs 2, and a cycle that is under"),
+    "other reward": (
+        "",
+        "--dr-rl-reward tests.mcore._rewards:equal",
+        "--dr-rl-reward tests.mcore._rewards:vowels, and this one has tests.mcore._rewards:equal, "
+        "but the steps on a rollout of that run are not all done",
+    ),
     "no rollouts": ("dr_rollouts", "", "is not of a run with --dr-rl-algorithm"),
     "no reference": ("dr_reference", "", "has no dr_reference"),
 }

@@ -66,6 +66,9 @@ class PackPart(Part):
     def settle(self, own: Any, args: argparse.Namespace) -> None:
         args.create_attention_mask_in_dataloader = False  # cu_seqlens say it
 
+    def kept(self, own: Any, before: argparse.Namespace) -> dict[str, str]:
+        return {"dr-pack": "its places in the data count packs, or samples"}
+
     def known(self, args: argparse.Namespace) -> dict[str, Any]:
         return {"packed": True}
 

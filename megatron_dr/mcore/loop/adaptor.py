@@ -44,7 +44,14 @@ from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.mcore import compat, cpu, errors, unpickling
 from megatron_dr.mcore.data import datasets, vocabulary
 from megatron_dr.mcore.loop import (
-    agreement, begin, first_line, forward, model_config, parts, record,
+    agreement,
+    begin,
+    changes,
+    first_line,
+    forward,
+    model_config,
+    parts,
+    record,
 )  # fmt: skip
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
@@ -108,6 +115,7 @@ def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
         result = stock(args, *rest, **kwargs)
         refusal, found = _refusal(_settle, args, configs)
     agreement.check(args, refusal, (found or {}) | record.layout(args))
+    setattr(args, changes.ATTRIBUTE, found)
     return result
 
 
@@ -174,6 +182,7 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
     with errors.refused():
         for part, own in parts.on(args):
             part.resume(own, args, checkpoint_args)
+        changes.check(args, checkpoint_args, speak=True)
     for name, start in START.items():
         if hasattr(args, name):
             setattr(args, name, getattr(checkpoint_args, name, start))

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.training import get_args
 
-from megatron_dr.mcore.loop import parts
+from megatron_dr.mcore import errors
+from megatron_dr.mcore.loop import changes, parts
 
 
 def load(
@@ -26,6 +28,7 @@ def load(
         sharded_state_dict: what is wanted; a model chunk's entries are under a key of their own.
         checkpoint: its folder.
     """
+    _check_changes(checkpoint)
     chunks = [chunk for chunk in sharded_state_dict.values() if isinstance(chunk, dict)]
     wanted = {part for part in parts.PARTS for chunk in chunks if any(map(part.owns, chunk))}
     if wanted:
@@ -44,3 +47,12 @@ def load(
         if values:
             state[name].update(values)
     return loaded
+
+
+def _check_changes(checkpoint: str) -> None:
+    """Refuse what a resume can't have otherwise before tensors of other shapes are asked for."""
+    before = dist_checkpointing.load_common_state_dict(checkpoint).get("args")
+    if before is None or get_args().finetune:
+        return
+    with errors.refused():
+        changes.check(get_args(), before, speak=False)

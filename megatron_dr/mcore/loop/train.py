@@ -42,7 +42,12 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
 
     from megatron_dr.mcore import errors
     from megatron_dr.mcore.loop import (
-        adaptor, agreement, first_line, forward, model_config, script_flags,
+        adaptor,
+        agreement,
+        first_line,
+        forward,
+        model_config,
+        script_flags,
     )  # fmt: skip
 
     agreement.meet_in(store)

@@ -45,6 +45,10 @@ class LoRAPart(Part):
 
         return hook
 
+    def kept(self, own: LoRAConfig, before: Namespace) -> dict[str, str]:
+        why = "its adapters are of that kind"
+        return {f"dr-lora-{name}": why for name in ("rank", "alpha", "targets")}
+
     def owns(self, key: Any) -> bool:
         return isinstance(key, str) and any(f".{name}." in key for name in lora_layers.NAMES)
 

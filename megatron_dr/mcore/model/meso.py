@@ -64,6 +64,10 @@ class MesoPart(Part):
     who = "MeSO does not support"
     refused = _REFUSED
 
+    def kept(self, own: MesoConfig, before: Namespace) -> dict[str, str]:
+        why = "its moments are of that space"
+        return {f"dr-meso-{name}": why for name in ("size", "refresh")}
+
     def on_optimizer(
         self, own: MesoConfig, args: Namespace, optimizer: Any, model: list[Any]
     ) -> None:

@@ -1,5 +1,6 @@
 """Training by rewards as parts of a run: what it sets of Megatron's flags, and what it refuses."""
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from megatron_dr.mcore.seams.source import Source
 from megatron_dr.projection import UNPROJECTED
 
 _FIXED = ("algorithm", "prompts", "group", "epochs")  # what a cycle and its steps depend on
+# what nothing of a rollout and its losses depends on
+_FREE = ("reward_workers", "reward_timeout", "engine", "offload", "valid_data")
 
 _REFUSED = (
     *rules({
@@ -124,6 +127,15 @@ class RLPart(Part):
                     f"is under way can't go on with {now}: give {flag} {then}, or --finetune to "
                     "begin a new run from it."
                 )
+
+    def kept(self, own: RLConfig, before: Namespace) -> dict[str, str]:
+        """In the middle of a cycle, all of its rollouts and losses; `resume` has the others."""
+        saved, steps = self.of(before), getattr(before, "megatron_dr_steps", 0)
+        if saved is None or steps % saved.steps_per_cycle(before.global_batch_size) == 0:
+            return {}
+        names = [f.name for f in dataclasses.fields(own) if f.name not in (*_FREE, *_FIXED)]
+        flags = ["data-path", *(f"dr-rl-{name.replace('_', '-')}" for name in names)]
+        return dict.fromkeys(flags, "the steps on a rollout of that run are not all done")
 
     def source(self, own: RLConfig, args: Namespace, target: TargetConfig) -> Source:
         from megatron_dr.mcore.rl.source import RolloutSource

@@ -77,6 +77,11 @@ class Part:
     def resume(self, own: Any, args: Namespace, before: Namespace) -> None:
         """Raise ValueError where the run that saved a checkpoint can't be gone on with."""
 
+    def kept(self, own: Any, before: Namespace) -> dict[str, str]:
+        """Flags, without dashes in front, that must be as in the run that saved a checkpoint, and
+        why, as a sentence has it after "but"."""
+        return {}
+
     # -- model and optimizer ---------------------------------------------------------------------
     def on_model(self, own: Any, args: Namespace) -> Callable[[list[Any]], Any] | None:
         """What changes the model's chunks, before DDP wraps them."""

@@ -1,0 +1,96 @@
+"""What a resumed run has otherwise than the run of its checkpoint: said, or refused.
+
+Each step's own dials may change. What may not, unless it is named by --dr-changed-ok, are features
+switched off, and what the checkpoint's state belongs to: places in data, rollouts under way.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_dr.mcore.loop import parts, record
+from megatron_dr.mcore.loop.agreement import said
+from megatron_dr.mcore.loop.arguments import configs_from_args
+from megatron_dr.mcore.loop.record import PACKAGE, PLUGIN, Record
+from megatron_dr.mcore.say import say
+
+ATTRIBUTE = "megatron_dr_record"
+_PLACE = "its place in that data is of no use in other data"
+_OFF = "what it has learnt and gathered by it would be lost"
+
+
+def check(args: Namespace, before: Namespace, speak: bool) -> None:
+    """Of a run that goes on from a checkpoint with the arguments `before`.
+
+    Args:
+        speak: whether changes that are none to refuse are said.
+
+    Raises:
+        ValueError: it can't be gone on so, or --dr-changed-ok names what is no flag.
+    """
+    then, now = _then(before), getattr(args, ATTRIBUTE, None)
+    if then is None or now is None or not getattr(before, "consumed_train_samples", 0):
+        return  # nothing was trained, or by a version that can't be asked
+    changed = _changed(then, now)
+    refused, allowed = (
+        _refused(args, before, then, now),
+        set(getattr(args, "dr_changed_ok", None) or ()),
+    )
+    unknown = sorted(allowed - then.keys() - now.keys() - {"dr-target-refresh"})
+    if unknown:
+        raise ValueError(
+            f"--dr-changed-ok {unknown[0]}: no flag of this run or the checkpoint's has that name, "
+            "which is said without dashes in front: mend it or drop it."
+        )
+    for name, (old, new) in changed.items():
+        if name in refused and name not in allowed:
+            raise ValueError(
+                f"{args.load}: the checkpoint's run had {_named(name)} {said(old)}, and this one "
+                f"has {said(new)}, but {refused[name]}: give what that run had, or say that it is "
+                f"meant with --dr-changed-ok {name}, or begin a new run from it with --finetune."
+            )
+        if speak:
+            say(f"resumed with {_named(name)} {said(new)}; the checkpoint's run had {said(old)}")
+
+
+def _then(before: Namespace) -> Record | None:
+    """The record of the run before; of an older version, as far as its flags tell."""
+    kept: Record | None = getattr(before, ATTRIBUTE, None)
+    if kept is not None:
+        return kept
+    try:
+        return record.of(before, configs_from_args(before), data=False)
+    except (ValueError, AttributeError):
+        return None
+
+
+def _changed(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
+    """{name: (old, new)}; of a feature that is on in one run alone, its switch stands for all.
+
+    What only one of the records has says nothing: a version has dials that another has not.
+    """
+    if then[PLUGIN] != now[PLUGIN]:
+        return {PLUGIN: (then[PLUGIN], now[PLUGIN])}
+    names = [
+        n for n in dict.fromkeys([*then, *now]) if n in _switches() or (n in then and n in now)
+    ]
+    found = {name: (then.get(name), now.get(name)) for name in names}
+    return {name: (old, new) for name, (old, new) in found.items() if old != new}
+
+
+def _switches() -> list[str]:
+    """Names that a record has where a feature is on."""
+    own = [f"dr-{part.name}-{part.switch.replace('_', '-')}" for part in parts.PARTS if part.switch]
+    return ["dr-set", *own, *(flag.removeprefix("--") for p in parts.PARTS for flag in p.flags)]
+
+
+def _refused(args: Namespace, before: Namespace, then: Record, now: Record) -> dict[str, str]:
+    """Names that must be as they were, and why."""
+    found = {} if then.get("dr-target-data") is None else {"dr-target-data": _PLACE}
+    for part, own in parts.on(args):
+        found |= part.kept(own, before)
+    found |= {name: _OFF for name in _switches() if name in then and name not in now}
+    return found | ({PLUGIN: _OFF} if now[PLUGIN] == "off" else {})
+
+
+def _named(name: str) -> str:
+    return "the plugin" if name == PLUGIN else name if name == PACKAGE else f"--{name}"
