@@ -18,7 +18,7 @@ def leave(monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(message: str) -> None:
         raise Left(message)
 
-    monkeypatch.setattr(errors, "_leave", leave)
+    monkeypatch.setattr(errors, "leave", leave)
 
 
 def test_folders_for_checkpoints(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dr.mcore import cpu, errors
-from megatron_dr.mcore.loop import adaptor, script_flags
+from megatron_dr.mcore.loop import script_flags, validation
 
 OURS = Path(__file__).parents[2] / "megatron_dr" / "mcore"
 LIBRARY = Path(megatron.training.__file__).parents[1]
@@ -131,14 +131,14 @@ def test_yaml_does_not_switch_the_plugin_off(monkeypatch: pytest.MonkeyPatch) ->
     def load(path: str) -> str:
         return f"from {path}"
 
-    monkeypatch.setattr(adaptor.sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "a.yaml"])
-    assert adaptor._load_yaml(load, "a.yaml") == "from a.yaml"
+    monkeypatch.setattr(validation.sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "a.yaml"])
+    assert validation.load_yaml(load, "a.yaml") == "from a.yaml"
     monkeypatch.setattr(
-        adaptor.sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "a", "--dr-set", "x"]
+        validation.sys, "argv", ["pretrain_gpt.py", "--yaml-cfg", "a", "--dr-set", "x"]
     )
     said: list[str] = []
-    monkeypatch.setattr(errors, "_leave", said.append)
-    adaptor._load_yaml(load, "a")
+    monkeypatch.setattr(errors, "leave", said.append)
+    validation.load_yaml(load, "a")
     assert said == [
         "--yaml-cfg takes the place of the command line, and --dr-set would be lost: give "
         "Megatron's flags instead."

@@ -10,7 +10,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dr.config.fields import flag as field_
-from megatron_dr.mcore.loop import adaptor, parts
+from megatron_dr.mcore.loop import adaptor, parts, validation
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.refuse import rules
 from megatron_dr.mcore.seams.part import Part
@@ -60,7 +60,7 @@ def test_its_defaults_switch_the_plugin_on() -> None:
 
 def test_what_it_refuses_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     called = []
-    validate = lambda *flags: adaptor._validate(called.append, parse(*flags))  # noqa: E731
+    validate = lambda *flags: validation.validate(called.append, parse(*flags))  # noqa: E731
     with pytest.raises(SystemExit) as end:
         validate("--dr-echo-times", "3", "--mock-data")
     assert end.value.code == 2 and not called

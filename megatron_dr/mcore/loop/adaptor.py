@@ -32,7 +32,6 @@ goes well, but for a checkpoint's pickles: they are read without running what th
 
 import dataclasses
 import functools
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -40,26 +39,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.mcore import compat, cpu, errors, unpickling
 from megatron_dr.mcore.data import datasets, vocabulary
 from megatron_dr.mcore.loop import (
-    agreement,
     begin,
     changes,
     first_line,
     forward,
     model_config,
     parts,
-    record,
+    validation,
 )  # fmt: skip
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.run import START, TrainingRun
-from megatron_dr.mcore.refuse import refuse
-from megatron_dr.mcore.seams.source import num_target_microbatches
 from megatron_dr.mcore.step import log
-
-Configs = tuple[DRConfig, TargetConfig] | None
 
 _run: TrainingRun | None = None
 _packed = False  # --dr-pack
@@ -80,10 +73,10 @@ def enable() -> None:
     from megatron_dr.mcore.loop import partial_checkpoint
 
     unpickling.restrict()
-    _wrap(checkpointing, "load_args_from_checkpoint", _load_args)
+    _wrap(checkpointing, "load_args_from_checkpoint", validation.load_args)
     _wrap(arguments, "add_megatron_arguments", lambda stock, parser: add_arguments(stock(parser)))
-    _wrap(arguments, "validate_args", _validate)
-    _wrap(yaml_arguments, "load_yaml", _load_yaml)
+    _wrap(arguments, "validate_args", validation.validate)
+    _wrap(yaml_arguments, "load_yaml", validation.load_yaml)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
     _wrap(checkpointing, "read_metadata", begin.read_tracker)
     _wrap(training, "load_checkpoint", begin.load)
@@ -104,61 +97,6 @@ def enable() -> None:
 def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
     stock = getattr(module, name)
     setattr(module, name, functools.wraps(stock)(functools.partial(function, stock)))
-
-
-def _validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-    """Whatever this rank refuses, all ranks hear it, and of what they were started with otherwise:
-    before Megatron's ranks wait for one another."""
-    result, found = None, record.Record()
-    refusal, configs = _refusal(_prepare, args)
-    if not refusal:
-        result = stock(args, *rest, **kwargs)
-        refusal, found = _refusal(_settle, args, configs)
-    agreement.check(args, refusal, (found or {}) | record.layout(args))
-    setattr(args, changes.ATTRIBUTE, found)
-    return result
-
-
-def _refusal(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
-    """The sentence of its ValueError, and what it gives."""
-    try:
-        return "", function(*args)
-    except ValueError as error:
-        return str(error), None
-
-
-def _prepare(args: Namespace) -> Configs:
-    configs = configs_from_args(args)
-    if configs is not None:
-        refuse(compat.WHO, compat.REFUSED, args)
-    parts.prepare(args)
-    return configs
-
-
-def _settle(args: Namespace, configs: Configs) -> record.Record:
-    parts.settle(args)
-    if configs is not None:
-        target = parts.step_target(args, *configs)
-        if target is not None:
-            num_target_microbatches(args, configs[0], target)
-    return record.of(args, configs)
-
-
-def _load_args(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-    with errors.refused():
-        unpickling.check_loaded(args)
-    return stock(args, *rest, **kwargs)
-
-
-def _load_yaml(stock: Callable[..., Any], *rest: Any) -> Any:
-    with errors.refused():
-        lost = next((argument for argument in sys.argv if argument.startswith("--dr-")), None)
-        if lost is not None:
-            raise ValueError(
-                f"--yaml-cfg takes the place of the command line, and {lost} would be lost: give "
-                "Megatron's flags instead."
-            )
-    return stock(*rest)
 
 
 def _build_optimizer(

@@ -1,0 +1,70 @@
+"""A run's arguments: what is refused before Megatron's own checks and after them, on every rank."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.mcore import compat, errors, unpickling
+from megatron_dr.mcore.loop import agreement, changes, parts, record
+from megatron_dr.mcore.loop.arguments import configs_from_args
+from megatron_dr.mcore.refuse import refuse
+from megatron_dr.mcore.seams.source import num_target_microbatches
+
+Configs = tuple[DRConfig, TargetConfig] | None
+
+
+def validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    """Whatever this rank refuses, all ranks hear it, and of what they were started with otherwise:
+    before Megatron's ranks wait for one another."""
+    result, found = None, record.Record()
+    refusal, configs = _refusal(_prepare, args)
+    if not refusal:
+        result = stock(args, *rest, **kwargs)
+        refusal, found = _refusal(_settle, args, configs)
+    agreement.check(args, refusal, (found or {}) | record.layout(args))
+    setattr(args, changes.ATTRIBUTE, found)
+    return result
+
+
+def _refusal(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+    """The sentence of its ValueError, and what it gives."""
+    try:
+        return "", function(*args)
+    except ValueError as error:
+        return str(error), None
+
+
+def _prepare(args: Namespace) -> Configs:
+    configs = configs_from_args(args)
+    if configs is not None:
+        refuse(compat.WHO, compat.REFUSED, args)
+    parts.prepare(args)
+    return configs
+
+
+def _settle(args: Namespace, configs: Configs) -> record.Record:
+    parts.settle(args)
+    if configs is not None:
+        target = parts.step_target(args, *configs)
+        if target is not None:
+            num_target_microbatches(args, configs[0], target)
+    return record.of(args, configs)
+
+
+def load_args(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    with errors.refused():
+        unpickling.check_loaded(args)
+    return stock(args, *rest, **kwargs)
+
+
+def load_yaml(stock: Callable[..., Any], *rest: Any) -> Any:
+    with errors.refused():
+        lost = next((argument for argument in sys.argv if argument.startswith("--dr-")), None)
+        if lost is not None:
+            raise ValueError(
+                f"--yaml-cfg takes the place of the command line, and {lost} would be lost: give "
+                "Megatron's flags instead."
+            )
+    return stock(*rest)
