@@ -155,13 +155,16 @@ WITHOUT = {
 }
 
 
+ON = "--override-opt-param-scheduler"  # a complete run has nothing to resume: it is made longer
+
+
 @pytest.mark.parametrize("removed, more, sentence", WITHOUT.values(), ids=WITHOUT.keys())
 def test_a_resume_without_what_it_needs_is_refused(
     data: Data, tmp_path: Path, removed: str, more: str, sentence: str
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(data["base"], folder, ignore=lambda _, names: {removed} & set(names))
-    code, _, error, _ = _rl.run(data, f"--load {folder} {more}", 1)[0]
+    code, _, error, _ = _rl.run(data, f"--load {folder} {ON} {more}", 2)[0]
     assert code == 2 and sentence in error
 
 
@@ -170,7 +173,7 @@ def test_a_damaged_reference_is_refused(data: Data, tmp_path: Path) -> None:
     shutil.copytree(data["base"], tmp_path / "base")
     path = tmp_path / "base" / "dr_reference" / ".metadata"
     path.write_bytes(path.read_bytes()[:500])
-    code, _, error, _ = _rl.run(data, f"--load {tmp_path / 'base'}", 1)[0]
+    code, _, error, _ = _rl.run(data, f"--load {tmp_path / 'base'} {ON}", 2)[0]
     assert code == 2 and f"{path}: damaged, no metadata of a checkpoint" in error
 
 

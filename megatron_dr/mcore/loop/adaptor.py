@@ -136,9 +136,9 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     _packed = bool(getattr(args, "dr_pack", None))
     configs = configs_from_args(args)
     with errors.refused(), errors.agreed():
+        begin.check_folders(args)
         if dist.get_rank() == 0:
             unpickling.check_loaded(args)
-        begin.check_folders(args)
     begin.carry_assets(args)
     with errors.refused():
         _adapt(args, kwargs.get("cfg_container"))
