@@ -1,13 +1,15 @@
 """What a training step costs with the plugin, beside plain Megatron-Core in the same run.
 
     python benchmarks/step.py                 # 2 ranks: time, wire and memory; 5 minutes on 2 cores
-    python benchmarks/step.py --ranks 4       # more ranks than cores: wire and memory only
+    python benchmarks/step.py --ranks 4 --node 2           # more ranks than cores: no time
+    python benchmarks/step.py --ranks 4 --node 2 --bucket 1000000    # Megatron overlaps
 
 A GPTModel with random tokens, DDP, the distributed optimizer and Megatron's schedule on gloo ranks
-of one thread each; nothing overlaps. Every figure is also a ratio against plain Megatron, which
-steps in the same ranks in the same repetition. A time ratio is the median over the repetitions of
-the ratio within each, with quartiles; the parts of a projection are the fastest by the clock. Where
-other work shares the machine only the CPU time is worth reading. How: `step_arms.py`.
+of one thread each; nothing overlaps unless `--bucket` says so. Every figure is also a ratio against
+plain Megatron, which steps in the same ranks in the same repetition. A time ratio is the median
+over the repetitions of the ratio within each, with quartiles; the parts of a projection are the
+fastest by the clock. Where other work shares the machine only the CPU time is worth reading. How:
+`step_arms.py`.
 
 With a target rank, the ranks compute as many microbatches each as plain Megatron's, one of them of
 the target role only: the step sees that much less general data.
@@ -57,6 +59,8 @@ class Result:
     microbatches: int
     wire_bytes: int
     wire_ratio: float
+    between_ratio: float  # bytes to other nodes
+    early: float  # share of the bytes that is sent before the last backward ends
     peak_bytes: int
     extra_bytes: int
     peak_ratio: float
@@ -66,7 +70,7 @@ class Result:
     laps_ms: dict[str, float] = dataclasses.field(default_factory=dict)  # the fastest
 
 
-def arms(sizes: Sizes) -> dict[str, Arm]:
+def arms(sizes: Sizes, ranks: int) -> dict[str, Arm]:
     """By name; the first is what the others are compared with."""
     n_g, n_t = sizes.general, sizes.target
 
@@ -82,8 +86,10 @@ def arms(sizes: Sizes) -> dict[str, Arm]:
         out[f"cone, {slots} slots, sketch"] = cone(slots=slots, gram="sketch")
         out[f"cone, {slots} slots, exact"] = cone(slots=slots, gram="exact")
     out["cone, rank rows, sketch"] = cone(rows="rank", gram="sketch")
-    out["cone, rank rows, exact"] = cone(rows="rank", gram="exact")
-    dr = DRConfig(rows="rank", target_ranks=1, gram="exact")
+    out["cone, rank rows, exact"] = cone(rows="rank", row_ranks=1, gram="exact")
+    if ranks > sizes.node > 1:
+        out["cone, rows of a node, exact"] = cone(rows="rank", row_ranks=sizes.node, gram="exact")
+    dr = DRConfig(rows="rank", row_ranks=1, target_ranks=1, gram="exact")
     out["cone, target rank, exact"] = Arm(n_g, n_g, dr)
     return out
 
@@ -110,13 +116,15 @@ def summarise(arms: dict[str, Arm], ranks: list[dict[str, Measured]]) -> dict[st
         return np.max([getattr(rank[name], what) for rank in ranks], axis=0)
 
     plain_wire, plain_peak = most(PLAIN, "wire_bytes"), most(PLAIN, "peak_bytes")
+    plain_between = max(most(PLAIN, "between_bytes"), 1)
     plain = {arm.run: name for name, arm in reversed(arms.items()) if arm.dr is None}
     out = {}
     for name, arm in arms.items():
         sent, peak = most(name, "wire_bytes"), most(name, "peak_bytes")
         extra = int(peak - plain_peak)
         result = out[name] = Result(
-            arm.run, int(sent), sent / plain_wire, int(peak), extra, peak / plain_peak,
+            arm.run, int(sent), sent / plain_wire, most(name, "between_bytes") / plain_between,
+            most(name, "early_bytes") / sent, int(peak), extra, peak / plain_peak,
             extra / ranks[0][name].gradient_bytes,
         )  # fmt: skip
         if not ranks[0][name].step_ms:
@@ -157,12 +165,15 @@ def time_table(results: dict[str, Result]) -> Table:
 
 
 def bytes_table(results: dict[str, Result]) -> Table:
-    out = _table("arm", "sent MiB", "/ plain", "peak MiB", "more", "/ plain", "in grad buffers")
+    out = _table("arm", "sent MiB", "/ plain", "between nodes\n/ plain", "sent in the\nbackward",
+                 "peak MiB", "more", "/ plain", "in grad buffers")  # fmt: skip
     for name, result in results.items():
         out.add_row(
             name,
             f"{result.wire_bytes / MIB:.1f}",
             f"{result.wire_ratio:.3f}",
+            f"{result.between_ratio:.3f}",
+            f"{result.early:.0%}",
             f"{result.peak_bytes / MIB:.1f}",
             f"{result.extra_bytes / MIB:+z.1f}",
             f"{result.peak_ratio:.2f}",
@@ -246,6 +257,8 @@ def options() -> argparse.Namespace:
         ("sequence", 128, "tokens"), ("micro-batch", 4, "sequences"),
         ("general", 4, "general microbatches per rank and step; a multiple of 4"),
         ("target", 1, "target microbatches per rank and step"),
+        ("bucket", 0, "parameters of a bucket that Megatron reduces in the backward; 0: after it"),
+        ("node", 1, "neighbouring ranks of a node"),
     ):  # fmt: skip
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--json", type=Path, help="write settings and figures to this file")
@@ -258,7 +271,7 @@ def main() -> None:
     sizes = Sizes(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(Sizes)})
     cores = len(os.sched_getaffinity(0))
     timed = chosen.repetitions if chosen.ranks <= cores else 0
-    table_of_arms = arms(sizes)
+    table_of_arms = arms(sizes, chosen.ranks)
     found = measure(chosen.ranks, table_of_arms, sizes, timed)
     results = summarise(table_of_arms, found)
     parameters = found[0][PLAIN].gradient_bytes / 4e6

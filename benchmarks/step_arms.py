@@ -26,7 +26,7 @@ import pickle
 import random
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class Sizes:
     micro_batch: int
     general: int
     target: int
+    bucket: int  # parameters of a bucket that is reduced in the backward; 0: nothing overlaps
+    node: int  # neighbouring ranks of a node, for what is sent between nodes
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,16 @@ class Measured:
     """Of one arm on one rank.
 
     Attributes:
+        wire_bytes, between_bytes, early_bytes: sent in a step; of that, to other nodes; and before
+            the last backward ended.
         step_ms, cpu_ms: by repetition; of the clock, and of all the rank's threads.
         laps_ms: part of the projection -> by repetition.
     """
 
     peak_bytes: int = 0
     wire_bytes: int = 0
+    between_bytes: int = 0
+    early_bytes: int = 0
     gradient_bytes: int = 0
     step_ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
@@ -122,19 +128,36 @@ class Model:
         )  # fmt: skip
         model.model_type = ModelType.encoder_or_decoder
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True
-        )
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True,
+            overlap_grad_reduce=sizes.bucket > 0, bucket_size=sizes.bucket or None,
+        )  # fmt: skip
         self.chunks = [DistributedDataParallel(self.config, ddp, model)]
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(optimizer="adam", lr=1e-4, use_distributed_optimizer=True), self.chunks
         )
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = self._finalize
+        self.backward_over: Callable[[], None] = lambda: None
         self.config.no_sync_func = self.chunks[0].no_sync
         self.handle: Any = None
         if arm.dr is not None:
             with contextlib.redirect_stdout(io.StringIO()):  # what it keeps and sends, in words
                 self.handle = megatron_dr.attach(self.chunks, self.optimizer, self.config, arm.dr)
+            self._watch(self.handle.rows)
         self.general, self.target = self._batches(1), self._batches(2)
+
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        self.backward_over()
+        finalize_model_grads(*args, **kwargs)
+
+    def _watch(self, rows: Any) -> None:
+        """The plugin's own finalize comes before Megatron's."""
+        stock = rows.source.gram
+
+        def gram(*args: Any) -> Any:
+            self.backward_over()
+            return stock(*args)
+
+        rows.source.gram = gram
 
     def _batches(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         """Random tokens, the same in every arm."""
@@ -184,6 +207,12 @@ def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, t
 class Sent(TorchDispatchMode):
     """Counts the bytes that this rank sends; the collectives still run.
 
+    Between nodes a reduction of n ranks on N nodes counts as a hierarchical one: 1 / (n / N) of the
+    bytes, times (N - 1)/N for each of its halves; an all-to-all sends to each rank what is its.
+
+    Args:
+        node: neighbouring ranks of a node.
+
     Raises:
         RuntimeError: a collective whose price is not in the table.
     """
@@ -198,9 +227,13 @@ class Sent(TorchDispatchMode):
         "alltoall_base_": (1, collectives.scatter_bytes),
     }
 
-    def __init__(self) -> None:
+    def __init__(self, node: int) -> None:
         super().__init__()
-        self.bytes = 0
+        self.node, self.bytes, self.between, self.early = node, 0, 0.0, 0
+
+    def backward_over(self) -> None:
+        """What was sent until now was sent in the backward: the first call tells."""
+        self.early = self.early or self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -211,8 +244,12 @@ class Sent(TorchDispatchMode):
             tensors = args[payload]
             tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
             group = next(a for a in args if isinstance(a, torch.ScriptObject))
-            ranks = dist.ProcessGroup.unbox(group).size()
-            self.bytes += price(sum(t.nbytes for t in tensors), ranks)
+            members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+            payload_bytes = sum(t.nbytes for t in tensors)
+            self.bytes += price(payload_bytes, len(members))
+            nodes = len({rank // self.node for rank in members})
+            share = 1 if name == "alltoall_base_" else len(members) // nodes
+            self.between += price(payload_bytes, nodes) / share
         return func(*args, **(kwargs or {}))
 
 
@@ -242,12 +279,18 @@ def _prepare(arm: Arm, sizes: Sizes) -> tuple[Model, Measured]:
     before = _held()
     model = Model(arm, sizes)
     model.step()  # makes the optimizer's state and the target's buffer
-    with Sent() as sent:
+    model.step()  # Megatron overlaps from the second step on
+    with Sent(sizes.node) as sent:
+        model.backward_over = sent.backward_over
         first = _transient(model.step)
+    model.backward_over = lambda: None
     # gloo may free its scratch in a thread that the profiler does not see: the lesser of two
     transient = min(first, _transient(model.step))
     gc.collect()
-    return model, Measured(_held() - before + transient, sent.bytes, model.gradient_bytes)
+    return model, Measured(
+        _held() - before + transient, sent.bytes, int(sent.between), sent.early,
+        model.gradient_bytes,
+    )  # fmt: skip
 
 
 def _repeat(models: dict[str, Model], found: dict[str, Measured], order: list[str]) -> None:

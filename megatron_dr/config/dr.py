@@ -57,17 +57,34 @@ class DRConfig:
         "that of the mean token loss of the weighed samples",
         "name",
     )
-    rows: Literal["rank", "slot", "domain", "sample"] = flag(
-        "slot",
+    rows: Literal["auto", "rank", "slot", "domain", "sample"] = flag(
+        "auto",
         "a row is a data-parallel rank's gradient, one slot of its microbatches, one general "
-        "corpus over all ranks, or one sample inside each layer's backward",
+        "corpus over all ranks, or one sample inside each layer's backward; auto: ranks where "
+        "there are 8, else up to 16 slots as memory allows",
         "name",
     )
-    slots: int = flag(8, "slots per rank; each beyond the first keeps a gradient buffer", "count")
+    slots: int | None = flag(
+        None,
+        "slots per rank, which makes the rows slots; each beyond the first keeps a gradient "
+        "buffer; none: 8 with --dr-rows slot",
+        "count",
+    )
+    memory: float = flag(
+        0.1, "of the device's memory that is free at attach, what slots may take with --dr-rows "
+        "auto", "share, 0 to 1",
+    )  # fmt: skip
     target_ranks: int = flag(
         0,
         "data-parallel ranks that run only target microbatches, the others only general ones, so "
         "that no rank keeps a second buffer; 0: every rank runs both",
+        "count",
+    )
+    row_ranks: int = flag(
+        0,
+        "neighbouring data x context ranks whose gradients are summed into one row, and that "
+        "exchange among themselves what else would cross between nodes; 0: near to a node, where "
+        "that leaves 8 rows",
         "count",
     )
     slot_dtype: Literal["fp32", "bf16"] = flag("fp32", "storage of the slots' buffers", "dtype")
@@ -119,6 +136,7 @@ class DRConfig:
     domains: tuple[str, ...] = known(())  # names of the general corpora, for domain rows
 
     def __post_init__(self) -> None:
+        self._settle_rows()
         unknown = [name for name in set_named(self.set).dials if not hasattr(self, name)]
         if unknown:
             raise ValueError(f"set {self.set!r} has dials without a flag: {', '.join(unknown)}.")
@@ -127,17 +145,19 @@ class DRConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}."
                 )
-        for name in ("alpha", "end_alpha"):
+        for name in ("alpha", "end_alpha", "memory"):
             share = getattr(self, name)
             must_be("in [0, 1]", 0.0 <= share <= 1.0, name, share)
         must_be("in (0, 1]", 0.0 < self.fraction <= 1.0, "fraction", self.fraction)
         for name in ("ridge", "radius", "step_length"):
             factor = getattr(self, name)
             must_be("finite and at least 0", 0.0 <= factor < float("inf"), name, factor)
-        must_be("at least 1", self.slots >= 1, "slots", self.slots)
+        if self.slots is not None:
+            must_be("at least 1", self.slots >= 1, "slots", self.slots)
         if "slots" in self.row_kind.dials and self.slots == 1:
             raise ValueError("rows='slot' with slots=1 is rows='rank': say rows='rank'.")
-        must_be("at least 0", self.target_ranks >= 0, "target_ranks", self.target_ranks)
+        for name in ("target_ranks", "row_ranks"):
+            must_be("at least 0", getattr(self, name) >= 0, name, getattr(self, name))
         if self.target_ranks and not self.row_kind.target_ranks:
             raise ValueError(f"target_ranks needs rows='rank', not rows={self.rows!r}.")
         size = self.sketch_size
@@ -154,13 +174,22 @@ class DRConfig:
         if len(set(self.domains)) != len(self.domains):
             raise ValueError(f"domains must have different names, not {', '.join(self.domains)}.")
 
+    def _settle_rows(self) -> None:
+        """Dials that only one kind of rows has choose it."""
+        if self.rows == "auto" and self.slots is not None:
+            object.__setattr__(self, "rows", "slot")
+        elif self.rows == "auto" and self.target_ranks:
+            object.__setattr__(self, "rows", "rank")
+        if self.rows == "slot" and self.slots is None:
+            object.__setattr__(self, "slots", 8)
+
     def _check_samples(self) -> None:
         """What only sample rows have."""
         for name in ("kronecker_out", "kronecker_in", "target_refresh"):
             must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))
         must_be("1 or 2", self.passes in (1, 2), "passes", self.passes)
         if self.alpha_style == "auto":
-            raise ValueError("alpha_style='auto' needs rows='rank', 'slot' or 'domain'.")
+            raise ValueError("alpha_style='auto' needs rows='rank', 'slot', 'domain' or 'auto'.")
         own = set_named(self.set)
         if own.target_weight and own.alpha is None and self.target_pass == "own":
             raise ValueError(
@@ -207,8 +236,12 @@ class DRConfig:
     @property
     def num_slots(self) -> int:
         """General buffers per rank: slots, or domains; 1 for the sets that weigh no rows."""
-        many = set_named(self.set).weighs_rows or self.row_kind.named
-        return self.row_kind.num_slots(self) if many else 1
+        return self.row_kind.num_slots(self) if self.weighs_rows or self.row_kind.named else 1
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether the set tells rows apart."""
+        return set_named(self.set).weighs_rows
 
     @property
     def needs_target(self) -> bool:

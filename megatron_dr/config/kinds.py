@@ -63,8 +63,11 @@ class RowKind:
 
 
 ROW_KINDS = {
-    "rank": RowKind(("gram",), target_ranks=True),
-    "slot": RowKind(("slots", "slot_dtype", "gram"), num_slots=lambda config: config.slots),
+    "auto": RowKind(("row_ranks", "slot_dtype", "gram", "memory")),
+    "rank": RowKind(("row_ranks", "gram"), target_ranks=True),
+    "slot": RowKind(
+        ("slots", "row_ranks", "slot_dtype", "gram"), num_slots=lambda config: config.slots
+    ),
     "domain": RowKind(
         ("slot_dtype", "gram"), named=True, num_slots=lambda config: len(config.domains)
     ),

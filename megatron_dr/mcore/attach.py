@@ -4,8 +4,10 @@ from typing import Any
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, errors
+from megatron_dr.mcore.buffer_rows import row_choice
 from megatron_dr.mcore.buffer_rows.rows import BufferRows
 from megatron_dr.mcore.layer_rows.rows import LayerRows
+from megatron_dr.mcore.say import say
 from megatron_dr.mcore.step.handle import Handle, attached
 from megatron_dr.version import VERSION
 
@@ -33,11 +35,16 @@ def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) 
         _check_alike(dr)
         existing = attached(model)
         if existing is not None:
-            if existing.dr == dr:
+            if dr in (existing.dr, existing.asked):
                 return existing
             existing.detach()
+        asked, (dr, why) = dr, row_choice.settled(dr, model)
+        if why:
+            say(why)
         kind = LayerRows if dr.row_kind.in_layers else BufferRows
-        return Handle(list(model), optimizer, config, dr, kind)
+        handle = Handle(list(model), optimizer, config, dr, kind)
+        handle.asked = asked
+        return handle
 
 
 def _check_alike(dr: DRConfig) -> None:

@@ -3,6 +3,7 @@
 A group of None or of one rank sends nothing and changes nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +32,49 @@ def gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
     return out
 
 
-def exchanged(part: torch.Tensor, group: Group, counted: bool = True) -> torch.Tensor:
-    """[D, N] of which rank r gets row r of every rank: [D, N].
+def gathering(out: torch.Tensor, part: torch.Tensor, group: Group) -> Any:
+    """part [1, N] of every rank: out [D, N], once the handle that is returned was waited for."""
+    meter.sent(scatter_bytes(out.nbytes, dist.get_world_size(group)))
+    return dist.all_gather_into_tensor(out, part.contiguous(), group, async_op=True)
+
+
+def exchanged(out: torch.Tensor, part: torch.Tensor, group: Group, counted: bool = True) -> Any:
+    """part [R, N], of which rank r gets row r of every rank: out [R, N], once the handle that is
+    returned was waited for.
 
     Args:
         counted: False where it stands for a reduction of Megatron's that is left out.
     """
-    out = torch.empty_like(part)
-    dist.all_to_all_single(out, part, group=group)
     if counted:
-        meter.sent(scatter_bytes(out.nbytes, dist.get_world_size(group)))
-    return out
+        meter.sent(scatter_bytes(part.nbytes, dist.get_world_size(group)))
+    return dist.all_to_all_single(out, part, group=group, async_op=True)
+
+
+def scattered(out: torch.Tensor, part: torch.Tensor, group: Group, counted: bool = True) -> Any:
+    """part [g R, N] summed over g ranks, of which rank r gets rows r R .. (r + 1) R - 1: out
+    [R, N], once the handle that is returned was waited for."""
+    if counted:
+        meter.sent(scatter_bytes(part.nbytes, dist.get_world_size(group)))
+    return dist.reduce_scatter_tensor(out, part, group=group, async_op=True)
+
+
+def new_groups(
+    wanted: Sequence[Sequence[int]], known: Sequence[Group], device: torch.device
+) -> dict[tuple[int, ...], Group]:
+    """A group for each list of ranks that this rank is in, by the list (collective, all ranks).
+
+    Lists of one rank need none; those of known groups are not made again. Their timeout is that of
+    the known ones.
+    """
+    have = {tuple(dist.get_process_group_ranks(group)): group for group in known}
+    have = {ranks: group for ranks, group in have.items() if len(ranks) > 1}
+    own = {tuple(ranks) for ranks in wanted if len(ranks) > 1} - have.keys()
+    timeout = known[0]._get_backend(device).options._timeout
+    for ranks in sorted({ranks for some in of_all_ranks(own) for ranks in some}):
+        made = dist.new_group(list(ranks), timeout=timeout)
+        if ranks in own:
+            have[ranks] = made
+    return have
 
 
 def from_first(value: torch.Tensor, group: Group) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import __version__ as megatron_version
-from megatron.core import parallel_state
+from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch.distributed import ProcessGroup
@@ -39,8 +39,6 @@ _DDP = rules({
 })  # fmt: skip
 _FLAGS = rules({
     "use_torch_fsdp2": "torch FSDP2 reduces gradients by itself",
-    "rampup_batch_size": "slots need the same number of microbatches in every step",
-    "step_batch_size_schedule": "slots need the same number of microbatches in every step",
     "sft": "JSONL with 'prompt' and 'response' goes to --data-path as it is, and --dr-pack packs "
     "both roles' samples",
     "fim_data": "the target's text would not be filled in",
@@ -48,6 +46,15 @@ _FLAGS = rules({
     "logits_load_dir": "the target's tokens have no teacher's logits",
     "logits_save_dir": "the target's logits would be saved among the general ones",
 })  # fmt: skip
+_BATCHES = tuple(
+    Rule(
+        name,
+        when=lambda value, args: value and not _rows_of_ranks(args),
+        says="{who} {flag} but with rows of ranks: other rows need the same number of "
+        "microbatches in every step; give --dr-rows rank, or drop it.",
+    )
+    for name in ("rampup_batch_size", "step_batch_size_schedule")
+)
 _SINGLE = tuple(map(single, (
     "num_distributed_optimizer_instances", "gtp_weight_remat_size", "expert_gtp_weight_remat_size",
 )))  # fmt: skip
@@ -56,7 +63,18 @@ _GRAPHS = Rule(
     when=lambda kind, _: kind not in (None, "none"),
     says="{who} CUDA graphs: drop {flag}.",
 )
-REFUSED = (*_MODEL, *_DDP, *_FLAGS, *_SINGLE)  # of Megatron's flags: before it builds anything
+REFUSED = (
+    *_MODEL,
+    *_DDP,
+    *_FLAGS,
+    *_BATCHES,
+    *_SINGLE,
+)  # of Megatron's flags: before it builds anything
+
+
+def _rows_of_ranks(args: Any) -> bool:
+    rows = getattr(args, "dr_rows", None) or ("slot" if args.dr_slots else "auto")
+    return rows in ("auto", "rank")
 
 
 class GradBuffer(Protocol):
@@ -80,11 +98,15 @@ class BucketGroup(Protocol):
     grad_reduce_finished: bool
     data_parallel_group: ProcessGroup
     intra_distributed_optimizer_instance_group: ProcessGroup
-    finish_grad_sync: Any  # replaced for the time of a step
+    per_param_grad_ready_counts: dict[torch.nn.Parameter, int]
+    golden_per_param_grad_ready_counts: dict[torch.nn.Parameter, int]
+    start_grad_sync: Any  # these two are replaced for the time of a step
+    finish_grad_sync: Any
     check_grads: Callable[..., None]
 
 
 class Chunk(Protocol):  # in Megatron's DDP
+    ddp_config: Any
     buffers: list[GradBuffer]
     expert_parallel_buffers: list[GradBuffer]
     bucket_groups: list[BucketGroup]
@@ -107,6 +129,16 @@ def bucket_groups(model: Sequence[Chunk]) -> Iterator[BucketGroup]:
     for chunk in model:
         yield from chunk.bucket_groups
         yield from chunk.expert_parallel_bucket_groups
+
+
+def num_microbatches() -> int | None:
+    """Of a rank and step, as Megatron's calculator has it; None where none was set up, 1 where it
+    changes in the run: what divides every number."""
+    calculator = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
+    if calculator is None:
+        return None
+    constant = isinstance(calculator, num_microbatches_calculator.ConstantNumMicroBatchesCalculator)
+    return int(calculator.get()) if constant else 1
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

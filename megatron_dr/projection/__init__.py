@@ -13,7 +13,7 @@ from megatron_dr.projection.feasible_sets import (
     Span,
     Target,
 )
-from megatron_dr.projection.gram import gram_of, split
+from megatron_dr.projection.gram import gram_of, gram_of_long, split
 from megatron_dr.projection.kronecker import Kronecker
 from megatron_dr.projection.measures import norm_scale, report, report_sums
 from megatron_dr.projection.selection import Filter, Greedy, TopK
@@ -25,7 +25,8 @@ from megatron_dr.projection.update import Update, project
 __all__ = [
     "Ball", "Capped", "Cone", "CountSketch", "FeasibleSet", "Filter", "Greedy", "Halfspace",
     "Hull", "Kronecker", "Mean", "Span", "Target", "TopK", "UNPROJECTED", "Update", "alpha_at",
-    "alpha_of", "block_of", "gram_and_error", "gram_of", "in_unit_of", "key_of", "kkt_residual",
+    "alpha_of", "block_of", "gram_and_error", "gram_of", "gram_of_long", "in_unit_of", "key_of",
+    "kkt_residual",
     "norm_scale", "project", "report", "report_sums", "size_for", "smoothed", "solve_qp", "split",
     "statistics",
 ]  # fmt: skip

@@ -43,6 +43,9 @@ class Layout:
     domains: int = 0  # sequence n of row r is of domain (r + n) % domains
     frozen: tuple[int, ...] = ()  # layers that are not trained; with the first, the embedding too
     dropout: float = 0.0
+    row_ranks: int = 0  # data x context ranks that are asked to make one row
+    average: bool = False  # the collective averages
+    bf16_buffers: bool = False
 
     @property
     def alone(self) -> "Layout":
@@ -63,8 +66,8 @@ class Layout:
 
     @property
     def dp_per_row(self) -> int:
-        """Data-parallel ranks that form one row: expert-parallel peers do."""
-        return max(1, self.ep * self.etp // (self.tp * self.cp))
+        """Data-parallel ranks that form one row: expert-parallel peers do, and who is asked to."""
+        return max(1, self.ep * self.etp // (self.tp * self.cp), self.row_ranks // self.cp)
 
     @property
     def rows(self) -> int:

@@ -24,6 +24,8 @@ def config(layout: Layout, problem: Problem, **changes: Any) -> DRConfig:
     if layout.domains:
         changes["rows"] = "domain"
         changes["domains"] = tuple(f"corpus {d}" for d in range(layout.domains))
+    if layout.row_ranks:
+        changes["row_ranks"] = layout.row_ranks
     if layout.target_ranks:
         changes["target_ranks"] = layout.target_ranks
     if problem.gram == "exact":

@@ -107,7 +107,8 @@ def build(
     """Model chunks, optimizer and configuration; parameters are those of `initial` by name."""
     config = transformer_config(layout)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not layout.bf16_buffers,
+        average_in_collective=layout.average,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap_param_gather,
         use_distributed_optimizer=layout.distributed_optimizer,

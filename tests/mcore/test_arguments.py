@@ -21,6 +21,7 @@ PARTS = {
     for f in dataclasses.fields(part.config)
     if f.metadata
 }
+OTHERS = ("device", "pack", "thoughts", "changed_ok")
 
 
 def test_help_has_all_flags_under_one_title(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +32,7 @@ def test_help_has_all_flags_under_one_title(monkeypatch: pytest.MonkeyPatch) -> 
     assert text.count(TITLE) == 1
     before, after = text.split(TITLE)
     ours, *rest = after.split("\n\n")
-    for name in (*FIELDS, *PARTS, "device", "pack", "thoughts"):
+    for name in (*FIELDS, *PARTS, *OTHERS):
         assert f"\n  {option(name)}" in ours
     assert "--dr-" not in before + "".join(rest) and "--other" in before
 
@@ -45,9 +46,7 @@ def test_every_flag_has_a_unit_and_a_default() -> None:
     parser = add_arguments(argparse.ArgumentParser())
     (group,) = [g for g in parser._action_groups if TITLE.startswith(str(g.title))]
     actions = {o: a for a in group._group_actions for o in a.option_strings}
-    assert set(actions) == {
-        option(name) for name in (*FIELDS, *PARTS, "device", "pack", "thoughts")
-    }
+    assert set(actions) == {option(name) for name in (*FIELDS, *PARTS, *OTHERS)}
     for action in actions.values():
         assert action.help is not None
         assert "[" in action.help and action.help.count("(default: ") == 1
@@ -80,7 +79,7 @@ def test_flags_do_not_disturb_megatrons() -> None:
     stock = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
     both = add_arguments(add_megatron_arguments(argparse.ArgumentParser())).parse_args([])
     added = vars(both).keys() - vars(stock).keys()
-    assert added == {f"dr_{name}" for name in (*FIELDS, *PARTS, "device", "pack", "thoughts")}
+    assert added == {f"dr_{name}" for name in (*FIELDS, *PARTS, *OTHERS)}
     assert {k: v for k, v in vars(both).items() if k not in added} == vars(stock)
     assert configs_from_args(both) is None and configs_from_args(stock) is None
 
@@ -125,9 +124,11 @@ SKETCHED = {
     "log_blocks": True,
 }
 EXACT = {
-    "set": "ball", "radius": 0.1, "ridge": 0.7, "rows": "rank", "gram": "exact", "target_ranks": 1
+    "set": "ball", "radius": 0.1, "ridge": 0.7, "rows": "rank", "gram": "exact", "target_ranks": 1,
+    "row_ranks": 1,
 }  # fmt: skip
 SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1}
+AUTO = {"rows": "auto", "memory": 0.2}
 SAMPLES = {
     "set": "topk", "rows": "sample", "norm": "tokens", "blocks": "layer", "score": "ghost",
     "kronecker_out": 16, "kronecker_in": 8, "window": "step", "passes": 2, "target_pass": "own",
@@ -135,9 +136,9 @@ SAMPLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("values", [SKETCHED, EXACT, SIZED, SAMPLES])
+@pytest.mark.parametrize("values", [SKETCHED, EXACT, SIZED, SAMPLES, AUTO])
 def test_round_trip(values: dict[str, Any]) -> None:
-    assert FIELDS.keys() == {n for v in (SKETCHED, EXACT, SIZED, SAMPLES, TARGET) for n in v}
+    assert FIELDS.keys() == {n for v in (SKETCHED, EXACT, SIZED, SAMPLES, AUTO, TARGET) for n in v}
     flags = []
     for name, value in {**values, **TARGET}.items():
         flags += [option(name)] if value is True else [option(name), str(value)]

@@ -32,7 +32,8 @@ def test_a_flag_is_taken_where_it_is_read(
     name: str, given: str, other: str, read: Callable[[DRConfig], Any], value: str
 ) -> None:
     plain = DRConfig(**{other: value})  # type: ignore[arg-type]
-    changed = dataclasses.replace(plain, **{name: type(getattr(plain, name))(given)})
+    kind = int if name == "slots" else type(getattr(plain, name))
+    changed = dataclasses.replace(plain, **{name: kind(given)})
     message = f"{option(name)} has no meaning with {option(other)} {value}: drop one of them."
     said = refusal(option(name), given, option(other), value)
     assert said == ("" if read(changed) != read(plain) else message)

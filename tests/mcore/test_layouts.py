@@ -32,6 +32,12 @@ LAYOUTS = {
     "dp2-distopt-overlap-both": Layout(
         dp=2, distributed_optimizer=True, overlap=True, overlap_param_gather=True
     ),
+    "dp2-overlap-average": Layout(
+        dp=2, distributed_optimizer=True, overlap=True, average=True, sequences=4, targets=2
+    ),
+    "dp4-rows-of-2": Layout(dp=4, row_ranks=2, distributed_optimizer=True, overlap=True),
+    "dp4-rows-of-2-token": Layout(dp=4, row_ranks=2, per_token=True),
+    "dp4-cp2-rows-of-4": Layout(dp=2, cp=2, row_ranks=4, full_masks=True, overlap=True),
     "dp2-token": Layout(dp=2, per_token=True, distributed_optimizer=True),
     "tp2": Layout(tp=2),
     "tp2-layernorm-biases": Layout(tp=2, layer_norm=True),
@@ -62,6 +68,9 @@ LAYOUTS = {
         moe=True, ep=2, dp=2, distributed_optimizer=True, per_token=True
     ),
     "moe-ep2-dp4": Layout(moe=True, ep=2, dp=4),
+    "moe-ep2-dp4-distopt-overlap": Layout(
+        moe=True, ep=2, dp=4, distributed_optimizer=True, overlap=True
+    ),
     "moe-tp2-sp": Layout(moe=True, tp=2, sequence_parallel=True),
     "moe-tp2-sp-ep2": Layout(moe=True, tp=2, sequence_parallel=True, ep=2),
     "moe-tp2-sp-ep2-dp2": Layout(moe=True, tp=2, sequence_parallel=True, ep=2, dp=2),

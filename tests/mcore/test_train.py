@@ -229,7 +229,10 @@ BAD = {
         "--dr-target-data {target} --dr-slots 4 --save {target}/saved --save-interval 1",
         "saved: checkpoints can't be written there",
     ),
-    "ramp-up": ("--dr-target-data {target} --rampup-batch-size 2 2 8", "--rampup-batch-size"),
+    "ramp-up": (
+        "--dr-target-data {target} --dr-slots 2 --rampup-batch-size 2 2 8",
+        "--dr-rows rank",
+    ),
     "no general file": (
         "--dr-target-data {target} --dr-slots 4 --train-data-path {tmp}/none.jsonl",
         "none.jsonl: no such file or folder.",

@@ -62,7 +62,8 @@ def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_p
         ("--dr-rows domain", "--dr-rows domain needs at least two corpora"),
         ("--dr-rows rank --dr-target-ranks 2", "--dr-target-ranks 2 must be a multiple of 1"),
         ("--dr-rows rank --dr-target-ranks 1 --dr-alpha-style auto", "must be a multiple of 2"),
-        ("--dr-target-ranks 1", "target_ranks needs rows='rank'"),
+        ("--dr-slots 2 --dr-target-ranks 1", "target_ranks needs rows='rank'"),
+        ("--dr-rows rank --dr-row-ranks 3", "--dr-row-ranks 3 must be a multiple of 1"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(data: dict[str, str], more: str, message: str) -> None:

@@ -154,7 +154,7 @@ def peak(layout: Layout, initial: Any) -> tuple[int, int]:
     """Most bytes that a projection holds beyond what was there, and a bucket's."""
     from megatron_dr.mcore.buffer_rows import exact_gram
 
-    exact_gram._PRODUCT = 500  # small beside a bucket, as it is in a large model
+    exact_gram._PRODUCT["cpu"] = 500  # small beside a bucket, as it is in a large model
     dr = DRConfig(rows="rank", target_ranks=1, gram="exact")
     found = []
 
@@ -189,14 +189,15 @@ def test_extra_memory_is_about_a_bucket() -> None:
 
 
 def test_a_large_unit_is_exchanged_and_multiplied_in_chunks() -> None:
-    from megatron_dr.mcore.buffer_rows import exact_gram
+    from megatron_dr.mcore.buffer_rows import exact_gram, exchange
 
     layout = Layout(dp=2)
     initial = _oracle.initial(layout)
 
     def gram(small: bool) -> Any:
         if small:
-            exact_gram._CHUNK, exact_gram._PRODUCT = 1000, 777
+            exact_gram._CHUNK = exchange._CHUNK = 1000
+            exact_gram._PRODUCT["cpu"] = 777
         dr = DRConfig(slots=2, gram="exact")
         model, _, cfg, log = _megatron.train(
             layout, 1, initial, lambda m, o, c: megatron_dr.attach(m, o, c, dr)
@@ -205,6 +206,7 @@ def test_a_large_unit_is_exchanged_and_multiplied_in_chunks() -> None:
         return log[0][1].gram_BRR, _megatron.pieces(model, cfg)
 
     (whole, parameters), (parts, others) = run_ranks(2, gram, False)[0], run_ranks(2, gram, True)[0]
-    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    length = whole.diagonal(dim1=1, dim2=2).amax()
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-7 * float(length))
     for (_, _, _, one), (_, _, _, other) in zip(parameters, others, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -4,7 +4,9 @@ Row buffer 0 is Megatron's own gradient buffer, so that rank rows cost no memory
 gradient is written where the optimizer will look for it. The others have the same layout:
 
     slots 1 .. S-1      (S - 1) x elements x bytes(slot dtype)
-    the target          elements x bytes(main_grad), twice where it is kept in halves
+    the target          elements x bytes(main_grad), twice where it is kept in halves; none where
+                        the gram is exact: the target then has Megatron's buffer until its last
+                        backward, when what it needs of it is exchanged (`exchange.py`)
 
 elements = trainable parameters of this rank and the padding of Megatron's buckets. Routing a
 microbatch's gradient means binding `param.main_grad` to a view of its row's buffer while that
@@ -46,6 +48,7 @@ class Buffers:
     Attributes:
         buffers: Megatron's gradient buffers, of all chunks, dense ones first.
         pieces: where each owned parameter lies, in the order of `owned`.
+        own_target: whether the target has buffers of its own, or Megatron's before slot 0 has it.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Buffers:
             for parameter, (start, stop, _) in buffer.param_index_map.items()
         }
         self.pieces = [places[n] for n in range(len(owned))]
+        self.own_target = True
         self._extra: dict[int, list[torch.Tensor]] = {}  # local buffer -> flat, per Megatron buffer
         self._is_bound = False  # whether views other than Megatron's own may be
         self.restore()
@@ -80,14 +84,14 @@ class Buffers:
 
     @property
     def target_bytes(self) -> int:
-        """Bytes of the target's buffers, allocated with the first target batch."""
+        """Bytes of the target's own buffers, allocated with the first target batch."""
         each: int = sum(b.grad_data.nbytes for b in self.buffers)
         return self.row_map.num_targets * each
 
     def begin_step(self, with_target: bool) -> None:
         """Zero the rows; Megatron has zeroed its own."""
         self.restore()
-        if with_target:
+        if with_target and self.own_target:
             self._allocate(range(self.row_map.slots, self.row_map.local), None)
         for flats in self._extra.values():
             for flat in flats:
@@ -95,7 +99,7 @@ class Buffers:
 
     def flat(self, row: int, buffer: int) -> torch.Tensor:
         """A local buffer's copy of one of Megatron's buffers [elements]."""
-        if row == 0:
+        if row == 0 or (row >= self.row_map.slots and not self.own_target):
             grads: torch.Tensor = self.buffers[buffer].grad_data
             return grads
         return self._extra[row][buffer]

@@ -1,25 +1,28 @@
 """The exact gram, riding on the reduce-scatter.
 
-A reduce-scatter sends (D - 1)/D of a buffer per rank; so does an all-to-all that leaves on each
-rank all D ranks' slices of its own shard. Those slices give the exact gram, which sums over shards,
-and their weighted sum *is* the reduce-scatter's result. So Megatron's own reduction is left out,
-and what a step sends beyond it is the further buffers of a rank (slots, target) and the grams.
+A reduce-scatter sends (D - 1)/D of a buffer per rank; so does an exchange that leaves on each rank
+every row's slice of its own shard (`route.py`). Those slices give the exact gram, which sums over
+shards, and their weighted sum *is* the reduce-scatter's result. So Megatron's own reduction is left
+out, and what a step sends beyond it is the further buffers of a rank (slots, target) and the grams.
 
-Slices are kept in place: once sent, a rank's buffer is free to hold the slices that it received. So
-the extra memory is one chunk of a bucket at a time and the grams, for every kind of block.
+Slices need no weights, so they travel when Megatron's reduction would (`exchange.py`), and each
+range's products are added as it arrives. After the backward come the last bucket, the grams'
+all-reduce, the solve and the local weighted sum.
+
+Slices are kept in place: once sent, a rank's buffer is free to hold the slices that it received.
+Beside it a rank keeps its shard of the target, the ranges that are travelling, and the grams.
 
 Partial gradients are never multiplied: those that Megatron sums over tensor-parallel ranks (norms
 under sequence parallelism) or between the first and last stage (a tied embedding) are summed first,
 as the small tensors that they are. The combined gradient stays partial: Megatron sums it later.
 
-Legend: B blocks, L buffers of a rank, P of all row groups, R rows and target, D ranks of a group,
-N elements of a shard.
+Legend: B blocks, P vectors of all ranks (`row_map.py`), R rows and target, D ranks of a group, N
+elements of a shard.
 """
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,12 +30,15 @@ from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
-from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
-from megatron_dr.mcore.buffer_rows.units import Segment, Unit, by_block, units_of
+from megatron_dr.mcore.buffer_rows.exchange import Exchange
+from megatron_dr.mcore.buffer_rows.layout import Gram, Layout
+from megatron_dr.mcore.buffer_rows.units import Unit, by_block, units_of
 from megatron_dr.mcore.compat import BucketGroup, Chunk
+from megatron_dr.projection import gram_of_long
 
-_CHUNK = 1 << 25  # elements that are exchanged at a time
-_PRODUCT = 1 << 20  # elements in float64 that are multiplied at a time
+_CHUNK = 1 << 25  # elements that are summed at a time
+# elements that are multiplied at a time: on the CPU what its caches hold, else what keeps it busy
+_PRODUCT = {"cpu": 1 << 18, "cuda": 1 << 25}
 _PARTIAL = {  # ranks whose partial gradients are summed first, by the kind of these
     "tensor": parallel_state.get_tensor_model_parallel_group,
     "embedding": parallel_state.get_embedding_group,
@@ -45,34 +51,43 @@ class ExactGram:
     def __init__(self, buffers: Buffers, layout: Layout, model: list[Chunk]) -> None:
         self.buffers, self.layout, self.model = buffers, layout, model
         self.units = units_of(model, buffers, layout)  # by bucket group
+        self.exchange = Exchange(model, self.units, layout.row_map, buffers.device, self._multiply)
+        self.backward, self.all_units = self.exchange.backward, self.exchange.all_units
+        self._products_BPP = torch.empty(0)
 
-    def all_units(self) -> Iterator[Unit]:
-        for units in self.units.values():
-            yield from units
+    @property
+    def target_bytes(self) -> int:
+        """What this rank keeps of the target in a step: its shards."""
+        return self.layout.row_map.num_targets * sum(
+            len(unit.target.keys) * unit.whole(0)[0].nbytes for unit in self.all_units()
+        )
+
+    @contextmanager
+    def step(self, with_target: bool) -> Iterator[None]:
+        """A step's gradients come to the buffers inside."""
+        row_map = self.layout.row_map
+        vectors = row_map.num_sums
+        self._products_BPP = torch.zeros(
+            len(self.layout.names), vectors, vectors, dtype=torch.float64,
+            device=self.buffers.device,
+        )  # fmt: skip
+        with self.exchange.step(range(row_map.local if with_target else row_map.slots)):
+            yield
 
     @meter.part("exchange")
     def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
-        """Exchange slices, multiply them, sum the products over all ranks."""
-        num_rows, blocks = len(mix_RP), len(self.layout.names)
-        gram_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 1)  # last: what is not finite
-        partial: dict[str, list[tuple[int, torch.Tensor]]] = {kind: [] for kind in _PARTIAL}
-        for unit in self.all_units():
-            for row in self.buffers.present():
-                _exchange(unit, row)
-            if unit.remainder and dist.get_rank(unit.group) != 0:
-                continue
-            for segment in unit.segments:
-                if segment.partial:
-                    columns = slice(segment.start, segment.stop)
-                    buffers_PN = self._buffers(unit, columns, mix_RP)
-                    rows_RN = (mix_RP @ buffers_PN) * segment.count
-                    partial[segment.partial].append((segment.block, rows_RN.float()))
-                    gram_BRX[segment.block, :, -1] += not_finite(mix_RP, buffers_PN)
-                elif segment.count:
-                    self._multiply(unit, segment, mix_RP, gram_BRX)
-        for kind, pending in partial.items():
-            if pending:
-                _multiply_partial(_PARTIAL[kind](), pending, gram_BRX)
+        """Sum the products over all ranks, once all slices are here."""
+        self.exchange.finish()
+        self._multiply_partial()
+        products_BPP = self._products_BPP
+        bad_BP = ~products_BPP.diagonal(dim1=1, dim2=2).isfinite()
+        gram_BRX = torch.cat(
+            [
+                mix_RP @ products_BPP @ mix_RP.T,
+                (bad_BP.to(mix_RP.dtype) @ (mix_RP != 0).to(mix_RP.dtype).T)[:, :, None],
+            ],
+            -1,
+        )
         for ranks in (compat.data_group(), compat.model_group()):
             collectives.all_reduce(gram_BRX, ranks)
         finite_R = (gram_BRX[:, :, -1] == 0).all(0)
@@ -80,19 +95,16 @@ class ExactGram:
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """The weighted sum of the slices: this rank's shard of the reduced gradient."""
-        local = self.layout.row_map.local
         for unit in self.all_units():
             out_N = unit.out()
             for segment in by_block(unit.segments):
-                scale_P = coefficients_BP[segment.block] * unit.scale
+                scale_P = (coefficients_BP[segment.block] * unit.scale).float()
                 for start in range(segment.start, segment.stop, _CHUNK // unit.ranks):
                     columns = slice(start, min(start + _CHUNK // unit.ranks, segment.stop))
                     total_N = torch.zeros(columns.stop - start, device=out_N.device)
-                    for row in self.buffers.present():
-                        scale_D = scale_P[unit.members * local + row].float()
-                        total_N += scale_D @ unit.slices(row)[:, columns].float()
+                    for row, held_RN in unit.held.items():
+                        total_N += scale_P[unit.vectors(row)] @ held_RN[:, columns].float()
                     out_N[columns] = total_N.to(out_N.dtype)
-            unit.gathered.clear()
 
     @contextmanager
     def reduced(self) -> Iterator[None]:
@@ -118,69 +130,66 @@ class ExactGram:
         if force_all_reduce or not ddp.use_distributed_optimizer:
             for unit in self.units[id(group)]:
                 if not unit.remainder and unit.ranks > 1:
-                    whole, shard = unit.slices(0).view(-1), unit.out().clone()
+                    whole, shard = unit.whole(0).view(-1), unit.out().clone()
                     dist.all_gather_into_tensor(whole, shard, group=unit.group)
         group.grad_reduce_finished = True
 
-    def _buffers(self, unit: Unit, columns: slice, mix_RP: torch.Tensor) -> torch.Tensor:
-        """Every group's buffers over some columns of the shard, in float64."""
-        local = self.layout.row_map.local
-        buffers_PN = mix_RP.new_zeros(mix_RP.shape[1], columns.stop - columns.start)
-        for row in self.buffers.present():
-            values_DN = unit.slices(row)[:, columns].double()
-            buffers_PN.index_add_(0, unit.members * local + row, values_DN)
-        return buffers_PN
+    def _multiply(self, unit: Unit) -> None:
+        """products[block] += G G^T, G the vectors over the unit's columns.
 
-    def _multiply(
-        self, unit: Unit, segment: Segment, mix_RP: torch.Tensor, gram_BRX: torch.Tensor
-    ) -> None:
-        """gram[block] += mix G mix^T with G of the buffers over the segment's columns.
-
-        G first: its diagonal also tells which buffers are finite, at no reading of their own.
+        The diagonal also tells which vectors are finite, at no reading of their own.
         """
-        size = mix_RP.shape[1]
-        products_PP, width = mix_RP.new_zeros(size, size), max(1, _PRODUCT // size)
-        for start in range(segment.start, segment.stop, width):
-            columns = slice(start, min(start + width, segment.stop))
-            buffers_PN = self._buffers(unit, columns, mix_RP)
-            products_PP += buffers_PN @ buffers_PN.T
-        bad_R = not_finite(mix_RP, products_PP.diagonal()[:, None])
-        gram_BRX[segment.block, :, :-1] += segment.count**2 * (mix_RP @ products_PP @ mix_RP.T)
-        gram_BRX[segment.block, :, -1] += bad_R
+        if unit.remainder and dist.get_rank(unit.group) != 0:
+            return
+        width = max(1, _PRODUCT[self.buffers.device.type] // len(self._products_BPP[0]))
+        for segment in unit.segments:
+            if segment.partial or not segment.count:
+                continue
+            for start in range(segment.start, segment.stop, width):
+                stop = min(start + width, segment.stop)
+                products_PP = gram_of_long(self._vectors(unit, start, stop, torch.float32))
+                self._products_BPP[segment.block] += segment.count**2 * products_PP
 
+    def _vectors(
+        self, unit: Unit, start: int, stop: int, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
+        """Every vector over some columns of the shard."""
+        vectors_PN = torch.zeros(
+            len(self._products_BPP[0]), stop - start, dtype=dtype, device=self.buffers.device
+        )
+        for row, held_RN in unit.held.items():
+            vectors_PN[unit.vectors(row)] = held_RN[:, start:stop].to(dtype)
+        return vectors_PN
 
-def _exchange(unit: Unit, row: int) -> None:
-    """Fill the unit's slices of a local buffer. That of row 0 is Megatron's reduction, which is
-    left out."""
-    if unit.remainder:
-        unit.gathered[row] = collectives.gathered(unit.whole(row)[None], unit.group)
-        return
-    if unit.ranks == 1:
-        return
-    slices_DN = unit.slices(row)
-    for start in range(0, unit.columns, _CHUNK // unit.ranks):
-        columns = slice(start, start + _CHUNK // unit.ranks)
-        send = slices_DN[:, columns].contiguous()
-        slices_DN[:, columns] = collectives.exchanged(send, unit.group, counted=row > 0)
+    def _multiply_partial(self) -> None:
+        """Partial rows are summed over the ranks that have parts of them, then multiplied on one.
 
-
-def _multiply_partial(
-    group: Any, pending: list[tuple[int, torch.Tensor]], gram_BRX: torch.Tensor
-) -> None:
-    """Sum partial rows over the ranks that have parts of them, then multiply on one of them."""
-    together = torch.cat([rows_RN.flatten() for _, rows_RN in pending])
-    collectives.all_reduce(together, group)
-    if dist.get_rank(group) == 0:
-        parts = together.split([rows_RN.numel() for _, rows_RN in pending])
-        for (block, rows_RN), part in zip(pending, parts, strict=True):
-            summed_RN = part.view_as(rows_RN).double()
-            gram_BRX[block, :, :-1] += summed_RN @ summed_RN.T
+        What is not finite stays so: its products are NaN.
+        """
+        for kind, ranks in _PARTIAL.items():
+            pending = [
+                (segment, self._vectors(unit, segment.start, segment.stop) * segment.count)
+                for unit in self.all_units()
+                if not unit.remainder or dist.get_rank(unit.group) == 0
+                for segment in unit.segments
+                if segment.partial == kind
+            ]
+            if not pending:
+                continue
+            together = torch.cat([vectors_PN.flatten() for _, vectors_PN in pending]).float()
+            collectives.all_reduce(together, ranks())
+            if dist.get_rank(ranks()) != 0:
+                continue
+            parts = together.split([vectors_PN.numel() for _, vectors_PN in pending])
+            for (segment, vectors_PN), part in zip(pending, parts, strict=True):
+                summed_PN = part.view_as(vectors_PN).double()
+                self._products_BPP[segment.block].addmm_(summed_PN, summed_PN.T)
 
 
 def extra_bytes(gram: ExactGram) -> int:
     """What this rank will send in a step beyond Megatron's own reduction."""
     buffers, row_map = gram.buffers, gram.layout.row_map
-    vectors = row_map.num_vectors
+    vectors = row_map.num_sums
     slot_bytes = torch.empty([], dtype=buffers.slot_dtype).element_size()
     sent = 0
     for unit in gram.all_units():
@@ -195,7 +204,8 @@ def extra_bytes(gram: ExactGram) -> int:
             sent += collectives.all_reduce_bytes(
                 4 * columns * vectors, dist.get_world_size(ranks())
             )
-    grams = 8 * len(gram.layout.names) * vectors * (vectors + 1)
+    rows = row_map.num_vectors
+    grams = 8 * len(gram.layout.names) * rows * (rows + 1)
     for group in (compat.data_group(), compat.model_group()):
         sent += collectives.all_reduce_bytes(grams, dist.get_world_size(group))
     return sent

@@ -37,6 +37,7 @@ def choose(
         f"{kind} gram ({why}): beside Megatron's own reduction a rank sends at most {whole:,} "
         f"bytes a step with exact rows, {sketched:,} with sketches of {size:,} elements"
     )
+    buffers.own_target = kind == "sketch"
     if kind == "exact":
         return exact, sentence
     return SketchedGram(buffers, layout, size, config.seed), sentence

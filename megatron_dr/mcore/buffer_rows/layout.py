@@ -27,7 +27,7 @@ class Layout:
     @property
     def group(self) -> int:
         """This rank's row group."""
-        return dist.get_rank(compat.data_group()) // compat.ranks_per_row()
+        return dist.get_rank(compat.data_group()) // self.row_map.ranks
 
     @property
     def projected(self) -> int:

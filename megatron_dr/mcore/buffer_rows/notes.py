@@ -2,15 +2,15 @@
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
-from megatron_dr.mcore import compat
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Layout
 from megatron_dr.mcore.say import say
 
 
-def attached(dr: DRConfig, buffers: Buffers, layout: Layout, why: str) -> None:
+def attached(dr: DRConfig, buffers: Buffers, layout: Layout, target_bytes: int, why: str) -> None:
     """What will be projected, and what it costs."""
     num_rows, feasible_set = layout.row_map.num_rows, dr.feasible_set()
     alpha = f"alpha {_alpha(dr)}, " if feasible_set.alpha is None else ""
@@ -18,7 +18,7 @@ def attached(dr: DRConfig, buffers: Buffers, layout: Layout, why: str) -> None:
         f"set {dr.set}, {num_rows} rows a step ({dr.rows}), {layout.projected} block(s) "
         f"({dr.blocks}), {alpha}norm {dr.norm}; this rank keeps "
         f"{buffers.extra_bytes:,} bytes for slots and, with a target batch, "
-        f"{buffers.target_bytes:,} for the target"
+        f"{target_bytes:,} for the target"
     )
     say(why)
     if num_rows == 1 and feasible_set.one_row:
@@ -48,6 +48,7 @@ def not_finite(finite_R: torch.Tensor, layout: Layout, dr: DRConfig, step: int) 
             who = f"the general gradient of {dr.domains[row]}"
         else:
             group, slot = divmod(row, row_map.slots)
-            first = (row_map.target_groups + group) * compat.data_ranks_per_row()
+            together = row_map.ranks // parallel_state.get_context_parallel_world_size()
+            first = (row_map.target_groups + group) * together
             who = f"the general gradient of data-parallel rank {first}, slot {slot},"
         say(f"step {step}: {who} has NaN or Inf")

@@ -4,7 +4,7 @@ Buffers are bound twice: before a microbatch's forward, as fused weight gradient
 buffer there, and when its backward begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ class RoleRouter(MicrobatchRouter):
 
     Args:
         buffers: of this rank.
+        backward: called when a microbatch's backward begins: its chunk, its local buffer, and
+            whether it is the last of a run of microbatches of that buffer.
         domains: domain number of each general microbatch, with domain rows.
 
     Attributes:
@@ -25,10 +27,12 @@ class RoleRouter(MicrobatchRouter):
     """
 
     def __init__(
-        self, model: list[torch.nn.Module], buffers: Buffers, num_target: int, num_general: int,
+        self, model: list[torch.nn.Module], buffers: Buffers,
+        backward: Callable[[int, int, bool], None], num_target: int, num_general: int,
         target_data_iterator: Any, domains: Sequence[int],
     ) -> None:  # fmt: skip
         super().__init__(model, num_target, num_general, target_data_iterator)
+        self._backward = backward
         self.buffers, self._domains, row_map = buffers, domains, buffers.row_map
         kinds = row_map.slots if row_map.by_domain else 1
         self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
@@ -63,7 +67,11 @@ class RoleRouter(MicrobatchRouter):
         return self._domains[general] if self._domains else 0
 
     def enter(self, chunk: int, microbatch: int, backward: bool) -> None:
-        self.buffers.bind(self.row(microbatch), chunk)
+        row, number = self.row(microbatch), self.num_target + self.num_general
+        self.buffers.bind(row, chunk)
+        if backward:
+            last = microbatch + 1 == number or self.row(microbatch + 1) != row
+            self._backward(chunk, row, last)
 
     def forwarded(self, chunk: int, microbatch: int, loss_func: Any) -> Any:
         kind = self._kind(microbatch)

@@ -1,5 +1,6 @@
 """The rows that a configuration makes on the ranks there are, and what can't be made: refused."""
 
+import os
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
 
+_FEW, _MANY = 8, 128  # rows: fewer are a coarse set, more a gram that costs
+
 
 def row_map_of(dr: DRConfig) -> RowMap:
     """Rows of all ranks.
@@ -16,14 +19,14 @@ def row_map_of(dr: DRConfig) -> RowMap:
     Raises:
         ValueError: target ranks or domains that this layout can't have.
     """
-    peers = compat.ranks_per_row()
+    peers = ranks_per_row(dr)
     groups = dist.get_world_size(compat.data_group()) // peers
-    together = compat.data_ranks_per_row()
+    together = max(1, peers // parallel_state.get_context_parallel_world_size())
     ranks = parallel_state.get_data_parallel_world_size()
     if dr.target_ranks and (dr.target_ranks % together or dr.target_ranks >= ranks):
         raise ValueError(
             f"--dr-target-ranks {dr.target_ranks} must be a multiple of {together} (ranks that "
-            f"exchange tokens have one role) below the data-parallel size {ranks}."
+            f"make one row have one role) below the data-parallel size {ranks}."
         )
     target_groups = dr.target_ranks // together
     if dr.row_kind.named and len(dr.domains) < 2:
@@ -36,7 +39,53 @@ def row_map_of(dr: DRConfig) -> RowMap:
                 f"--dr-alpha-style auto halves the target batch over ranks: --dr-target-ranks "
                 f"{dr.target_ranks} must be a multiple of {2 * together}."
             )
-    return RowMap(groups, dr.num_slots, target_groups, halves, by_domain=dr.row_kind.named)
+    return RowMap(groups, dr.num_slots, target_groups, halves, dr.row_kind.named, peers)
+
+
+def ranks_per_row(dr: DRConfig) -> int:
+    """Neighbouring data x context ranks of a row.
+
+    Raises:
+        ValueError: --dr-row-ranks can't be had in this layout.
+    """
+    least, ranks = compat.ranks_per_row(), dist.get_world_size(compat.data_group())
+    if "row_ranks" not in dr.row_kind.dials:
+        return least
+    if not dr.row_ranks:
+        return near_a_node(ranks, least, _data_ranks_of_a_node())
+    if dr.row_ranks % least or ranks % dr.row_ranks:
+        raise ValueError(
+            f"--dr-row-ranks {dr.row_ranks} must be a multiple of {least} (ranks that share "
+            f"sequences or exchange tokens) and divide the {ranks} data x context ranks."
+        )
+    return dr.row_ranks
+
+
+def near_a_node(ranks: int, least: int, node: int) -> int:
+    """How many ranks make a row: as near to a node's as leaves 8 to 128 rows.
+
+    Each byte then crosses between nodes once for a node, not once for each of its ranks. Where
+    there are fewer than 8 rows anyway, rows are as small as they can be.
+
+    Args:
+        ranks: that hold the same piece of the model.
+        least: of a row.
+        node: of them, in a node.
+    """
+    sizes = [size for size in range(least, ranks + 1, least) if ranks % size == 0]
+    good = [size for size in sizes if _FEW <= ranks // size <= _MANY]
+    if not good:
+        above = [size for size in sizes if ranks // size > _MANY]
+        return max(above, default=least)
+    return min(good, key=lambda size: abs(size - node))
+
+
+def _data_ranks_of_a_node() -> int:
+    """Of the data group, as torchrun and Slurm say; 1 where nothing does."""
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
+    node = dist.get_rank() // on_node
+    members = dist.get_process_group_ranks(compat.data_group())
+    return sum(rank // on_node == node for rank in members)
 
 
 def check_routers(dr: DRConfig, config: Any) -> None:

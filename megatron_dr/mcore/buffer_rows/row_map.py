@@ -1,12 +1,14 @@
 """Which buffers make which rows: one matrix for every kind of row.
 
-Each row group of ranks (context- or expert-parallel peers count as one) has L local buffers; all
-groups together have P = groups x L, numbered group by group. With c the factor that Megatron's
-finalize applies to a summed buffer (1 / data ranks, or 1 / tokens),
+Each of G row groups of ranks (at least context- or expert-parallel peers) has L local buffers:
+S general ones and the target's. What is known of them all together are P vectors, sums of buffers
+that belong together: one for every general buffer of every row group, or with domain rows one for
+every domain, and of the target one, or its two halves. With c the factor that Megatron's finalize
+applies to a summed buffer (1 / data ranks, or 1 / tokens),
 
-    row r = c sum_p mix[r, p] buffer p ,   r = 0 .. M-1 general, M the target, [M+1 its halves]
+    row r = c sum_p mix[r, p] vector p ,   r = 0 .. M-1 general, M the target, [M+1 its halves]
 
-and an update sum_r u_r row r multiplies buffer p by sum_r u_r mix[r, p]. Only ratios to c matter;
+and an update sum_r u_r row r multiplies vector p by sum_r u_r mix[r, p]. Only ratios to c matter;
 c itself is left to Megatron.
 
 | rows | row r is |
@@ -36,6 +38,7 @@ class RowMap:
         target_groups: groups that run only target microbatches; 0: every group runs both.
         halves: how the target is halved: not, by neighbouring groups, or in two local buffers.
         by_domain: a row is a domain's gradient over all ranks.
+        ranks: neighbouring data x context ranks of a row group.
     """
 
     groups: int
@@ -43,6 +46,7 @@ class RowMap:
     target_groups: int = 0
     halves: Literal["none", "groups", "buffers"] = "none"
     by_domain: bool = False
+    ranks: int = 1
 
     @property
     def num_targets(self) -> int:
@@ -68,6 +72,31 @@ class RowMap:
         """R: rows, target, and the halves' difference."""
         return self.num_rows + (1 if self.halves == "none" else 2)
 
+    @property
+    def num_general(self) -> int:
+        """Vectors of general buffers: the first of the P."""
+        return self.slots * (1 if self.by_domain else self.groups)
+
+    @property
+    def num_sums(self) -> int:
+        """P."""
+        halved = self.halves != "none"
+        return self.num_general + (0 if self.target_groups else 2 if halved else 1)
+
+    def vector(self, group: int, row: int) -> int:
+        """Which of the P vectors a group's local buffer is summed into."""
+        if row < self.slots:
+            return row if self.by_domain else group * self.slots + row
+        half = group % 2 if self.halves == "groups" else row - self.slots
+        return self.num_general + half
+
+    def summed(self, buffers_GLX: torch.Tensor) -> torch.Tensor:
+        """[P, ..] of every group's local buffers [G, L, ..]."""
+        places = [self.vector(g, row) for g in range(self.groups) for row in range(self.local)]
+        out_PX = buffers_GLX.new_zeros(self.num_sums, *buffers_GLX.shape[2:])
+        index = torch.tensor(places, device=out_PX.device)
+        return out_PX.index_add_(0, index, buffers_GLX.flatten(0, 1))
+
     def mix(self, ratio: torch.Tensor, share_D: torch.Tensor | None) -> torch.Tensor:
         """mix [R, P] in float64.
 
@@ -75,26 +104,22 @@ class RowMap:
             ratio: c_t / c, what the target's summed buffers are multiplied by.
             share_D: with domain rows, each domain's share n_d / n of the step; else None.
         """
-        rows, local = self.num_rows, self.local
-        mix_RGL = torch.zeros(
-            self.num_vectors, self.groups, local, dtype=torch.float64, device=ratio.device
+        rows = self.num_rows
+        mix_RP = torch.zeros(
+            self.num_vectors, self.num_sums, dtype=torch.float64, device=ratio.device
         )
         if self.by_domain:
             assert share_D is not None
             scale_D = torch.where(share_D > 0, 1.0 / share_D, 0.0)  # an absent domain: a zero row
-            mix_RGL[:rows, :, : self.slots] = torch.diag_embed(scale_D)[:, None, :]
+            mix_RP[:rows, :rows] = scale_D.diag()
         else:
-            general = torch.eye(rows, dtype=torch.float64, device=ratio.device) * float(rows)
-            mix_RGL[:rows, self.target_groups :, : self.slots] = general.view(rows, -1, self.slots)
-        target = mix_RGL[rows]
-        if self.target_groups:
-            target[: self.target_groups, 0] = ratio
-        else:
-            target[:, self.slots :] = ratio
-        if self.halves == "groups":
-            mix_RGL[rows + 1, 0::2] = target[0::2]
-            mix_RGL[rows + 1, 1::2] = -target[1::2]
-        elif self.halves == "buffers":
-            mix_RGL[rows + 1, :, self.slots] = ratio
-            mix_RGL[rows + 1, :, self.slots + 1] = -ratio
-        return mix_RGL.flatten(1)
+            first = self.target_groups * self.slots
+            mix_RP[:rows, first : first + rows].fill_diagonal_(float(rows))
+        whole = (
+            slice(0, self.target_groups) if self.target_groups else slice(self.num_general, None)
+        )
+        mix_RP[rows, whole] = ratio
+        if self.halves != "none":
+            mix_RP[rows + 1, whole][0::2] = ratio
+            mix_RP[rows + 1, whole][1::2] = -ratio
+        return mix_RP

@@ -55,7 +55,7 @@ class BufferRows:
         self.close = self.buffers.end_step
         self.source, why = choose(dr, self.buffers, self.layout, model)
         self.update: Update | None = None
-        notes.attached(dr, self.buffers, self.layout, why)
+        notes.attached(dr, self.buffers, self.layout, self.source.target_bytes, why)
 
     # -- life ------------------------------------------------------------------------------------
     state = None  # every step begins with zeros
@@ -89,8 +89,9 @@ class BufferRows:
             others = row_map.groups - row_map.target_groups
             ranks = row_map.groups / (row_map.target_groups if on_target else others)
         router = RoleRouter(
-            self.model, self.buffers, num_target, num_general, call.target_data, call.domains
-        )
+            self.model, self.buffers, self.source.backward, num_target, num_general,
+            call.target_data, call.domains,
+        )  # fmt: skip
 
         def finalize(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
             num_tokens = self._project(router, num_tokens, call, log)
@@ -98,9 +99,11 @@ class BufferRows:
             with self.source.reduced():
                 stock(num_tokens, self.dr.feasible_set().target_share(self.update.alpha))
 
-        self.buffers.begin_step(with_target=call.num_target > 0)
+        with_target = call.num_target > 0 and not row_map.target_groups
+        self.buffers.begin_step(with_target)
         try:
-            yield Pass(router, finalize, both=not row_map.target_groups, ranks=ranks)
+            with self.source.step(with_target):
+                yield Pass(router, finalize, both=not row_map.target_groups, ranks=ranks)
         finally:
             self.buffers.end_step()
 

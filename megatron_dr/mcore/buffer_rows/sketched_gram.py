@@ -5,8 +5,8 @@ ranks that hold a piece of it, so the gram does not depend on the layout.
 
     wire, per rank    2 (m - 1)/m 4 B L K + (D - 1) 4 ceil(B/m) L K + 2 (m - 1)/m 8 B R (R + 2)
 
-Legend: B blocks, L buffers of a rank, P of all row groups, R rows and target, K sketch size, D data
-x context ranks, m tensor x pipeline ranks.
+Legend: B blocks, L buffers of a rank, P vectors of all ranks (`row_map.py`), R rows and target, K
+sketch size, D data x context ranks, m tensor x pipeline ranks.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +30,18 @@ class SketchedGram:
     def __init__(self, buffers: Buffers, layout: Layout, size: int, seed: int) -> None:
         self.buffers, self.layout, self.size, self.seed = buffers, layout, size, seed
 
+    @property
+    def target_bytes(self) -> int:
+        """What this rank keeps of the target in a step."""
+        return self.buffers.target_bytes
+
+    def step(self, with_target: bool) -> AbstractContextManager[None]:
+        """Nothing is sent before the backward is over."""
+        return nullcontext()
+
+    def backward(self, chunk: int, row: int, last: bool) -> None:
+        """Buffers wait where they are."""
+
     def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
         """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
         sketch = CountSketch(self.size, self.seed * 1_000_003 + step)
@@ -41,9 +53,9 @@ class SketchedGram:
 
     def combine(self, coefficients_BP: torch.Tensor) -> None:
         """This rank's share of the update into Megatron's buffer."""
-        local = self.layout.row_map.local
-        mine_BL = coefficients_BP[:, self.layout.group * local : (self.layout.group + 1) * local]
-        self.buffers.combine_(mine_BL, self.layout.blocks)
+        row_map = self.layout.row_map
+        mine = [row_map.vector(self.layout.group, row) for row in range(row_map.local)]
+        self.buffers.combine_(coefficients_BP[:, mine], self.layout.blocks)
 
     def reduced(self) -> AbstractContextManager[None]:
         """Megatron's finalize reduces what was combined."""
@@ -57,8 +69,8 @@ class SketchedGram:
         own = self.layout.own_blocks()
         mine_bLK = local_BLK[own]
         gathered = collectives.gathered(mine_bLK[None], data_group)
-        groups_GbLK = gathered.unflatten(0, (-1, compat.ranks_per_row())).sum(1)
-        buffers_bPK = groups_GbLK.transpose(0, 1).flatten(1, 2)
+        groups_GbLK = gathered.unflatten(0, (-1, self.layout.row_map.ranks)).sum(1)
+        buffers_bPK = self.layout.row_map.summed(groups_GbLK.transpose(1, 2)).transpose(0, 1)
         num_rows, blocks = len(mix_RP), len(local_BLK)
         products_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 2)
         gram_bRR, error_b = gram_and_error(mix_RP.to(buffers_bPK.dtype) @ buffers_bPK)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.buffer_rows.buffers import Buffers, Piece
 from megatron_dr.mcore.buffer_rows.layout import Layout
+from megatron_dr.mcore.buffer_rows.route import Route, routes
 from megatron_dr.mcore.compat import Bucket, BucketGroup, Chunk
 
 
@@ -36,58 +37,70 @@ class Unit:
     """A range of one of Megatron's buffers that is exchanged together: D x N elements.
 
     Attributes:
-        group: the D ranks; member i belongs to row group `members[i]`.
+        group: the D ranks.
+        general, target: how each role's buffers travel to the shards' owners.
         scale: what Megatron multiplies a summed gradient of this range by.
         segments: of this rank's shard.
+        remainder: it has no shards, it is all on every rank and counts on the first.
         buffers: where its elements are.
-        gathered: for a remainder, every rank's copy of it per local buffer [D, N]; a remainder has
-            no shards, it is all on every rank and counts on the first.
+        held: of each local buffer that has travelled, every class' sum over this rank's shard
+            [R, N]. A general one's lies in the memory that it was sent from.
     """
 
     buffer: int
     start: int
     columns: int
     group: Any
-    members: torch.Tensor
+    general: Route
+    target: Route
     scale: float
     segments: list[Segment]
     remainder: bool
     buffers: Buffers
-    gathered: dict[int, torch.Tensor] = field(default_factory=dict)
+    held: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
-        return len(self.members)
+        return len(self.general.members)
+
+    def route(self, row: int) -> Route:
+        """Of a local buffer."""
+        return self.general if row < self.buffers.row_map.slots else self.target
+
+    def vectors(self, row: int) -> list[int]:
+        """Which vectors the classes' sums of a local buffer belong to [R]."""
+        return [self.buffers.row_map.vector(key, row) for key in self.route(row).keys]
 
     def whole(self, row: int) -> torch.Tensor:
-        """[D N], or [N] of a remainder: the range of a local buffer."""
-        length = self.columns * (1 if self.remainder else self.ranks)
-        return self.buffers.flat(row, self.buffer)[self.start : self.start + length]
-
-    def slices(self, row: int) -> torch.Tensor:
-        """[D, N]: after the exchange, this rank's shard of every rank's local buffer `row`."""
-        return self.gathered[row] if self.remainder else self.whole(row).view(self.ranks, -1)
+        """[D, N], or [1, N] of a remainder: the range of a local buffer."""
+        copies = 1 if self.remainder else self.ranks
+        flat = self.buffers.flat(row, self.buffer)
+        return flat[self.start : self.start + copies * self.columns].view(copies, -1)
 
     def out(self) -> torch.Tensor:
         """[N]: where this rank's shard of the reduced gradient belongs."""
-        return self.whole(0) if self.remainder else self.slices(0)[dist.get_rank(self.group)]
+        return self.whole(0)[0 if self.remainder else dist.get_rank(self.group)]
 
 
 def units_of(model: list[Chunk], buffers: Buffers, layout: Layout) -> dict[int, list[Unit]]:
     """Every range of every bucket, by the id of Megatron's bucket group (collective)."""
-    out: dict[int, list[Unit]] = {}
-    members: dict[int, torch.Tensor] = {}
-    for group in compat.bucket_groups(model):
-        ranks = _ranks(group)
-        if id(ranks) not in members:
-            row_groups = collectives.of_all_ranks(layout.group, ranks)
-            members[id(ranks)] = torch.tensor(row_groups, device=buffers.device)
-        out[id(group)] = [
+    by_group = {id(_ranks(group)): _ranks(group) for group in compat.bucket_groups(model)}
+    wanted = []
+    for ranks in by_group.values():
+        row_groups = collectives.of_all_ranks(layout.group, ranks)
+        by_domain, halves = layout.row_map.by_domain, layout.row_map.halves == "groups"
+        wanted.append((ranks, [0 if by_domain else group for group in row_groups]))
+        wanted.append((ranks, [group % 2 if halves else 0 for group in row_groups]))
+    found = routes(wanted, buffers.device)
+    both = dict(zip(by_group, zip(found[::2], found[1::2], strict=True), strict=True))
+    return {
+        id(group): [
             unit
             for bucket in group.buckets
-            for unit in _units(bucket, group, buffers, layout, members[id(ranks)])
+            for unit in _units(bucket, group, buffers, layout, both[id(_ranks(group))])
         ]
-    return out
+        for group in compat.bucket_groups(model)
+    }
 
 
 def _ranks(group: BucketGroup) -> collectives.Group:
@@ -98,10 +111,11 @@ def _ranks(group: BucketGroup) -> collectives.Group:
 
 
 def _units(
-    bucket: Bucket, group: BucketGroup, buffers: Buffers, layout: Layout, members: torch.Tensor
-) -> Iterator[Unit]:
+    bucket: Bucket, group: BucketGroup, buffers: Buffers, layout: Layout,
+    both: tuple[Route, Route],
+) -> Iterator[Unit]:  # fmt: skip
     """A bucket's ranges. The distributed optimizer's shards are its own: one range."""
-    ddp, peers, ranks = group.ddp_config, _ranks(group), len(members)
+    ddp, peers, ranks = group.ddp_config, _ranks(group), len(both[0].members)
     inside = {id(p) for p in bucket.params_list}
     pieces = [p for p in buffers.pieces if id(buffers.owned[p.number].parameter) in inside]
     pieces.sort(key=lambda p: p.start)
@@ -118,8 +132,8 @@ def _units(
         for first, size, low, remainder in parts:
             if size:
                 segments = _segments(pieces, buffers, layout, low, low + size)
-                yield Unit(pieces[0].buffer, first, size, peers, members, scale, segments,
-                           remainder, buffers=buffers)  # fmt: skip
+                yield Unit(pieces[0].buffer, first, size, peers, *both, scale, segments, remainder,
+                           buffers)  # fmt: skip
 
 
 def _segments(

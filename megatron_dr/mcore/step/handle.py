@@ -32,6 +32,7 @@ class Handle:
         rows: makes the kind of rows, of the model, its configuration and `dr`.
 
     Attributes:
+        dr: what is projected on what, and `asked`: before `auto` was settled.
         rows: what differs between kinds of rows.
         steps: training steps done (seeds the sketches; part of `state_dict`).
         log: what the last step did, by block, or None.
@@ -43,7 +44,8 @@ class Handle:
         rows: Callable[[list[Any], Any, DRConfig], Rows],
     ) -> None:  # fmt: skip
         self.dial = Alpha(dr)
-        self.model, self.optimizer, self.config, self.dr = model, optimizer, config, dr
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.dr = self.asked = dr
         self.rows = rows(model, config, dr)
         self.steps = 0
         self.log: StepLog | None = None

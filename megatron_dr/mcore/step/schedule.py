@@ -87,7 +87,7 @@ def ours(model: list[Chunk], config: Any, hold: bool = True) -> Iterator[None]:
         RuntimeError: gradients would not be reduced.
     """
     saved = {name: getattr(config, name) for name in _HOOKS}
-    first = [(group, group.is_first_batch) for group in bucket_groups(model)]
+    flags = [(g, g.is_first_batch, g.is_last_microbatch) for g in bucket_groups(model)]
     if saved["finalize_model_grads_func"] is None:
         raise RuntimeError(
             "config.finalize_model_grads_func is not set, so Megatron would not reduce gradients: "
@@ -101,8 +101,8 @@ def ours(model: list[Chunk], config: Any, hold: bool = True) -> Iterator[None]:
     finally:
         for name, value in saved.items():
             setattr(config, name, value)
-        for group, was in first:
-            group.is_first_batch = was
+        for group, first, last in flags:
+            group.is_first_batch, group.is_last_microbatch = first, last
 
 
 def _hold_reductions(model: list[Chunk]) -> None:
