@@ -69,7 +69,8 @@ def new_groups(
     have = {tuple(dist.get_process_group_ranks(group)): group for group in known}
     have = {ranks: group for ranks, group in have.items() if len(ranks) > 1}
     own = {tuple(ranks) for ranks in wanted if len(ranks) > 1} - have.keys()
-    timeout = known[0]._get_backend(device).options._timeout
+    of_all = dist.group.WORLD if not known else known[0]  # a stage may have no gradients at all
+    timeout = of_all._get_backend(device).options._timeout  # type: ignore[union-attr]
     for ranks in sorted({ranks for some in of_all_ranks(own) for ranks in some}):
         made = dist.new_group(list(ranks), timeout=timeout)
         if ranks in own:
