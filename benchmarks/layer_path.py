@@ -37,6 +37,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from layer_path_arms import PARTS, Arm, Measured, Sizes  # noqa: E402
+from machine import processor  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from rich import box  # noqa: E402
@@ -175,13 +176,6 @@ def draw(results: dict[str, dict[str, Any]], caption: str, path: Path) -> None:
                     fontsize=11)  # fmt: skip
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown processor"
 
 
 def options() -> argparse.Namespace:

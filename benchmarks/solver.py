@@ -15,14 +15,13 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
-import platform  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import quadprog  # noqa: E402
 import torch  # noqa: E402
+from machine import processor
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -104,13 +103,6 @@ def row(name: str, rows: int, ridge: float, devices: list[str]) -> list[str]:
         seconds, w_BM = batched(device)
         cells += [f"{seconds:.3f}", f"{plain / seconds:.2f}", residual(w_BM)]
     return cells
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:

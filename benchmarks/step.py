@@ -31,6 +31,7 @@ import numpy as np  # noqa: E402
 import step_arms  # noqa: E402
 import torch  # noqa: E402
 import torch.multiprocessing  # noqa: E402
+from machine import processor  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -240,13 +241,6 @@ def _draw_time(axis: Any, results: dict[str, Result]) -> None:
         axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], color="black", capsize=3)
         axis.text(high, y, f"  {middle:.2f}", va="center", fontsize=8)
     axis.set_title("CPU time, lines: quartiles\n(grey: plain, as many microbatches)", fontsize=10)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown processor"
 
 
 def options() -> argparse.Namespace:

@@ -52,6 +52,7 @@ class RowKind:
         in_layers: its rows are made inside the layers' backward; else in gradient buffers.
         named: its rows have the names of the general corpora.
         target_ranks: some ranks may run the target's microbatches alone.
+        at_attach: which kind it is, only the run can say: `attach` settles it.
         num_slots: general gradient buffers of a rank, of its `DRConfig`.
     """
 
@@ -59,11 +60,12 @@ class RowKind:
     in_layers: bool = False
     named: bool = False
     target_ranks: bool = False
+    at_attach: bool = False
     num_slots: Callable[[Any], int] = lambda _: 1
 
 
 ROW_KINDS = {
-    "auto": RowKind(("row_ranks", "slot_dtype", "gram", "memory")),
+    "auto": RowKind(("row_ranks", "slot_dtype", "gram", "memory"), at_attach=True),
     "rank": RowKind(("row_ranks", "gram"), target_ranks=True),
     "slot": RowKind(
         ("slots", "row_ranks", "slot_dtype", "gram"), num_slots=lambda config: config.slots

@@ -105,6 +105,19 @@ class OwnedParameter:
         return index
 
 
+def number_of_copy(owned: OwnedParameter) -> tuple[int, int]:
+    """This rank among those with the parameter: tensor parallel, and data x context parallel."""
+    if owned.is_expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_data_parallel_rank(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
 def owned_parameters(
     model: list[torch.nn.Module], config: TransformerConfig
 ) -> list[OwnedParameter]:

@@ -20,7 +20,7 @@ def gram_of_long(rows_RN: Tensor) -> Tensor:
     """X X^T [R, R] in float64 of long rows in float32, such as whole gradients.
 
     Products of runs of 512 elements are summed in float32, the runs in float64: within about 1e-8
-    |x_i| |x_j| of float64 throughout, at a third of its time (`benchmarks/products.py`). A TF32
+    |x_i| |x_j| of float64 throughout, in 0.5 to 0.9 of its time (`benchmarks/products.py`). A TF32
     product would keep 10 bits: it is not used, whatever torch is told elsewhere.
     """
     run, length = 512, rows_RN.shape[1]

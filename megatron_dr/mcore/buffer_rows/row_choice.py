@@ -23,7 +23,7 @@ def settled(dr: DRConfig, model: list[compat.Chunk]) -> tuple[DRConfig, str]:
 
     The same on every rank: the one with the least memory decides.
     """
-    if dr.rows != "auto":
+    if not dr.row_kind.at_attach:
         return dr, ""
     groups = dist.get_world_size(compat.data_group()) // ranks_per_row(dr)
     buffers = compat.grad_buffers(model)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
-from megatron_dr.mcore import compat
+from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
 
 _FEW, _MANY = 8, 128  # rows: fewer are a coarse set, more a gram that costs
@@ -81,11 +81,12 @@ def near_a_node(ranks: int, least: int, node: int) -> int:
 
 
 def _data_ranks_of_a_node() -> int:
-    """Of the data group, as torchrun and Slurm say; 1 where nothing does."""
+    """Of the data group, as torchrun and Slurm say; 1 where nothing does. Where nodes are uneven,
+    the least: rows are the same for all ranks (collective)."""
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
     node = dist.get_rank() // on_node
     members = dist.get_process_group_ranks(compat.data_group())
-    return sum(rank // on_node == node for rank in members)
+    return int(min(collectives.of_all_ranks(sum(rank // on_node == node for rank in members))))
 
 
 def check_routers(dr: DRConfig, config: Any) -> None:

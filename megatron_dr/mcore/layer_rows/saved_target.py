@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_dr.mcore import collectives
 from megatron_dr.mcore.layer_rows.places import Place
+from megatron_dr.mcore.ownership import number_of_copy
 
 Values = dict[int, torch.Tensor]  # by the place's number
 
@@ -52,12 +53,7 @@ def load(places: Sequence[Place], path: Path, seed: int) -> Values | None:
 
 def _pieces(place: Place, value: torch.Tensor, seed: int) -> dict[str, ShardedTensor]:
     owned = place.owned
-    if owned.is_expert:
-        tensor = parallel_state.get_expert_tensor_parallel_rank()
-        data = parallel_state.get_expert_data_parallel_rank()
-    else:
-        tensor = parallel_state.get_tensor_model_parallel_rank()
-        data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    tensor, data = number_of_copy(owned)
     key = f"dr_target.{owned.name}.{place.score}"
     if _is_sketch(place):
         key, copy = f"{key}.{seed}", (_copy(place), tensor, data)

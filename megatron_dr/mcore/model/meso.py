@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.utils import get_model_config
 
 from megatron_dr.config.meso import MesoConfig
-from megatron_dr.mcore.ownership import OwnedParameter, owned_parameters
+from megatron_dr.mcore.ownership import OwnedParameter, number_of_copy, owned_parameters
 from megatron_dr.mcore.refuse import Rule, rules
 from megatron_dr.mcore.say import say
 from megatron_dr.mcore.seams.part import Part
@@ -186,12 +186,7 @@ def _sharded(name: str, moment: torch.Tensor, owned: OwnedParameter) -> ShardedT
 
     The key has the sides' lengths: a vocabulary padded otherwise has other subspaces.
     """
-    if owned.is_expert:
-        tensor = parallel_state.get_expert_tensor_parallel_rank()
-        data = parallel_state.get_expert_data_parallel_rank()
-    else:
-        tensor = parallel_state.get_tensor_model_parallel_rank()
-        data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    tensor, data = number_of_copy(owned)
     copy = int(getattr(owned.parameter, "shared", False))  # of the embedding, on the last stage
     key = f"optimizer.state.meso.{name}.{owned.name}.{'x'.join(map(str, owned.whole_shape))}"
     return ShardedTensor.from_rank_offsets(key, moment, replica_id=(copy, tensor, data))
