@@ -12,9 +12,10 @@ from megatron_dr.mcore.buffer_rows.row_map import RowMap
 
 def factors(num_target: int, num_general: int, row_map: RowMap) -> tuple[float, float]:
     router: Any = SimpleNamespace(num_target=num_target, num_general=num_general)
-    ratio, scale, share = normalisation.factors(router, row_map, False, torch.device("cpu"))
+    ratio, scale, share, unit = normalisation.factors(router, row_map, False, torch.device("cpu"))
     assert ratio.dtype == torch.float64 and share is None
-    return float(ratio), scale
+    assert unit == scale / (row_map.groups * row_map.ranks)  # Megatron divides by the data ranks
+    return float(ratio), float(scale)
 
 
 @pytest.mark.parametrize("num_target, num_general", [(1, 1), (2, 6), (5, 3)])
@@ -33,6 +34,6 @@ def test_without_a_target_nothing_is_undone() -> None:
 @pytest.mark.parametrize("groups, target_groups", [(2, 1), (4, 1), (5, 3)])
 def test_ranks_of_one_role(groups: int, target_groups: int) -> None:
     """Megatron divides the sum over row groups by all of them."""
-    ratio, scale = factors(0, 2, RowMap(groups, 1, target_groups))
+    ratio, scale = factors(0, 2, RowMap(groups, 1, target_groups, ranks=2))
     assert scale / groups == pytest.approx(1 / (groups - target_groups))
     assert ratio * scale / groups == pytest.approx(1 / target_groups)

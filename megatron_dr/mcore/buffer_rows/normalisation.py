@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat
@@ -53,7 +52,7 @@ def factors(router: RoleRouter, row_map: RowMap, per_token: bool, device: torch.
     else:  # each microbatch was divided by n_t + n_g
         ratio, role_scale = n_g / n_t if n_t else 0.0, (n_t + n_g) / n_g
     by_microbatch = torch.tensor(ratio, dtype=torch.float64, device=device)
-    mean = by_microbatch.new_tensor(role_scale / dist.get_world_size(compat.data_group()))
+    mean = by_microbatch.new_tensor(role_scale / (row_map.groups * row_map.ranks))
     if not per_token:
         return Factors(by_microbatch, role_scale, share_D, mean)
     counted = amounts.sum() > 0
