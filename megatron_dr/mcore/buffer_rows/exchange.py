@@ -91,9 +91,9 @@ class Exchange:
             yield
             done = True
         finally:
-            for travel in self._flying:
+            for handle in (t.handle for t in self._flying if t.handle is not None):
                 with suppress(RuntimeError):  # a peer is gone: what ended the step says more
-                    travel.handle.wait()
+                    handle.wait()
             self._flying.clear()
             self._begun.clear()
             self._now.clear()
@@ -163,10 +163,10 @@ class Exchange:
     @meter.part("exchange")
     def _land(self, travel: _Travel) -> None:
         with self._aside():
-            handle = travel.handle
-            while handle is not None:
-                handle.wait()
-                handle = next(travel.steps, None)
+            while travel.handle is not None:
+                travel.handle.wait()
+                travel.handle = None  # it keeps what has travelled
+                travel.handle = next(travel.steps, None)
             if len(travel.unit.held) == len(self._rows):
                 self._arrived(travel.unit)
 
@@ -204,6 +204,7 @@ def _steps(unit: Unit, row: int, overlapped: bool) -> Steps:
                 into_RN = sums_RN if unit.ranks > 1 else sums_RN.clone()
             elif is_target or unit.ranks > 1:
                 into_RN[:, columns] = sums_RN
+            del sums_RN  # before the next piece is copied
         unit.held[row] = into_RN
     if is_target:
         whole.zero_()
