@@ -7,9 +7,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_dr.plan import memory, timeline, wire
-from megatron_dr.plan.buffers import stages
+from megatron_dr.plan.buffers import Stage, stages
 from megatron_dr.plan.hardware import Hardware, Link
 from megatron_dr.plan.layout import Layout
 from megatron_dr.plan.model import Model
@@ -26,7 +27,7 @@ QWEN_32B = Model(64, 5120, 40, 8, 27648, 152064, qkv_bias=True)
 
 H100 = Hardware(
     node=8, memory=80 * GB, memory_bandwidth=2.7e12, inside=Link(350e9, 3e-6),
-    between=Link(45e9, 8e-6), flops=450e12, doubles=40e12, solve=3e-3,
+    between=Link(45e9, 8e-6), flops=450e12, fp32=40e12, solve=3e-3,
 )  # fmt: skip
 BATCH = Batch(tokens=8192, microbatches=8)
 
@@ -38,32 +39,35 @@ class Case:
     layout: Layout
     rows: Rows
 
-    def of_ranks(self) -> "Case":
-        """With as many ranks to a row as --dr-row-ranks has by default."""
-        ranks = ranks_near_a_node(self.layout, H100.node)
-        return dataclasses.replace(self, rows=dataclasses.replace(self.rows, ranks=ranks))
+    @property
+    def stages(self) -> list[Stage]:
+        return stages(self.model, self.layout)
 
 
 def cases() -> Iterator[Case]:
     """What the tables show."""
     name = "Llama-3.1 8B"
-    yield Case(name, LLAMA_8B, Layout(dp=8), Rows())
-    yield Case(f"{name}, 1 target rank", LLAMA_8B, Layout(dp=8), Rows(target_ranks=1))
-    yield Case(f"{name}, 8 slots", LLAMA_8B, Layout(dp=8), Rows(slots=8))
-    yield Case(f"{name}, sketches", LLAMA_8B, Layout(dp=8), Rows(exact=False))
-    yield Case(name, LLAMA_8B, Layout(dp=64), Rows()).of_ranks()
-    yield Case(f"{name}, rows of one rank", LLAMA_8B, Layout(dp=64), Rows())
+    yield _case(name, LLAMA_8B, Layout(dp=8))
+    yield _case(f"{name}, 1 target rank", LLAMA_8B, Layout(dp=8), target_ranks=1)
+    yield _case(f"{name}, 8 slots", LLAMA_8B, Layout(dp=8), slots=8)
+    yield _case(f"{name}, sketches", LLAMA_8B, Layout(dp=8), exact=False)
+    yield _case(name, LLAMA_8B, Layout(dp=64))
+    yield _case(f"{name}, rows of one rank", LLAMA_8B, Layout(dp=64), ranks=1)
     name = "Qwen2.5 32B"
-    yield Case(name, QWEN_32B, _tensor(dp=4), Rows())
-    yield Case(f"{name}, 2 slots in bf16", QWEN_32B, _tensor(dp=4), Rows(slots=2, slot_bytes=2))
+    yield _case(name, QWEN_32B, _tensor(dp=4))
+    yield _case(f"{name}, 2 slots in bf16", QWEN_32B, _tensor(dp=4), slots=2, slot_bytes=2)
     name = "Llama-3.1 70B"
-    for dp in (2, 8, 32, 512):
-        yield Case(name, LLAMA_70B, _tensor(dp=dp, pp=4), Rows()).of_ranks()
-        if dp == 2:
-            yield Case(f"{name}, 4 slots", LLAMA_70B, _tensor(dp=dp, pp=4), Rows(slots=4))
-        if dp == 32:
-            rows = Rows(target_ranks=4)
-            yield Case(f"{name}, 4 target ranks", LLAMA_70B, _tensor(dp=dp, pp=4), rows)
+    yield _case(name, LLAMA_70B, _tensor(dp=2, pp=4))
+    yield _case(f"{name}, 4 slots", LLAMA_70B, _tensor(dp=2, pp=4), slots=4)
+    yield _case(name, LLAMA_70B, _tensor(dp=8, pp=4))
+    yield _case(name, LLAMA_70B, _tensor(dp=32, pp=4))
+    yield _case(f"{name}, 4 target ranks", LLAMA_70B, _tensor(dp=32, pp=4), target_ranks=4)
+    yield _case(name, LLAMA_70B, _tensor(dp=512, pp=4))
+
+
+def _case(name: str, model: Model, layout: Layout, **rows: Any) -> Case:
+    """With as many ranks to a row as --dr-row-ranks has by default, where nothing else is said."""
+    return Case(name, model, layout, Rows(**{"ranks": ranks_near_a_node(layout, H100.node)} | rows))
 
 
 def _tensor(dp: int, pp: int = 1) -> Layout:
@@ -83,53 +87,59 @@ def _who(case: Case) -> list[str]:
             f"{counts.rows} of {rows.ranks}"]  # fmt: skip
 
 
+def _kept(case: Case) -> tuple[dict[str, float], dict[str, float]]:
+    """Plain's parts and what is beside them, of the stage that keeps most."""
+    both = [(memory.plain(stage), memory.ours(stage, case.rows)) for stage in case.stages]
+    return max(both, key=lambda parts: sum(sum(p.values()) for p in parts))
+
+
+def _fits(case: Case) -> bool:
+    return sum(sum(parts.values()) for parts in _kept(case)) <= H100.memory
+
+
 def _memory() -> Iterator[str]:
     head = "weights | gradients | optimizer | plain | slots | target | in flight | grams | ours"
     yield from _head(head)
     for case in cases():
-        both = [
-            (memory.plain(stage), memory.ours(stage, case.rows))
-            for stage in stages(case.model, case.layout)
-        ]
-        plain, ours = max(both, key=lambda b: sum(b[0].values()) + sum(b[1].values()))
-        most = max(sum(p.values()) for p, _ in both)
-        together = sum(plain.values()) + sum(ours.values())
-        too_much = "" if together <= H100.memory else ", does not fit"
-        cells = [*plain.values(), most, *ours.values()]
-        yield _line([*_who(case), *(f"{c / GB:.1f}" for c in cells),
-                     f"{together / GB:.1f} ({together / most:.2f}){too_much}"])  # fmt: skip
+        plain, ours = _kept(case)
+        stock = sum(plain.values())
+        together = stock + sum(ours.values())
+        cells = [*plain.values(), stock, *ours.values()]
+        ratio = f"{together / GB:.1f} ({together / stock:.2f})"
+        ratio += "" if _fits(case) else ", does not fit"
+        yield _line([*_who(case), *(f"{c / GB:.1f}" for c in cells), ratio])
 
 
 def _wire() -> Iterator[str]:
     yield from _head("plain: in a node | between | ours: in a node | between | between, ours/plain")
     for case in cases():
         levels = []
-        for arm in ("plain", "ours"):
-            sends = [
-                wire.plain(stage) if arm == "plain" else wire.ours(stage, case.rows)
-                for stage in stages(case.model, case.layout)
-            ]
+        for sends in (
+            [wire.plain(stage) for stage in case.stages],
+            [wire.ours(stage, case.rows) for stage in case.stages],
+        ):
             found = [wire.by_level(each, lambda rank: rank // H100.node) for each in sends]
             levels += max(found, key=sum)
         ratio = f"{levels[3] / levels[1]:.2f}" if levels[1] else "-"
         yield _line([*_who(case), *(f"{c / GB:.2f}" for c in levels), ratio])
 
 
-def _seconds() -> Iterator[str]:
-    yield from _head("a microbatch | plain exposed | ours | " + " | ".join(PARTS))
-    for case in cases():
-        each = (
-            1.5
-            * timeline.backward(stages(case.model, case.layout)[0], H100, BATCH)
-            * case.layout.pp
-        )
-        plain = timeline.exposed(case.model, case.layout, H100, BATCH)
-        ours = timeline.exposed(case.model, case.layout, H100, BATCH, case.rows)
-        cells = [sum(plain.values()), sum(ours.values()), *(ours.get(p, 0.0) for p in PARTS)]
-        yield _line([*_who(case), f"{each * 1e3:,.0f}", *(f"{c * 1e3:.1f}" for c in cells)])
-
-
 PARTS = ("gradients", "target", "grams", "solve", "sum")
+
+
+def _seconds() -> Iterator[str]:
+    yield from _head(f"computation | plain exposed | ours | {' | '.join(PARTS)} | more, of all")
+    for case in filter(_fits, cases()):
+        passes = BATCH.microbatches + case.layout.pp - 1
+        computed = 1.5 * passes * timeline.backward(case.stages[0], H100, BATCH)
+        found = [
+            timeline.exposed(case.model, case.layout, H100, BATCH, rows)
+            for rows in (None, case.rows)
+        ]
+        plain, ours = (sum(parts.values()) for parts in found)
+        cells = [computed, plain, ours, *(found[1].get(part, 0.0) for part in PARTS)]
+        more = f"{100 * (ours - plain) / (computed + plain):.1f}%"
+        yield _line([*_who(case), *(f"{c * 1e3:,.1f}" for c in cells), more])
 
 
 def _head(columns: str) -> Iterator[str]:

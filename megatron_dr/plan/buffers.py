@@ -1,5 +1,6 @@
 """What a rank of a pipeline stage holds: Megatron's gradient buffers, and their buckets."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,14 @@ class Buffer:
 
     Attributes:
         parameters: in the order in which they lie: the last layer first.
+        starts: where each begins.
         buckets: elements of each, with padding.
         group: the D ranks over which it is reduced.
     """
 
     chunk: int
     parameters: tuple[Parameter, ...]
+    starts: tuple[int, ...]
     buckets: tuple[int, ...]
     group: Ranks
 
@@ -38,6 +41,23 @@ class Buffer:
     def partial(self, kind: str) -> int:
         """Elements whose gradients are partial sums over these ranks."""
         return sum(p.numel for p in self.parameters if p.partial == kind)
+
+    def joined(self, kind: str) -> int:
+        """Of these, with the padding between neighbours in one shard: a segment of `units.py`."""
+        ends = list(itertools.accumulate(self.buckets, initial=0))
+        edges = {
+            start + k * (stop - start) // len(self.group)
+            for start, stop in itertools.pairwise(ends)
+            for k in range(len(self.group) + 1)
+        }
+        padding = 0
+        for (one, start), (other, stop) in itertools.pairwise(
+            zip(self.parameters, self.starts, strict=True)
+        ):
+            gap = range(start + one.numel, stop)
+            if one.partial == other.partial == kind and edges.isdisjoint([*gap, stop]):
+                padding += len(gap)
+        return self.partial(kind) + padding
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,8 @@ class Stage:
                 inside = tuple(p for p in reversed(held) if p.expert == expert)
                 group = (layout.expert_group if expert else layout.data_group)(self.number)
                 if inside:
-                    out.append(Buffer(chunk, inside, _buckets(inside, layout, group, cut), group))
+                    starts, buckets = _laid_out(inside, layout, group, cut)
+                    out.append(Buffer(chunk, inside, starts, buckets, group))
         return out
 
     @property
@@ -84,23 +105,31 @@ def stages(model: Model, layout: Layout) -> list[Stage]:
     return [Stage(model, layout, number) for number in range(layout.pp)]
 
 
-def _buckets(
+def _laid_out(
     held: tuple[Parameter, ...], layout: Layout, group: Ranks, cut: float
-) -> tuple[int, ...]:
-    """`core/optimizer/distrib_optimizer.py`, _compute_per_buffer_param_layout; without the
-    distributed optimizer, _compute_default_per_buffer_param_layout."""
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Starts, and buckets (`core/optimizer/distrib_optimizer.py`, _compute_per_buffer_param_layout;
+    without the distributed optimizer, _compute_default_per_buffer_param_layout)."""
     start_at = 64 if layout.distributed_optimizer else 1
     end_at = math.lcm(len(group), 128) if layout.distributed_optimizer else 1
-    out, filled = [], 0
+    starts: list[int] = []
+    buckets: list[int] = []
+    filled = 0  # of the last bucket, which is not yet among them
+
+    def close() -> None:
+        nonlocal filled
+        buckets.append(-(-filled // end_at) * end_at)
+        filled = 0
+
     for parameter in held:
         filled = -(-filled // start_at) * start_at
         alone = layout.distributed_optimizer and parameter.partial == "embedding"
         if alone and filled:
-            out.append(filled)
-            filled = 0
+            close()
+        starts.append(sum(buckets) + filled)
         filled += parameter.numel
         if filled >= cut or alone:
-            out.append(filled)
-            filled = 0
-    out += [filled] if filled else []
-    return tuple(-(-numel // end_at) * end_at for numel in out)
+            close()
+    if filled:
+        close()
+    return tuple(starts), tuple(buckets)

@@ -24,7 +24,7 @@ class Hardware:
         memory, memory_bandwidth: of a GPU, bytes and bytes a second.
         inside, between: links of a node, and between nodes.
         flops: that a GPU sustains in a layer's products, a second.
-        doubles: in products in float64, a second.
+        fp32: that it sustains in products of fp32 without TF32, a second.
         solve: seconds of a solve for the weights.
     """
 
@@ -34,7 +34,7 @@ class Hardware:
     inside: Link
     between: Link
     flops: float
-    doubles: float
+    fp32: float
     solve: float
 
     def seconds(self, send: Send) -> tuple[float, float]:

@@ -20,7 +20,6 @@ class Layout:
         dp, tp, cp, ep: data, tensor, context and expert parallel sizes.
         etp: expert-tensor parallel size; 0: as tp.
         pp, vpp: pipeline stages, and model chunks of each.
-        first, last: layers of the first and last stage; 0: as the others.
         distributed_optimizer, overlap, overlap_gather: --use-distributed-optimizer,
             --overlap-grad-reduce, --overlap-param-gather.
         weight_bytes, gradient_bytes: of an element.
@@ -34,8 +33,6 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 0
-    first: int = 0
-    last: int = 0
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     overlap: bool = True
@@ -62,24 +59,18 @@ class Layout:
         use_expert_pgs)."""
         return self.ep > 1 or self.etp != self.tp
 
-    def chunks(self, layers: int) -> list[list[int]]:
-        """Layers of each stage's model chunks (`core/transformer/transformer_block.py`,
-        get_num_layers_to_build).
+    def layers_of_a_chunk(self, layers: int) -> int:
+        """Of so many (`core/transformer/transformer_block.py`, get_num_layers_to_build).
 
         Raises:
             ValueError: they can't be dealt out evenly.
         """
-        others = self.pp - (self.first > 0) - (self.last > 0)
-        left = layers - self.first - self.last
-        each = left // others if others else 0
-        stages = [self.first or each, *[each] * (self.pp - 2), self.last or each][: self.pp]
-        if each * others != left or any(stage < 0 or stage % self.vpp for stage in stages):
+        if layers % (self.pp * self.vpp):
             raise ValueError(
-                f"{layers} layers can't be dealt out to {self.pp} pipeline stages, {self.first} to "
-                f"the first and {self.last} to the last (0: as the others), of {self.vpp} chunks "
-                "each: change one of them."
+                f"{layers} layers can't be dealt out to {self.pp} pipeline stages of {self.vpp} "
+                "chunks each: change one of them."
             )
-        return [[stage // self.vpp] * self.vpp for stage in stages]
+        return layers // (self.pp * self.vpp)
 
     # -- groups ----------------------------------------------------------------------------------
     def data_group(self, stage: int) -> Ranks:

@@ -1,13 +1,17 @@
 """What a rank keeps, in bytes by part. Activations are not in it: they are the same in both.
 
-Legend: E elements of a rank's gradient buffers, D ranks of a group, B blocks, P sums of `rows.py`.
+Legend: D ranks of a group, R classes of them whose gradients are summed (`route.py`), P sums of
+`rows.py`.
 """
+
+from itertools import pairwise
 
 from megatron_dr.plan.buffers import Stage
 from megatron_dr.plan.rows import Rows
 
-_CHUNK = 1 << 25  # elements that travel at a time without overlap (`exchange.py`)
-_PRODUCT = 1 << 20  # elements that are multiplied at a time (`exact_gram.py`)
+# Elements that travel at a time after the backward, and in it (`exchange.py`), and that are
+# multiplied at a time on a GPU (`exact_gram.py`).
+CHUNK, BUCKET, PRODUCT = 1 << 25, 1 << 26, 1 << 25
 
 
 def plain(stage: Stage) -> dict[str, float]:
@@ -42,42 +46,58 @@ def ours(stage: Stage, rows: Rows) -> dict[str, float]:
         target = counts.targets * layout.gradient_bytes * elements
         sketches = 4 * rows.sketch * (rows.slots + counts.targets) * rows.blocks
         grams = sketches * (1 + layout.data / len(layout.model_group()))
-        return {"slots": slots, "target": target, "in flight": 0, "grams": grams}
-    shards = counts.targets * (2 if counts.halved_by_group else 1)
+        return {"slots": slots, "target": target, "in flight": 0.0, "grams": grams}
+    shard = sum(b.shard for b in stage.buffers)
+    factors = 4 * min(PRODUCT, counts.sums * shard) * (1 if layout.gradient_bytes == 4 else 2)
     return {
         "slots": slots,
-        "target": shards * layout.gradient_bytes * sum(b.shard for b in stage.buffers),
+        "target": counts.targets * counts.halves * layout.gradient_bytes * shard,
         "in flight": _in_flight(stage, rows),
-        "grams": 8 * (rows.blocks * counts.sums**2 + 2 * min(_PRODUCT, elements)),
+        "grams": 8 * rows.blocks * counts.sums**2 + factors,
     }
 
 
+def pieces(stage: Stage, numel: int, ranks: int) -> list[int]:
+    """Elements of a range that travel at a time."""
+    width = max(1, (BUCKET if stage.layout.overlap else CHUNK) // ranks) * ranks
+    return [min(width, numel - start) for start in range(0, numel, width)]
+
+
 def _in_flight(stage: Stage, rows: Rows) -> float:
-    """Copies of ranges that are travelling, of the role that needs more; with overlap two at a time
-    (`exchange.py`)."""
-    counts, gradient = rows.of(stage.layout), stage.layout.gradient_bytes
-    slot = max(gradient, rows.slot_bytes) if rows.slots > 1 else gradient
-    general = _flights(stage, counts.groups, slot, rows.slots)
-    target = _flights(stage, 2 if counts.halved_by_group else 1, gradient, counts.targets)
-    return max(general, target)
-
-
-def _flights(stage: Stage, classes: int, each: int, local: int) -> float:
-    """Of so many local buffers, one after the other. A range (`route.py`, steps) is received, E;
-    where classes have several ranks it is first put in the order of its shards, E, and every class'
-    sum received. When a range lands, that sum is sent on, and received.
+    """Copies of ranges that are travelling, of the role that needs more. In the backward one is
+    landing while the next one flies (`exchange.py`).
 
     That a tied embedding travels by itself without the distributed optimizer (`units.py`) is left
     out: a smaller range.
     """
-    overlap, out = stage.layout.overlap, []
-    for buffer, numel in stage.ready * local:
-        ranks = len(buffer.group)
-        sums = classes / ranks if 1 < classes < ranks else 0.0
-        copies = 0.0 if ranks == 1 else 1 / ranks if classes == 1 else 1 + sums
-        pieces = 1 if overlap or numel <= _CHUNK else 2  # a piece is not contiguous
-        travels = pieces * (numel if overlap else min(numel, _CHUNK)) * each
-        out.append((copies * travels, sums * travels))
-    behind = [flying if overlap else 0.0 for flying, _ in out[1:]] + [0.0]
-    held = [sum(first) + second for first, second in zip(out, behind, strict=False)]
-    return max(held, default=0.0)
+    counts, layout = rows.of(stage.layout), stage.layout
+    each = layout.gradient_bytes
+    general = [(counts.groups, each)] + [(counts.groups, rows.slot_bytes)] * (rows.slots - 1)
+    target = [(counts.halves, each)] * counts.targets
+    most = 0.0
+    for role in (target, general):
+        flights = [
+            tuple(size * elements for elements in _flight(stage, numel, len(b.group), classes))
+            for classes, size in role
+            for b, numel in stage.ready
+        ]
+        most = max([most, *(landing for _, landing in flights)])
+        if layout.overlap:
+            most = max([most, *(one[1] + other[0] for one, other in pairwise(flights))])
+    return most
+
+
+def _flight(stage: Stage, numel: int, ranks: int, classes: int) -> tuple[float, float]:
+    """Elements beside a buffer of a range that has been launched, and that lands (`route.py`).
+
+    Between D classes the range itself is sent, and D slices are received; a piece of it is copied,
+    as it is not contiguous. Where classes have several ranks, a copy in the order of their shards
+    is sent inside a class and R sums are received, E R/D; then these are sent and received.
+    """
+    if ranks == 1:
+        return 0.0, 0.0
+    first, *more = pieces(stage, numel, ranks)
+    sums = first * classes / ranks
+    copied = first if more or 1 < classes < ranks else 0
+    between = 2 * sums if 1 < classes < ranks else 0.0
+    return copied + sums, max(copied + sums, between)

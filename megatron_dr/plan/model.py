@@ -17,7 +17,6 @@ class Model:
         biases: of all linear layers; qkv_bias: of query, key and value alone.
         norm_bias: LayerNorm in place of RMSNorm.
         experts, expert_ffn, active: of an MoE layer, and how many of them a token visits.
-        shared_ffn: of the experts that every token visits.
         multiple: the vocabulary is padded to a multiple of it times the tensor ranks.
     """
 
@@ -37,7 +36,6 @@ class Model:
     experts: int = 0
     expert_ffn: int = 0
     active: int = 0
-    shared_ffn: int = 0
     multiple: int = 128
 
     @property
@@ -70,8 +68,8 @@ def parameters(model: Model, layout: Layout, stage: int) -> list[list[Parameter]
     """Of each model chunk of a stage (`core/models/gpt/gpt_model.py`)."""
     embedding = model.padded(layout.tp) // layout.tp * model.hidden
     partial: Literal["", "embedding"] = "embedding" if model.tied and layout.pp > 1 else ""
-    chunks = []
-    for number, layers in enumerate(layout.chunks(model.layers)[stage]):
+    layers, chunks = layout.layers_of_a_chunk(model.layers), []
+    for number in range(layout.vpp):
         first = stage == 0 and number == 0
         last = stage == layout.pp - 1 and number == layout.vpp - 1
         held = [p for _ in range(layers) for p in _layer(model, layout)]
@@ -98,7 +96,7 @@ def _layer(model: Model, layout: Layout) -> list[Parameter]:
     for _ in range(2 if model.qk_norm else 0):  # summed over tensor ranks in any case
         out += [Parameter(head, "tensor")] * (2 if model.norm_bias else 1)
     out += _norm(model, layout, h)
-    return out + (_experts(model, layout) if model.experts else _mlp(model, layout, model.ffn))
+    return out + (_experts if model.experts else _mlp)(model, layout)
 
 
 def _norm(model: Model, layout: Layout, size: int) -> list[Parameter]:
@@ -120,13 +118,13 @@ def _linear(
     return out
 
 
-def _mlp(model: Model, layout: Layout, ffn: int) -> list[Parameter]:
-    up = _linear(model, layout, model.hidden, ffn * (2 if model.gated else 1), columns=True)
-    return up + _linear(model, layout, ffn, model.hidden, columns=False)
+def _mlp(model: Model, layout: Layout) -> list[Parameter]:
+    up = _linear(model, layout, model.hidden, model.ffn * (2 if model.gated else 1), columns=True)
+    return up + _linear(model, layout, model.ffn, model.hidden, columns=False)
 
 
 def _experts(model: Model, layout: Layout) -> list[Parameter]:
-    """The router, this rank's experts, those that all tokens visit (`core/transformer/moe/`).
+    """The router and this rank's experts (`core/transformer/moe/`).
 
     Tokens are taken to be dealt out evenly.
     """
@@ -136,4 +134,4 @@ def _experts(model: Model, layout: Layout) -> list[Parameter]:
         for numel in (model.expert_ffn * model.hidden * (2 if model.gated else 1),
                       model.expert_ffn * model.hidden):  # fmt: skip
             out.append(Parameter(numel // layout.etp, "", layout.own_expert_group, share))
-    return out + (_mlp(model, layout, model.shared_ffn) if model.shared_ffn else [])
+    return out

@@ -53,7 +53,7 @@ class Rows:
         rows = (groups - target_groups) * self.slots
         sums = groups * self.slots + (0 if target_groups else 2 if self.halves else 1)
         vectors = rows + (2 if self.halves else 1)
-        return Counts(groups, rows, vectors, sums, targets, by_group)
+        return Counts(groups, rows, vectors, sums, targets, 2 if by_group else 1)
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Counts:
     Attributes:
         groups: G, row groups of data ranks.
         rows, vectors, sums: M, R and P of `row_map.py`.
-        targets: buffers of a rank that hold the target alone.
-        halved_by_group: the target's halves are those of neighbouring groups.
+        targets: times that a rank's buffer holds the target alone.
+        halves: that it is then summed into: 2 where they are those of neighbouring groups.
     """
 
     groups: int
@@ -72,7 +72,7 @@ class Counts:
     vectors: int
     sums: int
     targets: int
-    halved_by_group: bool
+    halves: int
 
 
 def ranks_that_belong_together(layout: Layout) -> int:
@@ -81,16 +81,29 @@ def ranks_that_belong_together(layout: Layout) -> int:
 
 
 def ranks_near_a_node(layout: Layout, node: int) -> int:
-    """What --dr-row-ranks is by default (`megatron_dr/mcore/buffer_rows/row_groups.py`,
-    near_a_node).
+    """What --dr-row-ranks is by default.
 
     Args:
         node: GPUs of a node.
     """
-    least, ranks = ranks_that_belong_together(layout), layout.data
     of_a_node = sum(rank // node == 0 for rank in layout.data_group(0))
+    return near_a_node(layout.data, ranks_that_belong_together(layout), of_a_node)
+
+
+def near_a_node(ranks: int, least: int, node: int) -> int:
+    """How many ranks make a row: as near to a node's as leaves 8 to 128 rows.
+
+    Each byte then crosses between nodes once for a node, not once for each of its ranks. Where
+    there are fewer than 8 rows anyway, rows are as small as they can be.
+
+    Args:
+        ranks: that hold the same piece of the model.
+        least: of a row.
+        node: of them, in a node.
+    """
     sizes = [size for size in range(least, ranks + 1, least) if ranks % size == 0]
     good = [size for size in sizes if _FEW <= ranks // size <= _MANY]
     if not good:
-        return max((size for size in sizes if ranks // size > _MANY), default=least)
-    return min(good, key=lambda size: abs(size - of_a_node))
+        above = [size for size in sizes if ranks // size > _MANY]
+        return max(above, default=least)
+    return min(good, key=lambda size: abs(size - node))

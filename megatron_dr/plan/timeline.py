@@ -4,19 +4,22 @@
     A level of links carries one collective at a time; a collective that uses both holds both.
     What is not done when the last backward of the first stage ends is exposed; a stage s ends its
     own s backwards earlier (1F1B), of a chunk each with vpp.
-    The target's buckets must be done when the first general backward begins, a forward later.
-    With the plugin at most two buckets travel at a time: the backward waits for them.
-    Then: the grams' all-reduce, the solve, the weighted sum of what lies in memory.
+    The target must have left a chunk's buffers when the chunk's first general backward begins, a
+    forward after its last target backward. Who waits there makes the stages before it wait too.
+    After the general backward: the grams' all-reduce, the solve, the weighted sum of what lies in
+    memory.
 
 Left out, being the same in both: the optimizer, its all-gather of parameters, activations'
-collectives. The kernels of the side stream are taken to cost the backward nothing.
+collectives; and the target's own forwards and backwards, which are computation. What the side
+stream does is taken to cost the backward nothing.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
-from megatron_dr.plan import wire
-from megatron_dr.plan.buffers import Stage, stages
+from megatron_dr.plan import memory, wire
+from megatron_dr.plan.buffers import Buffer, Stage, stages
 from megatron_dr.plan.hardware import Hardware
 from megatron_dr.plan.layout import Layout
 from megatron_dr.plan.model import Model, parameters
@@ -24,7 +27,6 @@ from megatron_dr.plan.rows import Rows
 from megatron_dr.plan.wire import Send
 
 _FLYING = 2  # `exchange.py`
-Events = list[tuple[float, list[Send]]]  # when it is ready, and one after the other
 
 
 @dataclass(frozen=True)
@@ -48,86 +50,166 @@ def exposed(
 ) -> dict[str, float]:
     """By part, on the stage that is done last; plain Megatron where there are no rows."""
     each = [_of_stage(stage, hardware, batch, rows) for stage in stages(model, layout)]
-    return max(each, key=lambda parts: sum(parts.values()))
+    last = max(each, key=lambda parts: sum(parts.values()))
+    if rows is None or not rows.exact:
+        return last
+    return last | {"target": _target(model, layout, hardware, batch, rows)}
 
 
 def _of_stage(
     stage: Stage, hardware: Hardware, batch: Batch, rows: Rows | None
 ) -> dict[str, float]:
-    layout, order = stage.layout, stage.ready
+    layout = stage.layout
+    if rows is not None and not rows.exact:
+        return _sketched(stage, hardware, rows)
     last = backward(stage, hardware, batch)
     end = last * (1 + stage.number / layout.vpp)
-    stock = [[wire.reduction(layout, b, n)] for b, n in order]
     if rows is None:
-        done = _done(_events(stock, last, layout.overlap), hardware, last)
+        done = _plain(stage, hardware, last)
         return {"gradients": max(0.0, done - end)}
-    if not rows.exact:
-        return _sketched(stage, hardware, rows, stock)
-    events: Events = []
-    for slot in range(rows.slots):
-        before = (rows.slots - 1 - slot) * batch.microbatches / rows.slots * 1.5 * last
-        sends = [wire.general(layout, rows, b, n, slot) for b, n in order]
-        events += [(at - before, each) for at, each in _events(sends, last, layout.overlap)]
-    targets = [wire.target(layout, rows, b, n) for b, n in order]
-    handed = _done(_events(targets, last, layout.overlap), hardware, last)
-    done = _done(sorted(events, key=lambda event: event[0]), hardware, last, _FLYING)
-    return {
-        "gradients": max(0.0, done - end),
-        "target": max(0.0, handed - last * (1.5 if layout.overlap else 1.0)),
-        **_after(stage, hardware, rows),
-    }
+    done = _general(stage, hardware, rows, last, 1.5 * last * batch.microbatches / rows.slots)
+    return {"gradients": max(0.0, done - end), **_after(stage, hardware, rows)}
 
 
-def _events(sends: list[list[Send]], last: float, overlap: bool) -> Events:
-    number = len(sends)
-    return [(last * (k + 1) / number if overlap else last, each) for k, each in enumerate(sends)]
+def _plain(stage: Stage, hardware: Hardware, last: float) -> float:
+    """When the last reduction is done."""
+    links = _Links(hardware)
+    found = [
+        links.carry(wire.reduction(stage.layout, buffer, numel), ready)
+        for ready, buffer, numel in _ready(stage, last)
+    ]
+    return max([last, *found])
 
 
-def _done(events: Events, hardware: Hardware, last: float, most: int = 0) -> float:
-    """When backward and collectives are over; at most so many events travel at a time."""
-    ends: list[float] = []
-    free, late = [-math.inf, -math.inf], 0.0
-    for ready, sends in events:
-        now = ready + late
-        if most and len(ends) >= most and ends[-most] > now:
-            late, now = late + ends[-most] - now, ends[-most]
-        for send in sends:
-            busy = hardware.seconds(send)
-            start = max([now, *(free[level] for level in (0, 1) if busy[level])])
-            for level in (0, 1):
-                if busy[level]:
-                    free[level] = start + busy[level]
-            now = start + max(busy)
-        ends.append(now)
-    return max([last + late, *ends])
+def _general(stage: Stage, hardware: Hardware, rows: Rows, last: float, slot: float) -> float:
+    """When every slot's rows have travelled and been multiplied.
+
+    Args:
+        slot: seconds of the microbatches of one.
+    """
+    layout, exchange = stage.layout, _Exchange(hardware, stage.layout.overlap)
+    for number in range(rows.slots):
+        before = (rows.slots - 1 - number) * slot if layout.overlap else 0.0
+        for ready, buffer, numel in _ready(stage, last):
+            sends = [
+                send
+                for piece in memory.pieces(stage, numel, len(buffer.group))
+                for send in wire.general(layout, rows, buffer, piece, number)
+            ]
+            put = 2 * rows.of(layout).groups * numel / len(buffer.group) * layout.gradient_bytes
+            work = put / hardware.memory_bandwidth
+            if number == rows.slots - 1:
+                work += _products(stage, hardware, rows, numel / len(buffer.group))
+            exchange.launch(ready - before, sends, work)
+    return exchange.finish(last)
+
+
+def _target(model: Model, layout: Layout, hardware: Hardware, batch: Batch, rows: Rows) -> float:
+    """Seconds by which the target delays the general backwards: one after another, stages from
+    the last to the first."""
+    lost = 0.0
+    for chunk in reversed(range(layout.vpp)):
+        for stage in reversed(stages(model, layout)):
+            last = backward(stage, hardware, batch) / layout.vpp
+            begin = last * 1.5 + lost
+            exchange = _Exchange(hardware, layout.overlap)
+            for ready, buffer, numel in _ready(stage, last, chunk):
+                sends = [
+                    send
+                    for piece in memory.pieces(stage, numel, len(buffer.group))
+                    for send in wire.target(layout, rows, buffer, piece)
+                ]
+                exchange.launch(ready if layout.overlap else begin, sends, 0.0)
+            lost += max(0.0, exchange.finish(begin) - begin)
+    return lost
+
+
+def _ready(stage: Stage, last: float, chunk: int | None = None) -> list[tuple[float, Buffer, int]]:
+    """Buckets of a stage, or of one of its chunks, and when: in a backward of so many seconds."""
+    order = [(b, numel) for b, numel in stage.ready if chunk in (None, b.chunk)]
+    each = last / max(1, len(order))
+    overlap = stage.layout.overlap
+    return [((k + 1) * each if overlap else last, b, n) for k, (b, n) in enumerate(order)]
+
+
+class _Links:
+    """Inside a node, and between nodes."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.hardware, self.free = hardware, [-math.inf, -math.inf]
+
+    def carry(self, send: Send, ready: float) -> float:
+        """When a collective is done."""
+        busy = self.hardware.seconds(send)
+        used = [level for level in (0, 1) if busy[level]]
+        start = max([ready, *(self.free[level] for level in used)])
+        for level in used:
+            self.free[level] = start + busy[level]
+        return start + max(busy)
+
+
+class _Exchange:
+    """The side stream of `exchange.py`: a bucket's first collective leaves when it is ready, what
+    comes after it (further pieces, the all-to-all between rows of ranks) when it lands: before the
+    next but one is launched, and at the end."""
+
+    def __init__(self, hardware: Hardware, overlap: bool) -> None:
+        self.links, self.most, self.free = _Links(hardware), _FLYING if overlap else 1, -math.inf
+        self.flying: deque[tuple[float, list[Send], float]] = deque()
+
+    def launch(self, ready: float, sends: list[Send], work: float) -> None:
+        """Args:
+        work: seconds of the stream, once a bucket is here.
+        """
+        if not sends:
+            return
+        while len(self.flying) >= self.most:
+            self._land(ready)
+        first, *rest = sends
+        self.flying.append((self.links.carry(first, max(ready, self.free)), rest, work))
+
+    def finish(self, now: float) -> float:
+        """When all is here."""
+        while self.flying:
+            self._land(now)
+        return max(now, self.free)
+
+    def _land(self, now: float) -> None:
+        done, rest, work = self.flying.popleft()
+        self.free = max(self.free, now, done)
+        for send in rest:
+            self.free = self.links.carry(send, self.free)
+        self.free += work
+
+
+def _products(stage: Stage, hardware: Hardware, rows: Rows, columns: float) -> float:
+    """Of every vector over some columns of a shard (`exact_gram.py`, _multiply): a matrix of them
+    is zeroed, filled and multiplied."""
+    sums = rows.of(stage.layout).sums
+    moved = sums * columns * (3 * 4 + stage.layout.gradient_bytes)
+    return moved / hardware.memory_bandwidth + 2 * sums**2 * columns / hardware.fp32
 
 
 def _after(stage: Stage, hardware: Hardware, rows: Rows) -> dict[str, float]:
-    """What an exact gram does when the last bucket is there (`exact_gram.py`)."""
+    """What an exact gram does when every bucket is there (`exact_gram.py`)."""
     layout, counts = stage.layout, rows.of(stage.layout)
-    shard = sum(b.shard for b in stage.buffers)
-    buffer, bucket = stage.ready[-1]
-    left = bucket / len(buffer.group) if layout.overlap else shard
-    products = counts.sums * left * layout.gradient_bytes / hardware.memory_bandwidth
-    products += 2 * counts.sums**2 * left / hardware.doubles
-    moved = (rows.slots * counts.groups + 1) * shard * layout.gradient_bytes  # every row's slice
+    shard = sum(b.shard for b in stage.buffers) * layout.gradient_bytes
+    moved = (rows.slots * counts.groups + counts.targets * counts.halves + 1) * shard
     return {
-        "grams": products + hardware.alone(wire.grams(stage, rows)),
+        "grams": hardware.alone(wire.grams(stage, rows)),
         "solve": hardware.solve,
-        "sum": moved / hardware.memory_bandwidth,
-        "gather": hardware.alone(wire.gathered(stage)),
+        "sum": moved / hardware.memory_bandwidth + hardware.alone(wire.gathered(stage)),
     }
 
 
-def _sketched(
-    stage: Stage, hardware: Hardware, rows: Rows, stock: list[list[Send]]
-) -> dict[str, float]:
+def _sketched(stage: Stage, hardware: Hardware, rows: Rows) -> dict[str, float]:
     """Nothing travels before the backward is over (`sketched_gram.py`)."""
     local = rows.slots + rows.of(stage.layout).targets
     numel = sum(b.numel for b in stage.buffers)
     read = local * numel * stage.layout.gradient_bytes / hardware.memory_bandwidth
+    stock = [wire.reduction(stage.layout, b, n) for b, n in stage.ready]
     return {
-        "gradients": sum(hardware.alone(each) for each in stock),
+        "gradients": hardware.alone(stock),
         "grams": read + hardware.alone(wire.grams(stage, rows)),
         "solve": hardware.solve,
         "sum": read,

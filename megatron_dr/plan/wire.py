@@ -113,9 +113,8 @@ def general(layout: Layout, rows: Rows, buffer: Buffer, numel: int, slot: int) -
 def target(layout: Layout, rows: Rows, buffer: Buffer, numel: int) -> list[Send]:
     """A bucket of the target's: summed, or its halves."""
     counts, place = rows.of(layout), rows.place(layout)
-    halves = 2 if counts.halved_by_group else 1
     payload = numel * layout.gradient_bytes
-    one = _route("target", payload, buffer.group, lambda rank: place(rank) % halves)
+    one = _route("target", payload, buffer.group, lambda rank: place(rank) % counts.halves)
     return one * counts.targets
 
 
@@ -153,7 +152,7 @@ def grams(stage: Stage, rows: Rows) -> list[Send]:
             Send("grams", "reduce", products * (counts.vectors + 2), model),
         ]
     partial = [
-        Send("grams", "reduce", 4 * counts.sums * buffer.partial(kind) / len(buffer.group), group)
+        Send("grams", "reduce", 4 * counts.sums * buffer.joined(kind) / len(buffer.group), group)
         for buffer in stage.buffers
         for kind, group in _partial_groups(stage)
         if buffer.partial(kind)

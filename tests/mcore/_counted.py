@@ -2,8 +2,10 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -95,16 +97,16 @@ class Recorder(TorchDispatchMode):
 
     def _tracked(self, stock: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
         def tracked(*args: Any) -> Iterator[Any]:
-            steps, last = stock(*args), object()
+            steps = stock(*args)
             while True:
                 self.travelling = True
                 try:
-                    value = next(steps, last)
+                    handle = [next(steps)]
+                except StopIteration:
+                    return
                 finally:
                     self.travelling = False
-                if value is last:
-                    return
-                yield value
+                yield handle.pop()  # it holds what travels: not kept here
 
         return tracked
 
@@ -138,7 +140,6 @@ def count(recorder: Recorder, layout: _data.Layout, dr: DRConfig | None) -> Coun
         optimizer.step = stepped
         return handle
 
-    recorder.sends, recorder.held, recorder.most = [], 0, 0
     model, optimizer, _, _ = _megatron.train(layout, 2, None, plugin)
     found = _kept(model, optimizer)
     if dr is not None:
@@ -147,7 +148,6 @@ def count(recorder: Recorder, layout: _data.Layout, dr: DRConfig | None) -> Coun
         slots = sum(size for row, size in extra.items() if row < rows.row_map.slots)
         found |= {"slots": slots, "target": sum(extra.values()) - slots + recorder.most}
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    parallel_state.destroy_model_parallel()
     return Counted(stage, recorder.sends[marks[0] : marks[1]], found)
 
 
@@ -231,22 +231,43 @@ def compare(ranks: list[tuple[Counted, Counted]], layout: _data.Layout, dr: DRCo
 
 
 # -- of several layouts --------------------------------------------------------------------------
-Case = tuple[_data.Layout, DRConfig]
+@dataclass(frozen=True)
+class Case:
+    """Attributes:
+    piece: elements that travel at a time; 0: as they are in a large model.
+    """
+
+    layout: _data.Layout
+    dr: DRConfig
+    piece: int = 0
 
 
-def measured(cases: dict[str, Case]) -> dict[str, Figures]:
-    """By case; one launch for each number of ranks."""
-    out = {}
-    for world in sorted({layout.world for layout, _ in cases.values()}):
-        some = {name: case for name, case in cases.items() if case[0].world == world}
-        ranks = run_ranks(world, _all, list(some.values()), timeout=600)
-        for number, (name, case) in enumerate(some.items()):
-            out[name] = compare([rank[number] for rank in ranks], *case)
-    return out
+def measured(cases: dict[str, Case]) -> Iterator[tuple[str, Figures]]:
+    """By case. Each run has processes of its own: gloo keeps threads for every group."""
+    for name, case in cases.items():
+        plain, ours = (
+            run_ranks(case.layout.world, _run, case, dr, timeout=300) for dr in (None, case.dr)
+        )
+        with _in_pieces(case.piece):
+            yield name, compare(list(zip(plain, ours, strict=True)), case.layout, case.dr)
 
 
-def _all(cases: list[Case]) -> list[tuple[Counted, Counted]]:
-    """On a rank: plain Megatron, and the plugin."""
+def _run(case: Case, dr: DRConfig | None) -> Counted:
+    """On a rank."""
     recorder = Recorder()
     recorder.watch()
-    return [(count(recorder, layout, None), count(recorder, layout, dr)) for layout, dr in cases]
+    with _in_pieces(case.piece):
+        return count(recorder, case.layout, dr)
+
+
+@contextmanager
+def _in_pieces(size: int) -> Iterator[None]:
+    """Small models in pieces, as large ones travel: in runs and in the plan."""
+    if not size:
+        yield
+        return
+    with (
+        mock.patch.multiple(exchange, _CHUNK=size, _BUCKET=size),
+        mock.patch.multiple(memory, CHUNK=size, BUCKET=size),
+    ):
+        yield
