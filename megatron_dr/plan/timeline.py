@@ -149,9 +149,9 @@ class _Links:
 
 
 class _Exchange:
-    """The side stream of `exchange.py`: a bucket's first collective leaves when it is ready, what
-    comes after it (further pieces, the all-to-all between rows of ranks) when it lands: before the
-    next but one is launched, and at the end."""
+    """The side stream of `exchange.py`: a bucket's collective leaves when it is ready, and what has
+    come is put in place and multiplied before the next but one leaves, or at the end. A bucket of
+    several collectives (pieces, the hops of rows of ranks) keeps the stream until it is there."""
 
     def __init__(self, hardware: Hardware, overlap: bool) -> None:
         self.links, self.most, self.free = _Links(hardware), _FLYING if overlap else 1, -math.inf
@@ -167,6 +167,8 @@ class _Exchange:
             self._land(ready)
         first, *rest = sends
         self.flying.append((self.links.carry(first, max(ready, self.free)), rest, work))
+        while rest and self.flying:
+            self._land(ready)
 
     def finish(self, now: float) -> float:
         """When all is here."""

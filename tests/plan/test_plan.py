@@ -89,20 +89,17 @@ def test_with_a_short_backward_the_links_are_always_busy() -> None:
         assert found["gradients"] == pytest.approx(4 * buffer.numel / 2 / 1e6, rel=0.01)
 
 
-def test_further_pieces_leave_when_the_backward_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target's first piece travels in the next forward. The others don't, and hold up the
-    stages before, too."""
+def test_the_target_has_a_forward_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces or not. The stages before wait with the last one, and theirs has left then."""
     layout = Layout(dp=2, pp=2)
+    first, last = (4 * s.buffers[0].buckets[-1] / 2 / 1e6 for s in stages(SMALL, layout))
+    assert timeline.exposed(SMALL, layout, SLOW, LONG, Rows())["target"] == 0.0
+    at_once = timeline.exposed(SMALL, layout, SLOW, SHORT, Rows())
+    assert at_once["target"] == pytest.approx(max(first, last), rel=1e-3)
     monkeypatch.setattr(memory, "BUCKET", 10_000)
-    both = stages(SMALL, layout)
-    left = [
-        4 * sum(memory.pieces(stage, stage.buffers[0].buckets[-1], 2)[1:]) / 2 / 1e6
-        for stage in both
-    ]
-    ours = timeline.exposed(SMALL, layout, SLOW, LONG, Rows())
-    assert ours["target"] == pytest.approx(sum(left), rel=1e-3)
-    last = 4 * both[0].buffers[0].buckets[-1] / 2 / 1e6  # the other stage is done before
-    assert ours["gradients"] == pytest.approx(last, rel=1e-3)
+    assert timeline.exposed(SMALL, layout, SLOW, LONG, Rows())["target"] == 0.0
+    in_pieces = timeline.exposed(SMALL, layout, SLOW, SHORT, Rows())
+    assert in_pieces["target"] == pytest.approx(at_once["target"])
 
 
 def test_what_cannot_be_is_refused() -> None:
