@@ -158,9 +158,7 @@ class _Exchange:
         self.flying: deque[tuple[float, list[Send], float]] = deque()
 
     def launch(self, ready: float, sends: list[Send], work: float) -> None:
-        """Args:
-        work: seconds of the stream, once a bucket is here.
-        """
+        """A bucket is ready; once it is here, it is `work` seconds of the stream."""
         if not sends:
             return
         while len(self.flying) >= self.most:

@@ -16,9 +16,6 @@ CASES: dict[str, Case] = {
         Layout(dp=2, overlap=True, **BF16), DRConfig(rows="rank", gram="exact"), piece=1000),
     "pp2, tied, sketches": Case(
         Layout(pp=2, tied=True), DRConfig(slots=2, gram="sketch", sketch_size=64)),
-    "dp4, rows of 2, overlap": Case(
-        Layout(dp=4, overlap=True, row_ranks=2, **BF16),
-        DRConfig(rows="rank", gram="exact", row_ranks=2)),
 }  # fmt: skip
 
 
