@@ -77,7 +77,7 @@ def _in_flight(stage: Stage, rows: Rows) -> float:
     most = 0.0
     for role in (target, general):
         flights = [
-            tuple(size * elements for elements in _flight(stage, numel, len(b.group), classes))
+            tuple(size * n for n in _flight(stage, numel, len(b.group), classes, role is target))
             for classes, size in role
             for b, numel in stage.ready
         ]
@@ -87,12 +87,15 @@ def _in_flight(stage: Stage, rows: Rows) -> float:
     return most
 
 
-def _flight(stage: Stage, numel: int, ranks: int, classes: int) -> tuple[float, float]:
+def _flight(
+    stage: Stage, numel: int, ranks: int, classes: int, target: bool
+) -> tuple[float, float]:
     """Elements beside a buffer of a range that has been launched, and that lands (`route.py`).
 
     Between D classes the range itself is sent, and D slices are received; a piece of it is copied,
     as it is not contiguous. Where classes have several ranks, a copy in the order of their shards
-    is sent inside a class and R sums are received, E R/D; then these are sent and received.
+    is sent inside a class and R sums are received, E R/D; then these are sent and received. What
+    comes of the target at once is its shard, which is not counted here.
     """
     if ranks == 1:
         return 0.0, 0.0
@@ -100,4 +103,5 @@ def _flight(stage: Stage, numel: int, ranks: int, classes: int) -> tuple[float, 
     sums = first * classes / ranks
     copied = first if more or 1 < classes < ranks else 0
     between = 2 * sums if 1 < classes < ranks else 0.0
-    return copied + sums, max(copied + sums, between)
+    shard = sums if target and not more else 0.0
+    return copied + sums - shard, max(copied + sums, between) - shard
