@@ -90,3 +90,9 @@ def test_the_api_page_is_what_the_docstrings_say() -> None:
     """`make docs` writes it anew."""
     page = runpy.run_path(str(DOCS / "api.py"))["page"]()
     assert page == (DOCS / "api.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_scale_are_what_the_plan_says() -> None:
+    """`python docs/scale.py` writes them anew."""
+    made = runpy.run_path(str(DOCS / "scale.py"))["tables"]()
+    assert made in (DOCS / "scale.md").read_text(encoding="utf-8")

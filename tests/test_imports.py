@@ -84,6 +84,13 @@ def test_optim_imports_torch_and_projection_alone(path: Path) -> None:
         assert ours or top == "torch" or top in sys.stdlib_module_names, imports
 
 
+@pytest.mark.parametrize("path", files("plan"), ids=name)
+def test_plan_imports_the_standard_library_and_itself_alone(path: Path) -> None:
+    for imports in imported(path):
+        ours = within(imports, "megatron_dr.plan")
+        assert ours or imports.split(".")[0] in sys.stdlib_module_names, imports
+
+
 # Rooms of mcore, from the ground up: each imports from the ones before it, and from itself.
 ROOMS = (
     "", "cpu", "step", "seams", "buffer_rows", "layer_rows", "attach", "model", "convert", "data",

@@ -202,6 +202,12 @@ def test_an_exception_leaves_megatron_as_it_was() -> None:
             assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_an_exception_on_one_rank_leaves_megatron_as_it_was() -> None:
+    """Nothing travels there."""
+    layout = Layout(overlap=True)
+    run_ranks(1, interrupted, layout, lambda n: n == layout.num_target + 1)
+
+
 def combined(layout: Layout, dr: DRConfig | None, initial: Any) -> Any:
     """What one step leaves in main_grad."""
     model, _, config, _ = _megatron.train(

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_dr.mcore.buffer_rows.row_choice import choose
-from megatron_dr.mcore.buffer_rows.row_groups import near_a_node
+from megatron_dr.plan.rows import near_a_node
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,10 @@ class Exchange:
             yield
             done = True
         finally:
-            for travel in self._flying:
+            for handle in (t.handle for t in self._flying if t.handle is not None):
                 with suppress(RuntimeError):  # a peer is gone: what ended the step says more
-                    travel.handle.wait()
+                    handle.wait()
+            self._join()
             self._flying.clear()
             self._begun.clear()
             self._now.clear()
@@ -159,14 +160,18 @@ class Exchange:
                 steps = _steps(unit, row, self.overlapped)
                 handle = next(steps, None)
             self._flying.append(_Travel(chunk, unit, row, steps, handle))
+            if self._stream is not None and _collectives(unit, row, self.overlapped) > 1:
+                # on a stream nothing waits here: pieces and hops follow each other by themselves
+                while self._flying:
+                    self._land(self._flying.popleft())
 
     @meter.part("exchange")
     def _land(self, travel: _Travel) -> None:
         with self._aside():
-            handle = travel.handle
-            while handle is not None:
-                handle.wait()
-                handle = next(travel.steps, None)
+            while travel.handle is not None:
+                travel.handle.wait()
+                travel.handle = None  # it keeps what has travelled
+                travel.handle = next(travel.steps, None)
             if len(travel.unit.held) == len(self._rows):
                 self._arrived(travel.unit)
 
@@ -185,6 +190,18 @@ class Exchange:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
+def _width(unit: Unit, overlapped: bool) -> int:
+    """Columns that travel at a time."""
+    return max(1, (_BUCKET if overlapped else _CHUNK) // unit.ranks)
+
+
+def _collectives(unit: Unit, row: int, overlapped: bool) -> int:
+    """That bring a unit's local buffer, one after another."""
+    route = unit.route(row)
+    hops = (route.inner is not None) + (route.across is not None)
+    return hops * -(-unit.columns // _width(unit, overlapped))
+
+
 def _steps(unit: Unit, row: int, overlapped: bool) -> Steps:
     """A unit's local buffer travels: yields handles; at the end, `unit.held[row]` is there."""
     route, whole, is_target = unit.route(row), unit.whole(row), row >= unit.buffers.row_map.slots
@@ -193,7 +210,7 @@ def _steps(unit: Unit, row: int, overlapped: bool) -> Steps:
         yield collectives.gathering(parts_DN, whole, unit.group)
         unit.held[row] = route.summed(parts_DN)
     else:
-        width = max(1, (_BUCKET if overlapped else _CHUNK) // unit.ranks)
+        width = _width(unit, overlapped)
         whole_at_once, into_RN = width >= unit.columns, whole[: len(route.keys)]
         if is_target and not whole_at_once:  # a shard, in memory of its own
             into_RN = torch.empty_like(into_RN)
@@ -204,6 +221,7 @@ def _steps(unit: Unit, row: int, overlapped: bool) -> Steps:
                 into_RN = sums_RN if unit.ranks > 1 else sums_RN.clone()
             elif is_target or unit.ranks > 1:
                 into_RN[:, columns] = sums_RN
+            del sums_RN  # before the next piece is copied
         unit.held[row] = into_RN
     if is_target:
         whole.zero_()

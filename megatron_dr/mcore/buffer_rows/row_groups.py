@@ -9,8 +9,7 @@ from megatron.core import parallel_state
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
-
-_FEW, _MANY = 8, 128  # rows: fewer are a coarse set, more a gram that costs
+from megatron_dr.plan.rows import near_a_node
 
 
 def row_map_of(dr: DRConfig) -> RowMap:
@@ -59,25 +58,6 @@ def ranks_per_row(dr: DRConfig) -> int:
             f"sequences or exchange tokens) and divide the {ranks} data x context ranks."
         )
     return dr.row_ranks
-
-
-def near_a_node(ranks: int, least: int, node: int) -> int:
-    """How many ranks make a row: as near to a node's as leaves 8 to 128 rows.
-
-    Each byte then crosses between nodes once for a node, not once for each of its ranks. Where
-    there are fewer than 8 rows anyway, rows are as small as they can be.
-
-    Args:
-        ranks: that hold the same piece of the model.
-        least: of a row.
-        node: of them, in a node.
-    """
-    sizes = [size for size in range(least, ranks + 1, least) if ranks % size == 0]
-    good = [size for size in sizes if _FEW <= ranks // size <= _MANY]
-    if not good:
-        above = [size for size in sizes if ranks // size > _MANY]
-        return max(above, default=least)
-    return min(good, key=lambda size: abs(size - node))
 
 
 def _data_ranks_of_a_node() -> int:
