@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
 from megatron_dr.mcore import compat, errors, unpickling
-from megatron_dr.mcore.loop import agreement, changes, parts, record
+from megatron_dr.mcore.loop import agreement, changes, parts, rate, record
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.refuse import refuse
 from megatron_dr.mcore.seams.source import num_target_microbatches
@@ -41,6 +41,7 @@ def _prepare(args: Namespace) -> Configs:
     if configs is not None:
         refuse(compat.WHO, compat.REFUSED, args)
     parts.prepare(args)
+    rate.check(args)
     return configs
 
 
