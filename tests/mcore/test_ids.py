@@ -34,9 +34,9 @@ def write(prefix: Path, token: int, masks: bool = True, kind: type = np.int32) -
     return str(prefix)
 
 
-def record(prefix: Path, tokens: int, **largest: int) -> None:
+def record(prefix: Path, count: int, **largest: int) -> None:
     """A manifest as `megatron-dr prepare` writes it."""
-    found = {name: {"tokens": tokens, "largest_id": id_} for name, id_ in largest.items()}
+    found = {name: {"tokens": count, "largest_id": id_} for name, id_ in largest.items()}
     Path(f"{prefix}.json").write_text(json.dumps({"statistics": found}))
 
 
