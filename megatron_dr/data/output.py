@@ -51,6 +51,7 @@ class Writer:
         self.sources: list[np.ndarray] = []
         self.lengths: dict[str, list[np.ndarray]] = {part: [] for part in self.parts}
         self.with_loss: Counter[str] = Counter()
+        self.largest = dict.fromkeys(self.parts, -1)
         self.answers: Any = None
         self.samples = 0
 
@@ -65,6 +66,7 @@ class Writer:
                 self.datasets[part].add_document(ids[where], [int(lengths[n])])
                 self.datasets[part + "_loss_mask"].add_document(mask[where], [int(lengths[n])])
                 self.with_loss[part] += int(mask[where].sum())
+                self.largest[part] = max(self.largest[part], int(ids[where].max(initial=-1)))
             self.lengths[part].append(lengths[chosen])
         lines = shard.lines[chosen]
         self.sources.append(np.stack([np.full_like(lines, file), lines], 1))
@@ -80,13 +82,14 @@ class Writer:
             self.answers.write(f'{{"id": {number}, {line[1:]}\n')
 
     def statistics(self) -> dict[str, dict[str, int]]:
-        """Per sequence of the form: samples, tokens, tokens with a loss, lengths' quantiles."""
+        """Per sequence of the form: samples, tokens, those with a loss, the largest id, lengths."""
         found = {}
         for part, held in self.lengths.items():
             lengths = np.concatenate(held)
             found[part.removeprefix("_") or "tokens"] = {
                 "samples": len(lengths), "tokens": int(lengths.sum()),
-                "tokens_with_loss": self.with_loss[part], **quantiles(lengths),
+                "tokens_with_loss": self.with_loss[part], "largest_id": self.largest[part],
+                **quantiles(lengths),
             }  # fmt: skip
         return found
 

@@ -25,7 +25,8 @@ class RewardModel:
 
     Its input is the prompt (messages, or a text as a user's turn) and an assistant's turn, the
     completion, by the tokenizer's chat template. Without a template it is prompt and completion as
-    one text, with the special tokens that the tokenizer adds. A text longer than the model's
+    one text, with the special tokens that the tokenizer puts around texts; those that the text has
+    there itself, as one rendered by a template, are not put twice. A text longer than the model's
     context is scored on its last tokens, and counted in a warning. Rows are right-padded and
     masked, so that a score depends neither on the padding nor on the batch, but for rounding.
 
@@ -49,12 +50,14 @@ class RewardModel:
         self._model.to(device)
         self._config = self._model.config.get_text_config()
         self._config.use_cache = False
-        self._tokenizer.truncation_side = "left"
         # the id by which the model itself tells padding; None where it knows none that it embeds
         pad, embedded = self._config.pad_token_id, self._model.get_input_embeddings().num_embeddings
         self._pad = pad if pad is not None and 0 <= pad < embedded else None
         self._context = _context(self._config, self._tokenizer)
+        self._around: tuple[list[int], list[int]] = [], []
         try:
+            if self._tokenizer.chat_template is None:  # which would write special tokens itself
+                self._around = _around(self._tokenizer)
             self._forward([self._text(_TRIAL)])
         except Exception as error:  # templates and models raise what they like
             raise ValueError(
@@ -112,21 +115,18 @@ class RewardModel:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids, at most as many as the model's context."""
-        # a template writes special tokens itself
-        options = {"add_special_tokens": self._tokenizer.chat_template is None, "verbose": False}
-        rows: list[list[int]] = self._tokenizer(texts, **options)["input_ids"]
-        long = [number for number, row in enumerate(rows) if len(row) > self._context]
+        options = {"add_special_tokens": False, "verbose": False}
+        texts_ids: list[list[int]] = self._tokenizer(texts, **options)["input_ids"]
+        before, after = self._around
+        room = self._context - len(before) - len(after)
+        rows = [_bare(ids, before, after) for ids in texts_ids]
+        long = sum(len(row) > room for row in rows)
         if long:
             _log.warning(
                 "reward model %s: %d of %d texts are longer than its %d tokens and are scored on "
-                "their last", self._folder, len(long), len(texts), self._context,
+                "their last", self._folder, long, len(texts), self._context,
             )  # fmt: skip
-            cut = self._tokenizer(
-                [texts[n] for n in long], truncation=True, max_length=self._context, **options
-            )
-            for number, row in zip(long, cut["input_ids"], strict=True):
-                rows[number] = row
-        return rows
+        return [before + row[max(len(row) - room, 0) :] + after for row in rows]
 
     @torch.no_grad()
     def _forward(self, texts: list[str]) -> Tensor:
@@ -164,3 +164,21 @@ def _context(config: Any, tokenizer: Any) -> int:
     longest: int = tokenizer.model_max_length
     positions = getattr(config, "max_position_embeddings", None)
     return min(longest, positions) if positions and positions > 0 else longest
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before a text and after it."""
+    bare, whole = (
+        list(tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"])
+        for special in (False, True)
+    )
+    first = next(n for n in range(len(whole) + 1) if whole[n : n + len(bare)] == bare)
+    return whole[:first], whole[first + len(bare) :]
+
+
+def _bare(ids: list[int], before: list[int], after: list[int]) -> list[int]:
+    """A text's ids without what it has around it as the tokenizer would put it."""
+    start = len(before) if before and ids[: len(before)] == before else 0
+    ids = ids[start:]
+    end = len(ids) - len(after) if after and ids[-len(after) :] == after else len(ids)
+    return ids[:end]

@@ -33,7 +33,8 @@ class Scores:
 
     Attributes:
         rewards: None where the function failed.
-        failures: of the kinds `raised`, `timeout`, `crashed` and `invalid` (not a finite number).
+        failures: of the kinds `raised`, `timeout`, `crashed` and `invalid` (no finite number that
+            float32 holds).
     """
 
     rewards: list[float | None]

@@ -8,9 +8,8 @@ function writes to any descriptor, or reads from its input, is thus neither a re
 
 import fcntl
 import json
-import math
-import numbers
 import os
+import reprlib
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ import time
 from typing import Any
 
 from megatron_dr.config.named import load_function
+from megatron_dr.rl.finite import finite
 from megatron_dr.rl.rewards import Reward
 from megatron_dr.rl.sandbox import Impossible
 
@@ -55,9 +55,11 @@ def _load(name: str) -> tuple[Reward | None, dict[str, Any]]:
 def _evaluate(reward: Reward, prompt: Any, completion: str, answer: Any) -> dict[str, Any]:
     try:
         value: Any = reward(prompt, completion, answer)
-        if isinstance(value, numbers.Real) and math.isfinite(value):
-            return {"reward": float(value)}
-        return {"error": "invalid", "message": f"returned {value!r}, not a finite number"[:_TEXT]}
+        number = finite(value)
+        if number is not None:
+            return {"reward": number}
+        shown = reprlib.repr(value)  # an int of too many digits has no repr
+        return {"error": "invalid", "message": f"returned {shown}, not a finite number"[:_TEXT]}
     except Impossible as error:  # of every sample
         return {"error": "load", "message": str(error)}
     except (Exception, SystemExit) as error:

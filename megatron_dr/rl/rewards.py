@@ -6,6 +6,7 @@ completion could be right.
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +29,11 @@ def numeric(prompt: Any, completion: str, answer: Any) -> float:
     """1 if the completion's last number is the answer, to 1e-6 of it.
 
     Raises:
-        ValueError: the answer is not a number.
+        ValueError: the answer is not a finite number.
     """
     expected = float(str(answer).replace(",", ""))
+    if not math.isfinite(expected):  # any number would be as near as 1e-6 of it
+        raise ValueError(f"the answer {str(answer)[:100]!r} is no finite number.")
     numbers = _NUMBER.findall(completion)
     if not numbers:
         return 0.0

@@ -1,11 +1,13 @@
 """Rollouts: what samples completions for the training loop, whatever engine does it."""
 
 import hashlib
-import math
 import numbers
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from megatron_dr.rl.finite import finite
 
 FinishReason = Literal["stop", "length"]
 
@@ -65,12 +67,15 @@ class Completion:
         for token in self.ids:
             known = isinstance(token, numbers.Integral) and not isinstance(token, bool)
             if not known or not 0 <= token < 2**31:
-                raise ValueError(f"a completion's ids are integers from 0, not {token!r:.100}.")
-        for value in self.log_probs:
-            known = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not known or not -math.inf < value <= 0:
                 raise ValueError(
-                    f"a completion's log-probabilities are finite and at most 0, not {value!r:.90}."
+                    f"a completion's ids are integers from 0, not {reprlib.repr(token)}."
+                )
+        for value in self.log_probs:
+            found = None if isinstance(value, bool) else finite(value)
+            if found is None or found > 0:
+                raise ValueError(
+                    "a completion's log-probabilities are finite and at most 0, not "
+                    f"{reprlib.repr(value)}."
                 )
 
 

@@ -58,6 +58,7 @@ def test_as_files_are_read_in_training(tmp_path: Path, length: int) -> None:
     assert manifest["counts"].get("cut", 0) == direct.num_cut == (length < 50)
     statistics = manifest["statistics"]["tokens"]
     assert statistics["tokens"] == sum(len(ids) for ids, _ in found)
+    assert statistics["largest_id"] == max(max(ids) for ids, _ in found)
     assert statistics["tokens_with_loss"] == sum(sum(mask) for _, mask in found)
 
 

@@ -33,6 +33,8 @@ DIFFERENT = {
     "its file": ("--dr-target-data {tmp}/none.jsonl", "on rank 0 and no such data: {tmp}/none"),
     "a part": ("--dr-lora-rank 4", "--dr-lora-rank is not given on rank 0 and 4 on rank 1"),
     "a refusal": ("--dr-alpha 2", "error: alpha must be in [0, 1], not 2.0. (on rank 1)"),
+    "a flag of no effect": ("--sft", "does not act on --sft ("),
+    "one with another": ("--reset-attention-mask", "drop it. (on rank 1)"),
     "layout": ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size is 1 on rank 0"),
     "general data": ("--train-data-path {other}", "--train-data-path is "),
 }

@@ -1,7 +1,7 @@
 """Auxiliary losses of experts beside losses that bring counts of their own: RL and DPO.
 
 Where the loss's own gradient is 0, what is left is Megatron's mean of the auxiliary losses over
-the microbatches, as a step without a per-token loss has it.
+the microbatches, as a step without a per-token loss has it. Text has Megatron's own factor.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from ._data import Layout
 from ._ranks import run_ranks
 
 LENGTH, ROWS, SIZE, ALPHA = 12, 8, 2, 0.3
+COUNTED = 5  # of a microbatch's SIZE x LENGTH tokens, by `nothing`
 Batch = dict[str, torch.Tensor]
 Found = dict[str, torch.Tensor]
 
@@ -67,7 +68,7 @@ def nothing(data: Iterator[Batch], model: Any) -> Any:
     """The same tokens with a loss of 0, of any count."""
     batch = next(data)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, lambda out: (0 * out.sum(), torch.tensor(5, dtype=torch.int), {})
+    return output, lambda out: (0 * out.sum(), torch.tensor(COUNTED, dtype=torch.int), {})
 
 
 def gradient(layout: Layout, forward: Any, data: Any, dr: DRConfig | None = None) -> Any:
@@ -122,6 +123,10 @@ def steps(layout: Layout, kind: str) -> dict[str, Any]:
             found[f"policy {aggregation} {rows}"] = gradient(per_token, policy, both(), dr)
     for each in (layout, per_token):
         found[f"pairs {each.per_token}"] = gradient(each, preference, [pairs(1)])
+    dr = DRConfig(set="mean", rows="slot", slots=2, alpha=ALPHA)
+    two = [stream(seed, "token") for seed in (1, 2)]
+    found["text"] = gradient(per_token, nothing, [stream(1, "token")])
+    found["text slot"] = gradient(per_token, nothing, two, dr)
     return found
 
 
@@ -134,8 +139,10 @@ def test_only_megatrons_mean_over_microbatches_is_left(world: int, kind: str) ->
     assert router and all(plain[name].norm() > 1e-3 for name in router)
     for name, gradients in found.items():
         mixed = ALPHA if name.endswith(("slot", "sample")) else 0.0
+        # of text Megatron counts the tokens with a loss, and its router multiplies by all
+        factor = SIZE * LENGTH / COUNTED if name.startswith("text") else 1.0
         for parameter, value in gradients.items():
-            wanted = torch.lerp(plain[parameter], target[parameter], mixed)
+            wanted = factor * torch.lerp(plain[parameter], target[parameter], mixed)
             torch.testing.assert_close(
                 value, wanted, rtol=1e-4, atol=1e-6, msg=f"{name}: {parameter}"
             )

@@ -162,6 +162,7 @@ def test_indexed_corpora(tmp_path: Path) -> None:
     second = 1000
     paths = [indexed(tmp_path, 30, "a"), indexed(tmp_path, 30, "b", second)]
     flags = [*ONE, "1", paths[0], "3", paths[1], "--micro-batch-size", "2"]
+    flags += "--tokenizer-type NullTokenizer --vocab-size 2000".split()
     ((_, microbatches, known),) = on_ranks(1, loaded, flags, 1, 12)
     assert Counter(known) == {0: 3, 1: 9}
     of_second = [{t >= second for row in m for t in row} for m in microbatches]

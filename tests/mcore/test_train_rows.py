@@ -170,3 +170,42 @@ def test_sample_rows_log_what_other_rows_do(
         assert -1 <= line["dr cos update"] <= 1 and line["dr bytes"] > 0 and line["dr solve ms"] > 0
     block = "decoder.layers.1.mlp.linear_fc2.weight" if blocks == "matrix" else "model"
     assert re.search(rf"iteration 6 \| {block} \| dr cos general: ", out)
+
+
+@pytest.mark.parametrize("rows", ["--dr-slots 2", "--dr-rows sample"], ids=("slot", "sample"))
+def test_blocks_on_tensorboard(data: dict[str, str], tmp_path: Path, rows: str) -> None:
+    """Every second step, as Megatron's own: what the log shows, and of one block the model's.
+
+    Blocks of layers lie on both stages of a pipeline; the last rank writes all of them.
+    """
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shown = {}
+    for blocks in ("layer", "model"):
+        folder = tmp_path / blocks
+        more = f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 {rows}
+            --dr-blocks {blocks} --dr-log-blocks --pipeline-model-parallel-size 2 --eval-iters 0
+            --tensorboard-dir {folder} --tensorboard-log-interval 2 --dr-metrics {folder}.jsonl"""
+        code, out, error = run(flags(data, more, 4))[1]
+        assert code == 0, error
+        board = events.EventAccumulator(str(folder)).Reload()
+        scalars = {tag: {e.step: e.value for e in board.Scalars(tag)}
+                   for tag in board.Tags()["scalars"]}  # fmt: skip
+        shown[blocks] = {tag: v for tag, v in scalars.items() if tag.count("/") and tag[:2] == "dr"}
+        lines = re.findall(r"^ iteration (\d) \| (\S+) \| (dr .*)$", out, re.M)
+        logged = {
+            (f"{name}/{block}", int(step)): float(value)
+            for step, block, values in lines
+            for name, value in re.findall(r"(dr [a-z ]+): +(\S+)", values)
+        }
+        assert {step for _, step in logged} == {1, 2, 3, 4}
+        assert {tag for tag, _ in logged} == shown[blocks].keys()
+        for tag, values in shown[blocks].items():
+            assert values == {step: pytest.approx(logged[tag, step], abs=6e-4) for step in (2, 4)}
+    of_layers = {tag.partition("/")[2] for tag in shown["layer"]}
+    assert {f"decoder.layers.{n}" for n in range(2)} <= of_layers
+    whole = {m["iteration"]: m for m in metrics.read(tmp_path / "model.jsonl", "train")}
+    for tag, values in shown["model"].items():
+        name, _, block = tag.partition("/")
+        assert block == "model"
+        for step, value in values.items():
+            assert value == pytest.approx(whole[step][name], rel=1e-5)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,10 @@ def reward(prompt: str, completion: str, answer: Any) -> Any:
             assert not sys.stdin.read()
         case "huge":
             return 10**400
+        case "longer":  # than Python shows
+            return Fraction(-(10**5000), 3)
+        case "beyond":  # float32
+            return 1e39
         case "print":
             print('{"reward": 9.0}', flush=True)
             os.system("echo noise")

@@ -209,7 +209,8 @@ def broken(change: Callable[[dict[str, Any]], Any]) -> Answer:
         (broken(lambda c: c.update(token_ids="560")), "ids are integers from 0, not '5'"),
         *((broken(lambda c, bad=bad: c["logprobs"].update(token_logprobs=[-1, bad, -1])),
            "finite and at most 0")
-          for bad in (float("nan"), float("-inf"), float("inf"), 0.5, "-1", None, False)),
+          for bad in (float("nan"), float("-inf"), float("inf"), 0.5, "-1", None, False,
+                      -(10**400), -1e39)),
     ],
 )  # fmt: skip
 def test_answers_against_the_contract_are_refused(

@@ -59,6 +59,22 @@ def test_scores_are_those_of_single_texts(
     assert torch.equal(torch.get_rng_state(), state)  # training's draws stay what they are
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_special_tokens_that_a_text_has_itself_are_not_put_twice(tmp_path: Path, name: str) -> None:
+    """As in prompts that a chat template rendered before, with their end or without it."""
+    model = made.MODELS[name](tmp_path)
+    end = "</s>" if name == "bert" else ""
+    rendered = [Sample(f"<s>{s.prompt}", s.completion + end * (n % 2), None)
+                for n, s in enumerate(SAMPLES)]  # fmt: skip
+    expected = [made.expected(model, ids) for ids in texts(SAMPLES, "<s>", "", end)]
+    assert RewardModel(tmp_path, "cpu").score(rendered).rewards == pytest.approx(expected, abs=1e-5)
+    long = Sample("<s>" + "".join(map(str, range(40))), " is it" + end, None)
+    text = "".join(map(str, range(40))) + " is it"
+    text = "<s>" + text[-(made.CONTEXT - 1 - bool(end)) :] + end
+    found = RewardModel(tmp_path, "cpu").score([long]).rewards
+    assert found == pytest.approx([made.expected(model, made.encode(text))], abs=1e-5)
+
+
 def test_prompts_that_are_messages(tmp_path: Path) -> None:
     model = made.llama(tmp_path / "chat", template=made.TEMPLATE)
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]

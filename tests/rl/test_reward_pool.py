@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections import Counter
 from contextlib import closing
@@ -39,6 +40,18 @@ def test_failures_cost_their_sample_and_are_counted(caplog: pytest.LogCaptureFix
     assert "sample 4: was ended by signal 11" in text
     assert "sample 10: returned nan, not a finite number" in text
     assert "failed on 2 crashed, 4 invalid, 2 raised of 16 samples" in text
+
+
+def test_numbers_that_training_can_not_hold_are_no_rewards(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        scores = score(["huge", "fine", "longer", "beyond", "fine"])
+    assert scores.rewards == [None, 1.0, None, None, 4.0]
+    assert scores.failures == Counter(invalid=3)
+    assert re.search(r"sample 0: returned 1000+\.\.\.0+, not a finite number", caplog.text)
+    assert "sample 2: returned <Fraction instance at" in caplog.text
+    assert "sample 3: returned 1e+39, not a finite number" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["sleep", "loop"])

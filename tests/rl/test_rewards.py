@@ -40,6 +40,9 @@ def test_shipped_rewards(name: str, completion: str, answer: Any, reward: float)
 def test_useless_answers_raise() -> None:
     with pytest.raises(ValueError):
         rewards.numeric("", "7", "seven")
+    for answer in ("nan", "-inf", "1e400", 10**400):
+        with pytest.raises(ValueError, match="is no finite number"):
+            rewards.numeric("", "7", answer)
     with pytest.raises(rewards.re.error):
         rewards.regex("", "7", "(")
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
@@ -19,8 +20,11 @@ from megatron_dr.data import files
 from megatron_dr.data.order import Samples, TargetStream
 from megatron_dr.data.packing import PackedSamples
 from megatron_dr.mcore import errors
+from megatron_dr.mcore.data import ids
 from megatron_dr.mcore.data.blend import blends
+from megatron_dr.mcore.data.ids import Text
 from megatron_dr.mcore.data.samples import SampleDataset, is_file, is_samples, open_samples
+from megatron_dr.mcore.data.vocabulary import largest_id
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -96,7 +100,10 @@ def general_datasets(
         if samples and _has_data(vp_stage, config.packed):
             config.samples = {path: open_samples(path, config) for path in paths}
             check_splits(config, num_samples)
-    kind = MockGPTDataset if args.mock_data else SampleDataset if samples else GPTDataset
+        elif not samples and _has_data(vp_stage, config.packed):
+            for path in paths:
+                _check_text(path, config)
+    kind = MockGPTDataset if args.mock_data else SampleDataset if samples else Text
     builder = BlendedMegatronDatasetBuilder(
         kind, num_samples, lambda: _has_data(vp_stage, config.packed), config
     )
@@ -173,6 +180,11 @@ def _check_path(path: str) -> None:
         )
 
 
+def _check_text(path: str, config: GPTDatasetConfig) -> None:
+    """Refuse running text with ids that the tokenizer lacks."""
+    ids.check(IndexedDataset(path), path, largest_id(config.tokenizer))
+
+
 def _has_data(vp_stage: int | None, packed: bool) -> bool:
     """Whether this rank reads data: the first tensor-parallel rank of an end of the pipeline, and
     with packs of every stage, whose attention needs to know where samples begin."""
@@ -193,11 +205,12 @@ def target_samples(args: argparse.Namespace, path: str) -> Samples:
         samples: Any = open_samples(path, config)
         return PackedSamples(samples, args.seed) if config.packed else samples
     _check_kinds([path], config.packed)
+    _check_text(path, config)
     config = copy.copy(config)
     config.mock, config.blend, config.blend_per_split = False, ([path], None), None
     config.split, config.split_matrix = "1,0,0", [(0.0, 1.0), None, None]
     text: Samples = BlendedMegatronDatasetBuilder(
-        GPTDataset, (None, None, None), lambda: True, config
+        Text, (None, None, None), lambda: True, config
     ).build()[0]
     if len(text) == 0:
         raise ValueError(

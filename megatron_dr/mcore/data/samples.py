@@ -21,6 +21,7 @@ from megatron_dr.data.order import EpochOrder
 from megatron_dr.data.packing import PackedSamples, Padded
 from megatron_dr.data.sample import Part
 from megatron_dr.data.texts import hugging_face
+from megatron_dr.mcore.data import ids, vocabulary
 from megatron_dr.mcore.say import say
 
 MASK = "_loss_mask"
@@ -34,17 +35,19 @@ class PreparedSamples(Padded):
         prefix: the dataset's path without .bin and .idx.
         pad: token that fills a sequence.
         attention_mask: give a causal mask too, as `FileSamples`.
+        most: the vocabulary's largest id; None: not looked at.
 
     Attributes:
         lengths: tokens of each sample, cut ones' after the cut [n].
 
     Raises:
-        ValueError: files that are missing, empty, or don't belong together.
+        ValueError: files that are missing, empty, or don't belong together, or a larger id.
     """
 
     def __init__(
-        self, prefix: str, sequence_length: int, pad: int, attention_mask: bool = False
-    ) -> None:
+        self, prefix: str, sequence_length: int, pad: int, attention_mask: bool = False,
+        most: int | None = None,
+    ) -> None:  # fmt: skip
         for path in (prefix + MASK + ".bin", prefix + ".bin"):
             if not os.path.isfile(path):
                 raise ValueError(f"{path}: no such file, but its .idx is there.")
@@ -67,13 +70,16 @@ class PreparedSamples(Padded):
             )
         if len(self._tokens.document_indices) != len(sizes) + 1:
             raise ValueError(f"{prefix}: a document must be one sequence, the sample.")
+        if most is not None:
+            ids.check(self._tokens, prefix, most)
+            ids.watch(self._tokens, prefix, most)
         self.num_cut = int((sizes > sequence_length + 1).sum())
         self.lengths = np.minimum(sizes, sequence_length + 1)
 
     def part(self, number: int) -> Part:
         length = int(self.lengths[number])
-        ids = self._tokens.get(number, length=length)
-        return Part.of(ids, self._mask.get(number, length=length))
+        tokens = self._tokens.get(number, length=length)
+        return Part.of(tokens, self._mask.get(number, length=length))
 
 
 def is_samples(path: str) -> bool:
@@ -107,13 +113,14 @@ def open_samples(path: str, config: GPTDatasetConfig) -> SampleSet:
         ValueError: a wrong line or file.
     """
     length, mask = config.sequence_length, config.create_attention_mask
+    tokenizer = config.tokenizer
     samples: SampleSet
     if is_file(path):
         note_passed_over(path)
-        tokenizer = config.tokenizer
         samples = FileSamples(path, tokenizer, length, chat_of(tokenizer), attention_mask=mask)
     else:
-        samples = PreparedSamples(path, length, config.tokenizer.eod, attention_mask=mask)
+        most = vocabulary.largest_id(tokenizer)
+        samples = PreparedSamples(path, length, tokenizer.eod, attention_mask=mask, most=most)
     samples.eod_mask = bool(config.eod_mask_loss)
     if samples.num_cut:
         say(

@@ -18,6 +18,7 @@ from megatron_dr.mcore.data.samples import (
     is_file,
     note_passed_over,
 )  # fmt: skip
+from megatron_dr.mcore.data.vocabulary import largest_id
 
 
 class PreparedPairs(Pairs):
@@ -28,10 +29,13 @@ class PreparedPairs(Pairs):
     """
 
     def __init__(
-        self, prefix: str, sequence_length: int, pad: int, attention_mask: bool = False
-    ) -> None:
+        self, prefix: str, sequence_length: int, pad: int, attention_mask: bool = False,
+        most: int | None = None,
+    ) -> None:  # fmt: skip
         whole = 2**30  # pairs are refused, not cut
-        self._sides = [PreparedSamples(prefix + end, whole, pad) for end in FORMS["preference"]]
+        self._sides = [
+            PreparedSamples(prefix + end, whole, pad, most=most) for end in FORMS["preference"]
+        ]
         chosen, rejected = map(len, self._sides)
         if chosen != rejected:
             raise ValueError(
@@ -71,7 +75,8 @@ def open_pairs(path: str, config: GPTDatasetConfig) -> Pairs:
             f"{path}: no preference pairs there (no {missing}.idx): name a file of records with "
             "'chosen' and 'rejected', or the prefix of a prepared preference dataset."
         )
-    return PreparedPairs(path, length, tokenizer.eod, attention_mask=mask)
+    most = largest_id(tokenizer)
+    return PreparedPairs(path, length, tokenizer.eod, attention_mask=mask, most=most)
 
 
 def general_paths(config: GPTDatasetConfig) -> list[str]:

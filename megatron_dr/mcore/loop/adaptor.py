@@ -10,6 +10,7 @@ What is wrapped, and who calls it:
     megatron.training.yaml_arguments.load_yaml            parse_args: no command line, no flags
     megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
     megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
+    megatron.training.training.get_optimizer_param_scheduler   the same: another rate on a resume
     megatron.training.checkpointing.load_args_from_checkpoint  parse_args: --use-checkpoint-args
     megatron.training.checkpointing.check_checkpoint_args load_checkpoint: the streams' place
     megatron.training.checkpointing.read_metadata         load_checkpoint: an empty tracker file
@@ -48,6 +49,7 @@ from megatron_dr.mcore.loop import (
     forward,
     model_config,
     parts,
+    rate,
     validation,
 )  # fmt: skip
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
@@ -83,6 +85,7 @@ def enable() -> None:
     _wrap(dist_checkpointing, "load", partial_checkpoint.load)
     _wrap(training, "setup_model_and_optimizer", _set_up)
     _wrap(training, "get_megatron_optimizer", _build_optimizer)
+    _wrap(training, "get_optimizer_param_scheduler", rate.build)
     _wrap(training, "build_train_valid_test_data_iterators", _build_iterators)
     _wrap(training, "build_train_valid_test_datasets", _build_datasets)
     _wrap(training, "dummy_train_step", _skip)

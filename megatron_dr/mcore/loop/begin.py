@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dr.hf import assets
 from megatron_dr.mcore import errors
+from megatron_dr.mcore.loop import rate
 from megatron_dr.mcore.say import say
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -92,9 +93,9 @@ def leave_if_complete(args: Namespace) -> None:
         return
     say(
         f"{args.load} is complete: it has {args.iteration} iterations of {args.train_iters}; raise "
-        "--train-iters to go on"
+        f"--train-iters to go on, with {rate.OVERRIDE}"
         if args.train_samples is None else
         f"{args.load} is complete: it has all of --train-samples {args.train_samples}; raise it to "
-        "go on"
+        f"go on, with {rate.OVERRIDE}"
     )  # fmt: skip
     raise SystemExit(0)

@@ -40,7 +40,6 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
     from megatron.training import argument_utils, pretrain, training
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_dr.mcore import errors
     from megatron_dr.mcore.loop import (
         adaptor,
         agreement,
@@ -48,17 +47,16 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
         forward,
         model_config,
         script_flags,
+        validation,
     )  # fmt: skip
 
     agreement.meet_in(store)
     adaptor.enable()
     training.training_log = partial(first_line.log, training.training_log)
-    with errors.refused():
-        script_flags.refuse_given(sys.argv[1:])
+    validation.early(script_flags.refuse_given, sys.argv[1:])
+    validation.of_script[:] = [script_flags.refuse_values]
     defaults = {"tokenizer_type": "GPT2BPETokenizer", "eval_interval": 1000}
     args = parse_and_validate_args(args_defaults=defaults)
-    with errors.refused():
-        script_flags.refuse_values(args)
     model = argument_utils.gpt_config_from_args(args)
     model_config.mend(model, args)
     pretrain(

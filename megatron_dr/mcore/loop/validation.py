@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
-from megatron_dr.mcore import compat, errors, unpickling
-from megatron_dr.mcore.loop import agreement, changes, parts, record
+from megatron_dr.mcore import compat, unpickling
+from megatron_dr.mcore.loop import agreement, changes, parts, rate, record
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.refuse import refuse
 from megatron_dr.mcore.seams.source import num_target_microbatches
 
 Configs = tuple[DRConfig, TargetConfig] | None
+of_script: list[Callable[[Namespace], None]] = []  # checks of the entry itself, of arguments
 
 
 def validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
@@ -28,6 +29,13 @@ def validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: A
     return result
 
 
+def early(function: Callable[..., None], *args: Any) -> None:
+    """A check of what `validate` does not see, or sees too late; as there, all ranks hear it."""
+    refusal, _ = _refusal(function, *args)
+    if refusal:
+        agreement.check(Namespace(), refusal, record.Record())
+
+
 def _refusal(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
     """The sentence of its ValueError, and what it gives."""
     try:
@@ -41,11 +49,14 @@ def _prepare(args: Namespace) -> Configs:
     if configs is not None:
         refuse(compat.WHO, compat.REFUSED, args)
     parts.prepare(args)
+    rate.check(args)
     return configs
 
 
 def _settle(args: Namespace, configs: Configs) -> record.Record:
     parts.settle(args)
+    for check in of_script:
+        check(args)
     if configs is not None:
         target = parts.step_target(args, *configs)
         if target is not None:
@@ -54,17 +65,19 @@ def _settle(args: Namespace, configs: Configs) -> record.Record:
 
 
 def load_args(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-    with errors.refused():
-        unpickling.check_loaded(args)
+    early(unpickling.check_loaded, args)
     return stock(args, *rest, **kwargs)
 
 
 def load_yaml(stock: Callable[..., Any], *rest: Any) -> Any:
-    with errors.refused():
-        lost = next((argument for argument in sys.argv if argument.startswith("--dr-")), None)
-        if lost is not None:
-            raise ValueError(
-                f"--yaml-cfg takes the place of the command line, and {lost} would be lost: give "
-                "Megatron's flags instead."
-            )
+    early(_check_yaml)
     return stock(*rest)
+
+
+def _check_yaml() -> None:
+    lost = next((argument for argument in sys.argv if argument.startswith("--dr-")), None)
+    if lost is not None:
+        raise ValueError(
+            f"--yaml-cfg takes the place of the command line, and {lost} would be lost: give "
+            "Megatron's flags instead."
+        )
