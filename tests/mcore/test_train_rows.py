@@ -32,12 +32,29 @@ def test_target_ranks_train_and_report_both_roles(data: dict[str, str], tmp_path
         --dr-target-ranks 1 --dr-target-valid-data {data["held_out"]} --dr-metrics {path}"""
     results = run(flags(data, more))
     assert [code for code, _, _ in results] == [0, 0], results[0][2]
-    assert "exact gram (auto: fewer bytes)" in results[0][1]
+    assert "exact gram (auto: less time exposed): a rank sends after the backward" in results[0][1]
     trained = metrics.read(path, "train")
     assert len(trained) == 6
     for line in trained:
         assert 0 < line["lm loss"] < 7 and 0 < line["target loss"] < 7
     assert trained[-1]["target loss"] < trained[0]["target loss"]
+
+
+def test_instances_of_the_optimizer_change_nothing(data: dict[str, str], tmp_path: Path) -> None:
+    """Each rank is one, with all of the optimizer's state; saved and resumed."""
+    paths = [tmp_path / name for name in ("one.jsonl", "first.jsonl", "second.jsonl")]
+    rows = f"--dr-target-data {data['target']} --dr-target-batch-size 4 --dr-rows rank"
+    two = f"--num-distributed-optimizer-instances 2 --save {tmp_path / 'saved'} --save-interval 3"
+    for more, path in (
+        ("", paths[0]),
+        (f"{two} --exit-interval 3", paths[1]),
+        (f"{two} --overlap-grad-reduce --load {tmp_path / 'saved'}", paths[2]),
+    ):
+        found = run(flags(data, f"{rows} {more} --dr-metrics {path}"))
+        assert [code for code, _, _ in found] == [0, 0], found[0][2]
+    whole, *parts = [losses(path, "train") for path in paths]
+    assert len(whole) == 6
+    assert parts[0] | parts[1] == {step: pytest.approx(v, abs=1e-5) for step, v in whole.items()}
 
 
 def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_path: Path) -> None:
