@@ -40,23 +40,6 @@ def test_target_ranks_train_and_report_both_roles(data: dict[str, str], tmp_path
     assert trained[-1]["target loss"] < trained[0]["target loss"]
 
 
-def test_instances_of_the_optimizer_change_nothing(data: dict[str, str], tmp_path: Path) -> None:
-    """Each rank is one, with all of the optimizer's state; saved and resumed."""
-    paths = [tmp_path / name for name in ("one.jsonl", "first.jsonl", "second.jsonl")]
-    rows = f"--dr-target-data {data['target']} --dr-target-batch-size 4 --dr-rows rank"
-    two = f"--num-distributed-optimizer-instances 2 --save {tmp_path / 'saved'} --save-interval 3"
-    for more, path in (
-        ("", paths[0]),
-        (f"{two} --exit-interval 3", paths[1]),
-        (f"{two} --overlap-grad-reduce --load {tmp_path / 'saved'}", paths[2]),
-    ):
-        found = run(flags(data, f"{rows} {more} --dr-metrics {path}"))
-        assert [code for code, _, _ in found] == [0, 0], found[0][2]
-    whole, *parts = [losses(path, "train") for path in paths]
-    assert len(whole) == 6
-    assert parts[0] | parts[1] == {step: pytest.approx(v, abs=1e-5) for step, v in whole.items()}
-
-
 def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_path: Path) -> None:
     auto = cone(data) + " --dr-alpha-style auto"
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
