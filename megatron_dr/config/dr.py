@@ -83,8 +83,9 @@ class DRConfig:
     row_ranks: int = flag(
         0,
         "neighbouring data x context ranks whose gradients are summed into one row, and that "
-        "exchange among themselves what else would cross between nodes; 0: near to a node, where "
-        "that leaves 8 rows",
+        "exchange among themselves what else would cross between nodes; 0: an instance of the "
+        "distributed optimizer where there are several, else near to a node, where that leaves 8 "
+        "rows; with --dr-rows auto the instance, too, only where that leaves 8 rows",
         "count",
     )
     slot_dtype: Literal["fp32", "bf16"] = flag("fp32", "storage of the slots' buffers", "dtype")
@@ -93,7 +94,8 @@ class DRConfig:
     )
     gram: Literal["auto", "exact", "sketch"] = flag(
         "auto",
-        "inner products of whole gradients or of sketches; auto: whichever sends fewer bytes",
+        "inner products of whole gradients or of sketches; auto: whichever leaves less to send "
+        "when the backward is over, in seconds of the links inside and between nodes",
         "name",
     )
     sketch_error: float = flag(

@@ -1,7 +1,7 @@
 """Every Megatron name the plugin relies on, which versions it was tested with, what it refuses."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import __version__ as megatron_version
@@ -55,9 +55,7 @@ _BATCHES = tuple(
     )
     for name in ("rampup_batch_size", "step_batch_size_schedule")
 )
-_SINGLE = tuple(map(single, (
-    "num_distributed_optimizer_instances", "gtp_weight_remat_size", "expert_gtp_weight_remat_size",
-)))  # fmt: skip
+_SINGLE = tuple(map(single, ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")))
 _GRAPHS = Rule(
     "cuda_graph_impl",
     when=lambda kind, _: kind not in (None, "none"),
@@ -98,6 +96,7 @@ class BucketGroup(Protocol):
     grad_reduce_finished: bool
     data_parallel_group: ProcessGroup
     intra_distributed_optimizer_instance_group: ProcessGroup
+    inter_distributed_optimizer_instance_group: ProcessGroup
     per_param_grad_ready_counts: dict[torch.nn.Parameter, int]
     golden_per_param_grad_ready_counts: dict[torch.nn.Parameter, int]
     start_grad_sync: Any  # these two are replaced for the time of a step
@@ -131,6 +130,32 @@ def bucket_groups(model: Sequence[Chunk]) -> Iterator[BucketGroup]:
         yield from chunk.expert_parallel_bucket_groups
 
 
+class Peers(NamedTuple):
+    """The ranks over which a bucket group is reduced.
+
+    Attributes:
+        all: the D ranks, data x context parallel, or expert data parallel.
+        instance: of them, neighbours that have a shard of the optimizer's each: all D, but with
+            several instances of the distributed optimizer.
+        copies: the ranks with the same shard, one of each instance; None of one instance.
+    """
+
+    all: ProcessGroup
+    instance: ProcessGroup
+    copies: ProcessGroup | None
+
+
+def peers(group: BucketGroup) -> Peers:
+    if not group.ddp_config.use_distributed_optimizer:
+        return Peers(group.data_parallel_group, group.data_parallel_group, None)
+    instance = group.intra_distributed_optimizer_instance_group
+    if group.ddp_config.num_distributed_optimizer_instances == 1:
+        return Peers(instance, instance, None)
+    dense = getattr(group.buckets[0].params_list[0], "allreduce", True)
+    whole = data_group() if dense else parallel_state.get_expert_data_parallel_group()
+    return Peers(whole, instance, group.inter_distributed_optimizer_instance_group)
+
+
 def num_microbatches() -> int | None:
     """Of a rank and step, as Megatron's calculator has it; None where none was set up, 1 where it
     changes in the run: what divides every number."""
@@ -156,6 +181,14 @@ def data_group() -> ProcessGroup:
     """Ranks that hold the same piece of the model: data x context parallel."""
     group: ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group
+
+
+def instance_ranks() -> int:
+    """Of the data group, in an instance of the distributed optimizer; all but with several."""
+    part = parallel_state.get_data_parallel_group(
+        with_context_parallel=True, partial_data_parallel=True
+    )
+    return int(part.size())
 
 
 def model_group() -> ProcessGroup:

@@ -90,7 +90,7 @@ def ranks_near_a_node(layout: Layout, node: int) -> int:
     return near_a_node(layout.data, ranks_that_belong_together(layout), of_a_node)
 
 
-def near_a_node(ranks: int, least: int, node: int) -> int:
+def near_a_node(ranks: int, least: int, node: int, instance: int = 0) -> int:
     """How many ranks make a row: as near to a node's as leaves 8 to 128 rows.
 
     Each byte then crosses between nodes once for a node, not once for each of its ranks. Where
@@ -100,10 +100,20 @@ def near_a_node(ranks: int, least: int, node: int) -> int:
         ranks: that hold the same piece of the model.
         least: of a row.
         node: of them, in a node.
+        instance: of them, in an instance of the distributed optimizer, in which rows lie, or which
+            lies in a row; 0: all.
     """
-    sizes = [size for size in range(least, ranks + 1, least) if ranks % size == 0]
+    sizes = [
+        size for size in range(least, ranks + 1, least)
+        if ranks % size == 0 and nests(size, instance or ranks)
+    ]  # fmt: skip
     good = [size for size in sizes if _FEW <= ranks // size <= _MANY]
     if not good:
         above = [size for size in sizes if ranks // size > _MANY]
-        return max(above, default=least)
+        return max(above, default=min(sizes))
     return min(good, key=lambda size: abs(size - node))
+
+
+def nests(size: int, instance: int) -> bool:
+    """Whether rows of so many ranks lie in instances of so many, or instances in rows."""
+    return max(size, instance) % min(size, instance) == 0

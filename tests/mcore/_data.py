@@ -44,6 +44,7 @@ class Layout:
     frozen: tuple[int, ...] = ()  # layers that are not trained; with the first, the embedding too
     dropout: float = 0.0
     row_ranks: int = 0  # data x context ranks that are asked to make one row
+    instances: int = 1  # of the distributed optimizer; each is a row unless row_ranks says else
     average: bool = False  # the collective averages
     bf16_buffers: bool = False
 
@@ -67,7 +68,10 @@ class Layout:
     @property
     def dp_per_row(self) -> int:
         """Data-parallel ranks that form one row: expert-parallel peers do, and who is asked to."""
-        return max(1, self.ep * self.etp // (self.tp * self.cp), self.row_ranks // self.cp)
+        asked = self.row_ranks // self.cp
+        if self.instances > 1 and not asked and not self.domains:
+            asked = self.dp // self.instances
+        return max(1, self.ep * self.etp // (self.tp * self.cp), asked)
 
     @property
     def rows(self) -> int:

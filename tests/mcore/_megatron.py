@@ -97,6 +97,7 @@ def initialize(layout: Layout) -> None:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp if layout.moe else layout.tp,
+        num_distributed_optimizer_instances=layout.instances,
     )
     model_parallel_cuda_manual_seed(1)
 
@@ -112,6 +113,7 @@ def build(
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap_param_gather,
         use_distributed_optimizer=layout.distributed_optimizer,
+        num_distributed_optimizer_instances=layout.instances,
         check_for_nan_in_grad=False,
         bucket_size=5000 if layout.overlap else None,
     )

@@ -21,6 +21,7 @@ LAYOUTS = {
     "buffers-tp2-token": Layout(tp=2, per_token=True, full_masks=True),
     "buffers-token-other-numbers": Layout(per_token=True),
     "groups": Layout(dp=2),
+    "groups-instances": Layout(dp=2, distributed_optimizer=True, instances=2),
     "groups-pp2-distopt": Layout(dp=2, pp=2, distributed_optimizer=True),
 }
 LOSS_SCALE = 1024.0

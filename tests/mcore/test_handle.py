@@ -146,7 +146,6 @@ def test_a_second_finalize_is_refused() -> None:
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"num_distributed_optimizer_instances": 2}, "num-distributed-optimizer-instances 1"),
         ({"use_megatron_fsdp": True}, "use_megatron_fsdp"),
         ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "reuse_grad_buf_for_mxfp8_param_ag"),
     ],

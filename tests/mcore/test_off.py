@@ -17,14 +17,41 @@ LAYOUTS = {
     "overlap": Layout(dp=2, targets=0, overlap=True),
     "distopt": Layout(dp=2, targets=0, distributed_optimizer=True),
     "distopt-overlap": Layout(dp=2, targets=0, distributed_optimizer=True, overlap=True),
+    "instances": Layout(dp=4, targets=0, distributed_optimizer=True, instances=2),
+    "instances-overlap": Layout(
+        dp=4, targets=0, distributed_optimizer=True, instances=2, overlap=True
+    ),
     "tp2-sp-token": Layout(tp=2, targets=0, sequence_parallel=True, per_token=True),
     "pp2-vpp2": Layout(pp=2, vpp=2, targets=0),
 }
 
 
-def state(layout: Layout, dr: DRConfig | None) -> list[torch.Tensor]:
+class Leaving:
+    """A handle that goes after its first step."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle, self.rows = handle, handle.rows
+
+    def step(self, function: Any, **schedule: Any) -> Any:
+        if self.handle is None:
+            for name in ("target_data_iterator", "num_target_microbatches", "domains"):
+                del schedule[name]
+            return function(**schedule)
+        reports = self.handle.step(function, **schedule)
+        self.handle.detach()
+        self.handle = None
+        return reports
+
+
+def state(layout: Layout, dr: DRConfig | None, leaves: bool = False) -> list[torch.Tensor]:
     """Parameters and optimizer state after three steps."""
-    plugin = None if dr is None else lambda m, o, c: megatron_dr.attach(m, o, c, dr)
+
+    def plugin(model: Any, optimizer: Any, config: Any) -> Any:
+        if dr is None:
+            return None
+        handle = megatron_dr.attach(model, optimizer, config, dr)
+        return Leaving(handle) if leaves else handle
+
     model, optimizer, _, _ = _megatron.train(layout, 3, None, plugin)
     tensors = [p.detach() for chunk in model for p in chunk.parameters()]
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -33,9 +60,9 @@ def state(layout: Layout, dr: DRConfig | None) -> list[torch.Tensor]:
     return tensors
 
 
-def assert_bitwise(layout: Layout, dr: DRConfig) -> None:
+def assert_bitwise(layout: Layout, dr: DRConfig, leaves: bool = False) -> None:
     stock = run_ranks(layout.world, state, layout, None)
-    plugin = run_ranks(layout.world, state, layout, dr)
+    plugin = run_ranks(layout.world, state, layout, dr, leaves)
     for a, b in zip(stock, plugin, strict=True):
         assert len(a) == len(b) > 0
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -44,6 +71,11 @@ def assert_bitwise(layout: Layout, dr: DRConfig) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_mean_without_target_is_stock(layout: Layout) -> None:
     assert_bitwise(layout, DRConfig(set="mean"))
+
+
+@pytest.mark.parametrize("name", ["overlap", "distopt-overlap", "instances-overlap"])
+def test_detached_in_the_middle_of_a_run_is_stock(name: str) -> None:
+    assert_bitwise(LAYOUTS[name], DRConfig(set="mean"), leaves=True)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -25,7 +25,7 @@ RANK, SLOTS = DRConfig(rows="rank", gram="exact"), DRConfig(slots=2, gram="exact
 
 
 def launches(layout: Layout, dr: DRConfig | None, initial: Any, steps: int = 3) -> Any:
-    """On a rank, of the last step: (elements of each exchange of a whole bucket, in the order of
+    """On a rank, of the last step: (bytes of each exchange of a whole bucket, in the order of
     launch; how many of these had been launched when the finalize hook was called)."""
     log: list[int] = []
     before: list[int] = []
@@ -76,7 +76,7 @@ def _watch(log: list[int]) -> None:
         def noted(first: torch.Tensor, *rest: Any, stock: Any = stock, **kw: Any) -> Any:
             tensor = rest[0] if rest and torch.is_tensor(rest[0]) else first
             if tensor.numel() >= 100:
-                log.append(tensor.numel())
+                log.append(tensor.nbytes)
             return stock(first, *rest, **kw)
 
         setattr(dist, name, noted)
@@ -94,6 +94,39 @@ def test_every_bucket_is_launched_where_plain_megatron_launches_it(layout: Layou
         assert sorted(found[:launched]) == sorted(2 * stock)
         if layout.pp == 1:
             assert found[:early] == found[early:launched] == stock
+
+
+def shares(layout: Layout, dr: DRConfig | None, initial: Any) -> tuple[float, int, int]:
+    """On a rank, of the last step: the share of the exchanged bytes that were launched before the
+    last backward ended, the bytes, and those that are gathered when it is over."""
+    gathered: list[int] = []
+    stock = dist.all_gather_into_tensor
+
+    def noted(out: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        if out.numel() >= 100:
+            gathered.append(out.nbytes)
+        return stock(out, *args, **kw)
+
+    dist.all_gather_into_tensor = noted
+    found, launched = launches(layout, dr, initial, 3)
+    return sum(found[:launched]) / sum(found), sum(found), sum(gathered) // 3
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+@pytest.mark.parametrize("sharded", [True, False], ids=["distopt", "all"])
+def test_as_plain_megatron_all_bytes_are_launched_before_the_last_backward_ends(
+    dp: int, sharded: bool
+) -> None:
+    """Without the distributed optimizer every rank needs the whole of the combined gradient, which
+    is gathered at the end: half of what Megatron's all-reduce sends in the backward."""
+    layout = Layout(dp=dp, overlap=True, distributed_optimizer=sharded)
+    initial = _oracle.initial(layout)
+    plain = run_ranks(dp, shares, layout, None, initial)
+    ours = run_ranks(dp, shares, layout, RANK, initial)
+    for (stock, reduced, _), (share, exchanged, gathered) in zip(plain, ours, strict=True):
+        assert share == stock == 1.0
+        assert exchanged == pytest.approx(2 * reduced, rel=1e-3)  # the target's and the rows'
+        assert gathered == (0 if sharded else pytest.approx(reduced, rel=1e-3))
 
 
 def test_nothing_overlaps_where_megatron_does_not() -> None:

@@ -217,10 +217,6 @@ BAD = {
         "--dr-slots has no meaning with --dr-rows rank",
     ),
     "no target": ("--dr-set cone", "--dr-set cone needs --dr-target-data"),
-    "optimizer instances": (
-        "--dr-target-data {target} --num-distributed-optimizer-instances 2",
-        "--num-distributed-optimizer-instances 1",
-    ),
     "of another script": (
         "--dr-target-data {target} --fim-data",
         "megatron_dr.train does not act on --fim-data (it does not fill in middles",

@@ -32,7 +32,7 @@ def test_target_ranks_train_and_report_both_roles(data: dict[str, str], tmp_path
         --dr-target-ranks 1 --dr-target-valid-data {data["held_out"]} --dr-metrics {path}"""
     results = run(flags(data, more))
     assert [code for code, _, _ in results] == [0, 0], results[0][2]
-    assert "exact gram (auto: fewer bytes)" in results[0][1]
+    assert "exact gram (auto: less time exposed): a rank sends after the backward" in results[0][1]
     trained = metrics.read(path, "train")
     assert len(trained) == 6
     for line in trained:

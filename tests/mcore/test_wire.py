@@ -1,5 +1,6 @@
 """Exact rows cost no wire and at most one bucket of memory: counted, not claimed."""
 
+import os
 from typing import Any
 
 import pytest
@@ -138,16 +139,43 @@ def plain_step(layout: Layout, initial: Any) -> int:
         (DP4, DRConfig(rows="rank", target_ranks=1), "ExactGram"),
         (Layout(), DRConfig(slots=4), "ExactGram"),  # one rank: nothing to send
         (Layout(dp=2), DRConfig(slots=2, sketch_size=64), "SketchedGram"),
+        # rows that travel in the backward expose less than Megatron's reduction after it
+        (Layout(dp=2, overlap=True), DRConfig(slots=2, sketch_size=64), "ExactGram"),
+        (
+            Layout(dp=2, overlap=True, distributed_optimizer=True, domains=2),
+            DRConfig(rows="domain", domains=("a", "b"), sketch_size=64), "SketchedGram",
+        ),  # of domains none travels in the backward
         (Layout(dp=2), DRConfig(slots=2, sketch_size=2**20), "ExactGram"),
         (Layout(dp=2), DRConfig(slots=2, sketch_size=64, gram="exact"), "ExactGram"),
     ],
-    ids=["target-ranks", "one-rank", "small-sketch", "large-sketch", "asked"],
-)
-def test_auto_takes_what_sends_less(layout: Layout, dr: DRConfig, kind: str) -> None:
+    ids=["target-ranks", "one-rank", "small-sketch", "overlap", "overlap-domains", "large-sketch",
+         "asked"],
+)  # fmt: skip
+def test_auto_takes_what_exposes_less(layout: Layout, dr: DRConfig, kind: str) -> None:
     if dr.gram == "exact":
         dr = DRConfig(slots=2, gram="exact")
     found = run_ranks(layout.world, announced, layout, dr, _oracle.initial(layout))
     assert {k for k, _, _ in found} == {kind}
+
+
+def on_nodes(layout: Layout, dr: DRConfig, initial: Any, node: int) -> str:
+    """The kind of gram on nodes of so many ranks."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    return announced(layout, dr, initial)[0]
+
+
+@pytest.mark.parametrize(
+    "node, row_ranks, kind",
+    [
+        (1, 1, "ExactGram"),  # as many bytes as Megatron's reduction, all between nodes
+        (2, 1, "SketchedGram"),  # half of each row crosses, of Megatron's reduction a quarter
+        (2, 2, "ExactGram"),  # a node is a row
+    ],
+)
+def test_auto_knows_what_crosses_between_nodes(node: int, row_ranks: int, kind: str) -> None:
+    layout = Layout(dp=4, target_ranks=2, distributed_optimizer=True)
+    dr = DRConfig(rows="rank", target_ranks=2, row_ranks=row_ranks, sketch_size=64)
+    assert set(run_ranks(4, on_nodes, layout, dr, _oracle.initial(layout), node)) == {kind}
 
 
 def peak(layout: Layout, initial: Any) -> tuple[int, int]:

@@ -21,7 +21,7 @@ elements of a shard.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,9 +29,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat, meter
+from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.exchange import Exchange
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout
+from megatron_dr.mcore.buffer_rows.levels import Sent
 from megatron_dr.mcore.buffer_rows.units import Unit, by_block, units_of
 from megatron_dr.mcore.compat import BucketGroup, Chunk
 from megatron_dr.projection import gram_of_long
@@ -127,11 +129,8 @@ class ExactGram:
                 check_for_nan_or_inf=ddp.check_for_nan_in_grad,
                 check_for_large=ddp.check_for_large_grads,
             )
-        if force_all_reduce or not ddp.use_distributed_optimizer:
-            for unit in self.units[id(group)]:
-                if not unit.remainder and unit.ranks > 1:
-                    whole, shard = unit.whole(0).view(-1), unit.out().clone()
-                    dist.all_gather_into_tensor(whole, shard, group=unit.group)
+        for unit in self.units[id(group)]:
+            unit.spread(force_all_reduce or not ddp.use_distributed_optimizer)
         group.grad_reduce_finished = True
 
     def _multiply(self, unit: Unit) -> None:
@@ -139,7 +138,7 @@ class ExactGram:
 
         The diagonal also tells which vectors are finite, at no reading of their own.
         """
-        if unit.remainder and dist.get_rank(unit.group) != 0:
+        if unit.remainder and not unit.first:
             return
         width = max(1, _PRODUCT[self.buffers.device.type] // len(self._products_BPP[0]))
         for segment in unit.segments:
@@ -170,7 +169,7 @@ class ExactGram:
             pending = [
                 (segment, self._vectors(unit, segment.start, segment.stop) * segment.count)
                 for unit in self.all_units()
-                if not unit.remainder or dist.get_rank(unit.group) == 0
+                if not unit.remainder or unit.first
                 for segment in unit.segments
                 if segment.partial == kind
             ]
@@ -186,26 +185,35 @@ class ExactGram:
                 self._products_BPP[segment.block].addmm_(summed_PN, summed_PN.T)
 
 
-def extra_bytes(gram: ExactGram) -> int:
-    """What this rank will send in a step beyond Megatron's own reduction."""
+def exposed(gram: ExactGram) -> Sent:
+    """What this rank sends in a step when its backward is over, Megatron's reduction included.
+
+    The grams; the combined gradient, where others need this rank's shard; and of the exchange all,
+    or where it is overlapped the bucket that is ready last, of the last general buffer.
+    """
     buffers, row_map = gram.buffers, gram.layout.row_map
-    vectors = row_map.num_sums
+    everywhere = not gram.model[0].ddp_config.use_distributed_optimizer
+    chunk = gram.model[0]  # whose backward ends last
+    last = [*chunk.bucket_groups[-1:], *chunk.expert_parallel_bucket_groups[-1:]]
+    late = {id(unit) for group in last for unit in gram.units[id(group)]}
     slot_bytes = torch.empty([], dtype=buffers.slot_dtype).element_size()
-    sent = 0
+    sent = Sent()
     for unit in gram.all_units():
-        numel = unit.ranks * unit.columns
-        main = buffers.flat(0, unit.buffer).element_size()
-        extra = (row_map.slots - 1) * slot_bytes + row_map.num_targets * main
-        sent += collectives.scatter_bytes(numel * (extra + main * unit.remainder), unit.ranks)
+        main = unit.whole(0).element_size()
+        of_rows = [main] + (row_map.slots - 1) * [slot_bytes] + row_map.num_targets * [main]
+        exposed_rows: Sequence[int] = range(row_map.local)
+        if gram.exchange.overlapped:
+            exposed_rows = [row_map.slots - 1] if id(unit) in late else []
+        for row in exposed_rows:
+            sent += unit.sent(row, of_rows[row])
+        sent += unit.spread_sent(main, everywhere)
     for kind, ranks in _PARTIAL.items():
         columns = sum(s.stop - s.start for u in gram.all_units() for s in u.segments
                       if s.partial == kind)  # fmt: skip
         if columns:
-            sent += collectives.all_reduce_bytes(
-                4 * columns * vectors, dist.get_world_size(ranks())
-            )
+            sent += levels.all_reduced(4 * columns * row_map.num_sums, ranks())
     rows = row_map.num_vectors
     grams = 8 * len(gram.layout.names) * rows * (rows + 1)
     for group in (compat.data_group(), compat.model_group()):
-        sent += collectives.all_reduce_bytes(grams, dist.get_world_size(group))
+        sent += levels.all_reduced(grams, group)
     return sent

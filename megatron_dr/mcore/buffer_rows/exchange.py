@@ -207,7 +207,7 @@ def _steps(unit: Unit, row: int, overlapped: bool) -> Steps:
     route, whole, is_target = unit.route(row), unit.whole(row), row >= unit.buffers.row_map.slots
     if unit.remainder:
         parts_DN = whole.new_empty(unit.ranks, unit.columns)
-        yield collectives.gathering(parts_DN, whole, unit.group)
+        yield collectives.gathering(parts_DN, whole, unit.peers.all)
         unit.held[row] = route.summed(parts_DN)
     else:
         width = _width(unit, overlapped)

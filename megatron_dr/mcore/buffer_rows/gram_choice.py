@@ -1,15 +1,24 @@
-"""Exact or sketched grams: what each sends, which one a run uses, and why."""
+"""Exact or sketched grams: what each leaves to be sent when the backward is over, and which one a
+run uses.
+
+    seconds exposed = bytes inside a node / 350 GB/s + bytes between nodes / 45 GB/s
+
+of all that a rank sends in a step after its backward, Megatron's reduction included: that of exact
+rows is their exchange. What travels in the backward counts as hidden, as it is in plain Megatron:
+with `--overlap-grad-reduce` each exact row's exchange but the last bucket, which rides the backward
+of that row's own last microbatch. Sketches hide nothing: they need whole gradients, and Megatron's
+reduction the weights.
+"""
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore import collectives
 from megatron_dr.mcore.buffer_rows import exact_gram, sketched_gram
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.exact_gram import ExactGram
 from megatron_dr.mcore.buffer_rows.layout import Layout
+from megatron_dr.mcore.buffer_rows.levels import Sent
 from megatron_dr.mcore.buffer_rows.sketched_gram import SketchedGram
 from megatron_dr.projection import size_for
 
@@ -19,25 +28,37 @@ def choose(
 ) -> tuple[ExactGram | SketchedGram, str]:
     """The source of grams, and a sentence that says why (collective).
 
-    `auto` takes what sends fewer bytes beside Megatron's own reduction, on the rank that sends
-    most; where both send the same, the exact gram.
+    `auto` takes what is exposed for less time, on the rank where it takes longest; where both take
+    the same, the exact gram.
+
+    Raises:
+        ValueError: exact rows, and instances of the distributed optimizer that can't share.
     """
     size = config.sketch_size or size_for(config.sketch_error, layout.row_map.num_vectors)
-    exact = ExactGram(buffers, layout, model)
-    bytes_each = torch.tensor(
-        [exact_gram.extra_bytes(exact), sketched_gram.extra_bytes(layout, size)],
-        dtype=torch.float64, device=buffers.device,
-    )  # fmt: skip
-    dist.all_reduce(bytes_each, op=dist.ReduceOp.MAX)
-    whole, sketched = (int(x) for x in bytes_each.tolist())
-    kind, why = config.gram, "as asked"
+    source = SketchedGram(buffers, layout, size, config.seed)
+    sketched = _longest(sketched_gram.exposed(model, layout, size))
+    costs = f"{_said(sketched)} with sketches of {size:,} elements"
+    kind, why, exact = config.gram, "as asked", None
+    if kind != "sketch":
+        exact = ExactGram(buffers, layout, model)
+        whole = _longest(exact_gram.exposed(exact))
+        costs = f"{_said(whole)} with exact rows, {costs}"
     if kind == "auto":
-        kind, why = "exact" if whole <= sketched else "sketch", "auto: fewer bytes"
-    sentence = (
-        f"{kind} gram ({why}): beside Megatron's own reduction a rank sends at most {whole:,} "
-        f"bytes a step with exact rows, {sketched:,} with sketches of {size:,} elements"
-    )
+        kind = "exact" if whole.seconds <= sketched.seconds else "sketch"
+        why = "auto: less time exposed"
     buffers.own_target = kind == "sketch"
-    if kind == "exact":
-        return exact, sentence
-    return SketchedGram(buffers, layout, size, config.seed), sentence
+    sentence = f"{kind} gram ({why}): a rank sends after the backward at most {costs}"
+    return (source if kind == "sketch" or exact is None else exact), sentence
+
+
+def _longest(sent: Sent) -> Sent:
+    """That of the rank which it takes longest (collective)."""
+    of_ranks: list[Sent] = collectives.of_all_ranks(sent)
+    return max(of_ranks, key=lambda one: one.seconds)
+
+
+def _said(sent: Sent) -> str:
+    return (
+        f"{sent.inside:,.0f} bytes inside its node and {sent.between:,.0f} between nodes, in "
+        f"{sent.seconds * 1e3:,.3g} ms,"
+    )

@@ -6,6 +6,7 @@ a gradient buffer and sends it once more, so slots are taken only where ranks al
 """
 
 import dataclasses
+import functools
 import os
 
 import torch
@@ -25,7 +26,8 @@ def settled(dr: DRConfig, model: list[compat.Chunk]) -> tuple[DRConfig, str]:
     """
     if not dr.row_kind.at_attach:
         return dr, ""
-    groups = dist.get_world_size(compat.data_group()) // ranks_per_row(dr)
+    together = ranks_per_row(dr)
+    groups = dist.get_world_size(compat.data_group()) // together
     buffers = compat.grad_buffers(model)
     each = sum(b.grad_data.numel() for b in buffers) * (2 if dr.slot_dtype == "bf16" else 4)
     target = sum(b.grad_data.nbytes for b in buffers)
@@ -33,14 +35,12 @@ def settled(dr: DRConfig, model: list[compat.Chunk]) -> tuple[DRConfig, str]:
     fit = torch.tensor((dr.memory * free_bytes(device) - target) // max(each, 1), device=device)
     dist.all_reduce(fit, op=dist.ReduceOp.MIN)
     slots, why = choose(groups, compat.num_microbatches(), 1 + max(0, int(fit)))
-    ranks = f"{groups} rows of ranks"
+    ranks = f"{groups} rows of {together} rank{'s'[: together > 1]}"
+    settle = functools.partial(dataclasses.replace, dr, row_ranks=together)
     if slots == 1 or not dr.weighs_rows:
-        return dataclasses.replace(dr, rows="rank", slots=None), f"rows auto: {ranks} ({why})"
+        return settle(rows="rank", slots=None), f"rows auto: {ranks} ({why})"
     more = f"{slots} slots on each, {(slots - 1) * each:,} bytes"
-    return (
-        dataclasses.replace(dr, rows="slot", slots=slots),
-        f"rows auto: {ranks}, {more} ({why})",
-    )
+    return settle(rows="slot", slots=slots), f"rows auto: {ranks}, {more} ({why})"
 
 
 def choose(groups: int, microbatches: int | None, fit: int) -> tuple[int, str]:

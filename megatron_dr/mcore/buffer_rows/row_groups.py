@@ -1,6 +1,6 @@
 """The rows that a configuration makes on the ranks there are, and what can't be made: refused."""
 
-import os
+import math
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -8,8 +8,9 @@ from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat
+from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
-from megatron_dr.plan.rows import near_a_node
+from megatron_dr.plan.rows import near_a_node, nests
 
 
 def row_map_of(dr: DRConfig) -> RowMap:
@@ -50,23 +51,33 @@ def ranks_per_row(dr: DRConfig) -> int:
     least, ranks = compat.ranks_per_row(), dist.get_world_size(compat.data_group())
     if "row_ranks" not in dr.row_kind.dials:
         return least
-    if not dr.row_ranks:
+    instance = compat.instance_ranks()
+    if not dr.row_ranks and instance == ranks:
         return near_a_node(ranks, least, _data_ranks_of_a_node())
+    if not dr.row_ranks and dr.row_kind.at_attach:
+        return near_a_node(ranks, least, instance, instance)
+    if not dr.row_ranks:
+        return math.lcm(least, instance)
     if dr.row_ranks % least or ranks % dr.row_ranks:
         raise ValueError(
             f"--dr-row-ranks {dr.row_ranks} must be a multiple of {least} (ranks that share "
             f"sequences or exchange tokens) and divide the {ranks} data x context ranks."
         )
+    if not nests(dr.row_ranks, instance):
+        raise ValueError(
+            f"--dr-row-ranks {dr.row_ranks} must divide, or be a multiple of, the {instance} "
+            "data x context ranks of an instance (--num-distributed-optimizer-instances)."
+        )
     return dr.row_ranks
 
 
 def _data_ranks_of_a_node() -> int:
-    """Of the data group, as torchrun and Slurm say; 1 where nothing does. Where nodes are uneven,
-    the least: rows are the same for all ranks (collective)."""
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
-    node = dist.get_rank() // on_node
+    """Of the data group. Where nodes are uneven, the least: rows are the same for all ranks
+    (collective)."""
+    node = levels.node_of(dist.get_rank())
     members = dist.get_process_group_ranks(compat.data_group())
-    return int(min(collectives.of_all_ranks(sum(rank // on_node == node for rank in members))))
+    on_node = sum(levels.node_of(rank) == node for rank in members)
+    return int(min(collectives.of_all_ranks(on_node)))
 
 
 def check_routers(dr: DRConfig, config: Any) -> None:

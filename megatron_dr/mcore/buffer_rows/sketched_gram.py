@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_dr.mcore import collectives, compat, meter
+from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
+from megatron_dr.mcore.buffer_rows.levels import Sent
+from megatron_dr.mcore.compat import Chunk
 from megatron_dr.projection import CountSketch, gram_and_error
 
 
@@ -82,14 +85,26 @@ class SketchedGram:
         return Gram(products_BRX[:, :, :-2], finite_R, products_BRX[:, 0, -1])
 
 
-def extra_bytes(layout: Layout, size: int) -> int:
-    """What this rank will send in a step."""
-    num_model = dist.get_world_size(compat.model_group())
-    num_data = dist.get_world_size(compat.data_group())
-    blocks, each = len(layout.names), -(-len(layout.names) // num_model)
-    row = 4 * layout.row_map.local * size
-    vectors = layout.row_map.num_vectors
+def exposed(model: list[Chunk], layout: Layout, size: int) -> Sent:
+    """What this rank sends in a step when its backward is over, Megatron's reduction included:
+    that waits for the combined rows."""
+    row_map = layout.row_map
+    blocks, each = (
+        len(layout.names),
+        -(-len(layout.names) // dist.get_world_size(compat.model_group())),
+    )
+    row = 4 * row_map.local * size
+    sent = Sent()
+    for group in compat.bucket_groups(model):
+        peers, sharded = compat.peers(group), group.ddp_config.use_distributed_optimizer
+        for bucket in group.buckets:
+            whole = bucket.grad_data.nbytes
+            sent += levels.reduced(whole, peers.instance)
+            shard = whole / dist.get_world_size(peers.instance)
+            sent += levels.all_reduced(shard, peers.copies)
+            sent += Sent() if sharded else levels.reduced(whole, peers.all)
+    vectors = row_map.num_vectors
     grams = 8 * blocks * vectors * (vectors + 2)
-    return collectives.all_reduce_bytes(
-        blocks * row + grams, num_model
-    ) + collectives.scatter_bytes(num_data * each * row, num_data)
+    sent += levels.all_reduced(blocks * row + grams, compat.model_group())
+    data = compat.data_group()
+    return sent + levels.reduced(dist.get_world_size(data) * each * row, data)

@@ -3,22 +3,28 @@
 Without the distributed optimizer buckets are not padded to a multiple of the D ranks: what is left
 over, fewer than D elements, is gathered by all of them.
 
+With I instances of it, an instance's D/I ranks share a bucket, and a rank's shard here is one of I
+parts of its shard there: what the parts of the other instances became, it gets from them at the end
+(`spread`), so that reduction and gathering send together what Megatron's reduce-scatter and the
+all-reduce between instances do, (D - 1)/D of a bucket.
+
 Legend: D ranks of a group, N elements of a shard.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_dr.mcore import collectives, compat
+from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.buffers import Buffers, Piece
 from megatron_dr.mcore.buffer_rows.layout import Layout
-from megatron_dr.mcore.buffer_rows.route import Route, routes
-from megatron_dr.mcore.compat import Bucket, BucketGroup, Chunk
+from megatron_dr.mcore.buffer_rows.levels import Sent
+from megatron_dr.mcore.buffer_rows.route import Route, Wanted, routes
+from megatron_dr.mcore.compat import Bucket, BucketGroup, Chunk, Peers
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Unit:
     """A range of one of Megatron's buffers that is exchanged together: D x N elements.
 
     Attributes:
-        group: the D ranks.
+        peers: the D ranks, and which of them have a shard of the optimizer's.
         general, target: how each role's buffers travel to the shards' owners.
         scale: what Megatron multiplies a summed gradient of this range by.
         segments: of this rank's shard.
@@ -50,7 +56,7 @@ class Unit:
     buffer: int
     start: int
     columns: int
-    group: Any
+    peers: Peers
     general: Route
     target: Route
     scale: float
@@ -62,6 +68,11 @@ class Unit:
     @property
     def ranks(self) -> int:
         return len(self.general.members)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first of the ranks."""
+        return dist.get_rank(self.peers.all) == 0
 
     def route(self, row: int) -> Route:
         """Of a local buffer."""
@@ -79,47 +90,87 @@ class Unit:
 
     def out(self) -> torch.Tensor:
         """[N]: where this rank's shard of the reduced gradient belongs."""
-        return self.whole(0)[0 if self.remainder else dist.get_rank(self.group)]
+        return self.whole(0)[0 if self.remainder else self.general.place]
+
+    def spread(self, everywhere: bool) -> None:
+        """What was reduced comes to all ranks with the optimizer's shard.
+
+        Args:
+            everywhere: to all ranks.
+        """
+        if self.remainder or self.ranks == 1:
+            return
+        instance, copies = self.peers.instance, self.peers.copies
+        shards = self.whole(0).view(dist.get_world_size(instance), -1)
+        own = shards[dist.get_rank(instance)]
+        if copies is not None:
+            dist.all_gather_into_tensor(own, self.out().clone(), group=copies)
+        if everywhere:
+            dist.all_gather_into_tensor(shards.view(-1), own.clone(), group=instance)
+
+    def sent(self, row: int, num_bytes: int) -> Sent:
+        """What a rank sends of a local buffer.
+
+        Args:
+            num_bytes: of an element.
+        """
+        whole = num_bytes * self.columns * self.ranks
+        return (
+            levels.reduced(whole, self.peers.all) if self.remainder else self.route(row).sent(whole)
+        )
+
+    def spread_sent(self, num_bytes: int, everywhere: bool) -> Sent:
+        """What a rank sends in `spread`."""
+        if self.remainder:
+            return Sent()
+        whole, instance = num_bytes * self.columns * self.ranks, self.peers.instance
+        shared = levels.reduced(whole / dist.get_world_size(instance), self.peers.copies)
+        return shared + levels.reduced(whole, instance) if everywhere else shared
 
 
 def units_of(model: list[Chunk], buffers: Buffers, layout: Layout) -> dict[int, list[Unit]]:
     """Every range of every bucket, by the id of Megatron's bucket group (collective)."""
-    by_group = {id(_ranks(group)): _ranks(group) for group in compat.bucket_groups(model)}
+    by_group = {id(ranks.all): ranks for ranks in map(compat.peers, compat.bucket_groups(model))}
     wanted = []
     for ranks in by_group.values():
-        row_groups = collectives.of_all_ranks(layout.group, ranks)
+        row_groups = collectives.of_all_ranks(layout.group, ranks.all)
         by_domain, halves = layout.row_map.by_domain, layout.row_map.halves == "groups"
-        wanted.append((ranks, [0 if by_domain else group for group in row_groups]))
-        wanted.append((ranks, [group % 2 if halves else 0 for group in row_groups]))
-    found = routes(wanted, buffers.device)
+        size = dist.get_world_size(ranks.instance)
+        wanted.append(Wanted(ranks.all, [0 if by_domain else group for group in row_groups], size))
+        wanted.append(Wanted(ranks.all, [group % 2 if halves else 0 for group in row_groups], size))
+    known = [ranks for some in by_group.values() for ranks in some if ranks is not None]
+    found = routes(wanted, known, buffers.device)
     both = dict(zip(by_group, zip(found[::2], found[1::2], strict=True), strict=True))
     return {
         id(group): [
             unit
             for bucket in group.buckets
-            for unit in _units(bucket, group, buffers, layout, both[id(_ranks(group))])
+            for unit in _units(bucket, group, buffers, layout, both[id(compat.peers(group).all)])
         ]
         for group in compat.bucket_groups(model)
     }
-
-
-def _ranks(group: BucketGroup) -> collectives.Group:
-    """The ranks over which a bucket group is reduced."""
-    if group.ddp_config.use_distributed_optimizer:
-        return group.intra_distributed_optimizer_instance_group
-    return group.data_parallel_group
 
 
 def _units(
     bucket: Bucket, group: BucketGroup, buffers: Buffers, layout: Layout,
     both: tuple[Route, Route],
 ) -> Iterator[Unit]:  # fmt: skip
-    """A bucket's ranges. The distributed optimizer's shards are its own: one range."""
-    ddp, peers, ranks = group.ddp_config, _ranks(group), len(both[0].members)
+    """A bucket's ranges. The distributed optimizer's shards are its own: one range.
+
+    Raises:
+        ValueError: instances of the distributed optimizer can't share its shards evenly.
+    """
+    ddp, peers, ranks = group.ddp_config, compat.peers(group), len(both[0].members)
     inside = {id(p) for p in bucket.params_list}
     pieces = [p for p in buffers.pieces if id(buffers.owned[p.number].parameter) in inside]
     pieces.sort(key=lambda p: p.start)
     begin, end = bucket.offset, bucket.offset + bucket.grad_data.numel()
+    if peers.copies is not None and (end - begin) % ranks:
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {dist.get_world_size(peers.copies)}: exact "
+            f"rows cut a bucket of {end - begin:,} elements into {ranks} equal parts, one for each "
+            "data rank: add --ddp-pad-buckets-for-high-nccl-busbw, or take --dr-gram sketch."
+        )
     cuts = [begin, end]
     if not ddp.use_distributed_optimizer:  # a tied embedding's shards are alike on both stages
         tied = [p for p in pieces if buffers.owned[p.number].partial == "embedding"]
@@ -127,7 +178,7 @@ def _units(
     scale = bucket.gradient_scaling_factor / (ranks if ddp.average_in_collective else 1)
     for start, stop in itertools.pairwise(cuts):
         columns, left = divmod(stop - start, ranks)
-        shard, rest = start + dist.get_rank(peers) * columns, stop - left
+        shard, rest = start + both[0].place * columns, stop - left
         parts = ((start, columns, shard, False), (rest, left, rest, True))
         for first, size, low, remainder in parts:
             if size:
