@@ -108,6 +108,33 @@ def test_resumed_run_equals_uninterrupted_one(data: dict[str, str], tmp_path: Pa
     _nothing_is_left_to_train(flags(data, f"{more} --load {folder}"), folder)
 
 
+def test_instances_of_the_optimizer_resume_and_overlap(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    """Two of two ranks each, which make two rows."""
+    dr = cone(data).replace("--dr-slots 2", "--dr-rows rank --dr-gram exact")
+    more = f"{dr} --num-distributed-optimizer-instances 2 --dr-metrics {tmp_path}"
+    saved = f"--save {tmp_path} --save-interval 2"
+    for name, also in (
+        ("whole", saved), ("overlap", "--overlap-grad-reduce"),
+        ("parts", f"--load {tmp_path} --ckpt-step 2 {saved}"),
+    ):  # fmt: skip
+        code, _, error = run(flags(data, f"{more}/{name}.jsonl {also}", 4), world=4)[0]
+        assert code == 0, error
+    whole, overlap, parts = (
+        losses(tmp_path / f"{name}.jsonl", "train") for name in ("whole", "overlap", "parts")
+    )
+    assert parts == {step: whole[step] for step in (3, 4)}
+    for step, expected in whole.items():
+        assert overlap[step] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_assertion_of_megatron_is_a_sentence(data: dict[str, str], tmp_path: Path) -> None:
+    (code, _, error), (other, *_) = run(flags(data, f"{cone(data)} --save {tmp_path / 'saved'}"))
+    assert code == other == 2
+    assert "Megatron refuses these arguments: it needs `args.save_interval is not None`" in error
+
+
 def _nothing_is_left_to_train(again: list[str], folder: Path) -> None:
     """A complete run says so with exit code 0; one whose last checkpoint is unknown is none."""
     (code, out, error), _ = run(again)

@@ -1,8 +1,10 @@
 """A run's arguments: what is refused before Megatron's own checks and after them, on every rank."""
 
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_dr.config.dr import DRConfig, TargetConfig
@@ -22,7 +24,8 @@ def validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: A
     result, found = None, record.Record()
     refusal, configs = _refusal(_prepare, args)
     if not refusal:
-        result = stock(args, *rest, **kwargs)
+        refusal, result = _refusal(_megatrons, stock, args, *rest, **kwargs)
+    if not refusal:
         refusal, found = _refusal(_settle, args, configs)
     agreement.check(args, refusal, (found or {}) | record.layout(args))
     setattr(args, changes.ATTRIBUTE, found)
@@ -36,12 +39,24 @@ def early(function: Callable[..., None], *args: Any) -> None:
         agreement.check(Namespace(), refusal, record.Record())
 
 
-def _refusal(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+def _refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Any]:
     """The sentence of its ValueError, and what it gives."""
     try:
-        return "", function(*args)
+        return "", function(*args, **kwargs)
     except ValueError as error:
         return str(error), None
+
+
+def _megatrons(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Megatron's own checks, many of which are assertions, and some have no text."""
+    try:
+        return stock(*args, **kwargs)
+    except AssertionError as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = str(error) or f"it needs `{(at.line or '').removeprefix('assert ')}`"
+        raise ValueError(
+            f"Megatron refuses these arguments: {said} ({Path(at.filename).name}, line {at.lineno})"
+        ) from error
 
 
 def _prepare(args: Namespace) -> Configs:
