@@ -2,6 +2,7 @@
 # make demo-rlvr   the same with rewards that can be checked: GRPO
 # make demo-rlhf   the same with a reward model: PPO
 # make test        lint, types and tests
+# make soak        the tests that it leaves out: every layout with every kind of rows
 # make docs        docs/api.md from the docstrings, and the pictures of the feasible sets
 # All set up .venv first (about 5 GB, 3 minutes) and can be run again.
 # PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for.
@@ -9,8 +10,9 @@
 PYTHON ?=
 VENV := .venv
 STAMP := $(VENV)/.ready
+PYTEST := -q -n auto --maxprocesses 8 --dist worksteal --durations=5
 
-.PHONY: demo demo-rlvr demo-rlhf test lint docs setup clean
+.PHONY: demo demo-rlvr demo-rlhf test soak lint docs setup clean
 
 setup: $(STAMP)
 
@@ -25,7 +27,10 @@ demo-rlvr demo-rlhf: demo-%: $(STAMP)
 	@$(VENV)/bin/python examples/$*/demo.py
 
 test: lint
-	@$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations=5
+	@$(VENV)/bin/python -m pytest $(PYTEST) -m "not soak"
+
+soak: $(STAMP)
+	@$(VENV)/bin/python -m pytest $(PYTEST) -m soak
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ LAYOUTS = {
     "rows-of-1-overlap": Layout(dp=4, row_ranks=1, overlap=True, overlap_param_gather=True, **TWO),
     "an-instance-a-row": Layout(dp=4, **TWO),
     "an-instance-a-row-overlap": Layout(dp=4, overlap=True, average=True, **TWO),
-    "a-row-of-both": Layout(dp=4, row_ranks=4, overlap=True, **TWO),
+    "a-row-of-both": Layout(dp=4, row_ranks=4, sequences=4, overlap=True, **TWO),
     "target-ranks": Layout(dp=4, row_ranks=1, target_ranks=1, overlap=True, **TWO),
     "domains": Layout(dp=4, domains=2, **TWO),
     "token": Layout(dp=4, per_token=True, overlap=True, **TWO),

@@ -14,6 +14,7 @@ from megatron_dr.mcore.data import packed
 
 from . import _data, _megatron, _oracle
 from ._data import Layout
+from ._pairs import pairs
 from ._ranks import run_ranks
 from ._sample_check import MODES, check
 
@@ -133,7 +134,6 @@ def test_rows_are_the_samples_inside_packs(mode: str) -> None:
     check(replace(ROWS[mode], packed=True), MODES[mode])
 
 
-@pytest.mark.parametrize("mode", ROW_MODES)
-@pytest.mark.parametrize("layout", ROW_LAYOUTS)
-def test_rows_inside_packs_in_a_layout(layout: str, mode: str) -> None:
-    check(replace(ROW_LAYOUTS[layout], packed=True), MODES[mode])
+@pairs(ROW_LAYOUTS, ROW_MODES)
+def test_rows_inside_packs_in_a_layout(first: str, second: str) -> None:
+    check(replace(ROW_LAYOUTS[first], packed=True), MODES[second])

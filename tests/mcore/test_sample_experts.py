@@ -12,6 +12,7 @@ from megatron_dr import DRConfig
 from . import _megatron, _oracle, _samples
 from ._data import Layout
 from ._oracle import Parameters
+from ._pairs import pairs
 from ._ranks import run_ranks
 from ._sample_check import MODES, check
 from ._sample_oracle import WideOracle
@@ -20,10 +21,9 @@ from ._samples import Case
 EVERY = ("exact", "ghost", "sketched", "cone", "cone ghost", "model two passes")
 
 
-@pytest.mark.parametrize("mode", EVERY)
-@pytest.mark.parametrize("per_token", (True, False), ids=("tokens", "microbatches"))
-def test_one_rank(mode: str, per_token: bool) -> None:
-    check(Layout(moe=True, per_token=per_token), MODES[mode])
+@pairs(EVERY, ("tokens", "microbatches"))
+def test_one_rank(first: str, second: str) -> None:
+    check(Layout(moe=True, per_token=second == "tokens"), MODES[first])
 
 
 # Experts that see no other rank's samples.
@@ -45,10 +45,9 @@ NEAR = {
 NEAR_MODES = ("cone ghost", "model two passes")
 
 
-@pytest.mark.parametrize("mode", NEAR_MODES)
-@pytest.mark.parametrize("layout", NEAR)
-def test_layout(layout: str, mode: str) -> None:
-    check(NEAR[layout], MODES[mode])
+@pairs(NEAR, NEAR_MODES)
+def test_layout(first: str, second: str) -> None:
+    check(NEAR[first], MODES[second])
 
 
 # Experts that see other ranks' samples.

@@ -3,13 +3,13 @@
 import pytest
 
 from ._data import Layout
+from ._pairs import pairs
 from ._sample_check import MODES, check
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("per_token", (True, False), ids=("tokens", "microbatches"))
-def test_mode(mode: str, per_token: bool) -> None:
-    check(Layout(per_token=per_token), MODES[mode])
+@pairs(MODES, ("tokens", "microbatches"))
+def test_mode(first: str, second: str) -> None:
+    check(Layout(per_token=second == "tokens"), MODES[first])
 
 
 LAYOUTS = {
@@ -51,10 +51,9 @@ def test_a_measured_target_with_overlapped_reduction(name: str) -> None:
 LAYOUT_MODES = ("exact", "ghost", "cone sketched merged", "model two passes", "step cone")
 
 
-@pytest.mark.parametrize("mode", LAYOUT_MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(layout: str, mode: str) -> None:
-    case = MODES[mode]
-    if LAYOUTS[layout].tied and LAYOUTS[layout].pp > 1 and case.score == "ghost":
+@pairs(LAYOUTS, LAYOUT_MODES)
+def test_layout(first: str, second: str) -> None:
+    layout, case = LAYOUTS[first], MODES[second]
+    if layout.tied and layout.pp > 1 and case.score == "ghost":
         case = MODES["exact"]  # refused
-    check(LAYOUTS[layout], case)
+    check(layout, case)

@@ -22,6 +22,7 @@ from megatron_dr.mcore.cpu.layers import layer_spec
 from . import _megatron, _oracle, _samples
 from ._data import Layout
 from ._oracle import Parameters
+from ._pairs import pairs
 from ._ranks import run_ranks
 from ._sample_check import MODES, STEPS, compare, expected
 from ._samples import Case
@@ -220,10 +221,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("mode", ("cone ghost", "model two passes"))
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_oracle(layout: str, mode: str) -> None:
-    where, case = LAYOUTS[layout], MODES[mode]
+@pairs(LAYOUTS, ("cone ghost", "model two passes"))
+def test_equals_oracle(first: str, second: str) -> None:
+    where, case = LAYOUTS[first], MODES[second]
     initial = in_te(_oracle.initial(where), where)
     ranks = run_ranks(where.world, _samples.train, where, case, STEPS, initial)
     parameters, log = expected(replace(where.alone, dp=where.dp), case)

@@ -198,7 +198,7 @@ def _width(unit: Unit, overlapped: bool) -> int:
 def _collectives(unit: Unit, row: int, overlapped: bool) -> int:
     """That bring a unit's local buffer, one after another."""
     route = unit.route(row)
-    hops = (route.inner is not None) + (route.across is not None)
+    hops = len(route.inner) + (route.across is not None)
     return hops * -(-unit.columns // _width(unit, overlapped))
 
 
