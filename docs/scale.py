@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dr.plan import memory, timeline, wire
 from megatron_dr.plan.buffers import Stage, stages
-from megatron_dr.plan.hardware import Hardware, Link
+from megatron_dr.plan.hardware import H100
 from megatron_dr.plan.layout import Layout
 from megatron_dr.plan.model import Model
 from megatron_dr.plan.rows import Rows, ranks_near_a_node
@@ -25,10 +25,6 @@ LLAMA_8B = Model(32, 4096, 32, 8, 14336, 128256)
 LLAMA_70B = Model(80, 8192, 64, 8, 28672, 128256)
 QWEN_32B = Model(64, 5120, 40, 8, 27648, 152064, qkv_bias=True)
 
-H100 = Hardware(
-    node=8, memory=80 * GB, memory_bandwidth=2.7e12, inside=Link(350e9, 3e-6),
-    between=Link(45e9, 8e-6), flops=450e12, fp32=40e12, solve=3e-3,
-)  # fmt: skip
 BATCH = Batch(tokens=8192, microbatches=8)
 
 

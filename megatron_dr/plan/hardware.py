@@ -55,3 +55,11 @@ class Hardware:
     def alone(self, sends: list[Send]) -> float:
         """One after the other, with nothing else under way."""
         return sum(max(self.seconds(send)) for send in sends)
+
+
+# NVLink 4 (450 GB/s a way by data sheet), a 400 Gb/s card for each GPU (50 GB/s) and HBM3 (3.35
+# TB/s), less what programs don't reach.
+H100 = Hardware(
+    node=8, memory=80e9, memory_bandwidth=2.7e12, inside=Link(350e9, 3e-6),
+    between=Link(45e9, 8e-6), flops=450e12, fp32=40e12, solve=3e-3,
+)  # fmt: skip

@@ -168,7 +168,7 @@ def on_nodes(layout: Layout, dr: DRConfig, initial: Any, node: int) -> str:
     "node, row_ranks, kind",
     [
         (1, 1, "ExactGram"),  # as many bytes as Megatron's reduction, all between nodes
-        (2, 1, "SketchedGram"),  # half of each row crosses, of Megatron's reduction a quarter
+        (2, 1, "SketchedGram"),  # half of each row crosses, of Megatron's reduction three eighths
         (2, 2, "ExactGram"),  # a node is a row
     ],
 )

@@ -1,7 +1,7 @@
 """Exact or sketched grams: what each leaves to be sent when the backward is over, and which one a
 run uses.
 
-    seconds exposed = bytes inside a node / 350 GB/s + bytes between nodes / 45 GB/s
+    seconds exposed = bytes inside a node / 350 GB/s + bytes between nodes / 45 GB/s   (an H100's)
 
 of all that a rank sends in a step after its backward, Megatron's reduction included: that of exact
 rows is their exchange. What travels in the backward counts as hidden, as it is in plain Megatron:

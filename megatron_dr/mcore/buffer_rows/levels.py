@@ -1,20 +1,16 @@
-"""What a rank sends by level, inside its node and between nodes, and the seconds that it takes.
-
-A reduction or a gathering of n ranks on N nodes sends (n - 1)/n of the bytes, and of a ring's or a
-tree's traffic each byte crosses between two nodes once for a node: a rank's share of it is
-(N - 1)/N of the bytes over its n/N peers on the node. An all-to-all sends to each rank what is its.
+"""What a rank sends by level, inside its node and between nodes, and the seconds that it takes: by
+the plan's arithmetic (`megatron_dr/plan/wire.py`), of process groups.
 """
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.distributed as dist
 
 from megatron_dr.mcore.collectives import Group
-
-# bytes a second that a GPU sends, one way: of an H100's NVLink 4 (450 GB/s by data sheet) and of
-# a 400 Gb/s card for each GPU (50), less what collectives don't reach. Their ratio is what counts.
-INSIDE, BETWEEN = 350e9, 45e9
+from megatron_dr.plan import wire
+from megatron_dr.plan.hardware import H100
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,9 @@ class Sent:
 
     @property
     def seconds(self) -> float:
-        """One after the other, at the bandwidths above; latencies don't count."""
-        return self.inside / INSIDE + self.between / BETWEEN
+        """One after the other, at the bandwidths of an H100's links, of which the ratio counts;
+        latencies don't."""
+        return self.inside / H100.inside.bandwidth + self.between / H100.between.bandwidth
 
 
 def node_of(rank: int) -> int:
@@ -41,25 +38,21 @@ def node_of(rank: int) -> int:
 
 def reduced(num_bytes: float, group: Group) -> Sent:
     """A reduce-scatter of so many bytes, or an all-gather to so many; an all-reduce is both."""
-    nodes = _nodes(group)
-    ranks, number = len(nodes), len(set(nodes))
-    between = (number - 1) * num_bytes / ranks
-    return Sent((ranks - 1) * num_bytes / ranks - between, between)
+    return _sent("ring", num_bytes, group)
 
 
 def all_reduced(num_bytes: float, group: Group) -> Sent:
-    return reduced(num_bytes, group) + reduced(num_bytes, group)
+    return _sent("reduce", num_bytes, group)
 
 
 def exchanged(num_bytes: float, group: Group) -> Sent:
     """An all-to-all of so many bytes."""
-    nodes = _nodes(group)
-    here = nodes.count(node_of(dist.get_rank()))
-    between = (len(nodes) - here) * num_bytes / len(nodes)
-    return Sent((here - 1) * num_bytes / len(nodes), between)
+    return _sent("exchange", num_bytes, group)
 
 
-def _nodes(group: Group) -> list[int]:
-    """Of each rank; of no group this rank's alone."""
-    ranks = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
-    return [node_of(rank) for rank in ranks]
+def _sent(kind: Literal["ring", "reduce", "exchange"], num_bytes: float, group: Group) -> Sent:
+    """Of no group this rank's alone."""
+    own = dist.get_rank()
+    ranks = [own] if group is None else dist.get_process_group_ranks(group)
+    own_first = tuple(sorted(ranks, key=lambda rank: rank != own))  # whose node counts as inside
+    return Sent(*wire.by_level([wire.Send("", kind, num_bytes, own_first)], node_of))
