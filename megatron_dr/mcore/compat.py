@@ -1,6 +1,7 @@
 """Every Megatron name the plugin relies on, which versions it was tested with, what it refuses."""
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -55,19 +56,19 @@ _BATCHES = tuple(
     )
     for name in ("rampup_batch_size", "step_batch_size_schedule")
 )
+_EINOPS = Rule(
+    "num_distributed_optimizer_instances",
+    when=lambda instances, _: (instances or 1) > 1 and find_spec("einops") is None,
+    says="{flag} {value} needs the package einops, by which Megatron makes its groups: install it.",
+)
 _SINGLE = tuple(map(single, ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")))
 _GRAPHS = Rule(
     "cuda_graph_impl",
     when=lambda kind, _: kind not in (None, "none"),
     says="{who} CUDA graphs: drop {flag}.",
 )
-REFUSED = (
-    *_MODEL,
-    *_DDP,
-    *_FLAGS,
-    *_BATCHES,
-    *_SINGLE,
-)  # of Megatron's flags: before it builds anything
+# of Megatron's flags: before it builds anything
+REFUSED = (*_MODEL, *_DDP, *_FLAGS, *_BATCHES, _EINOPS, *_SINGLE)
 
 
 def _rows_of_ranks(args: Any) -> bool:

@@ -1,5 +1,6 @@
 """Several instances of the distributed optimizer: each has every shard, of the same gradient."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from megatron.core import parallel_state
 
 import megatron_dr
 from megatron_dr import DRConfig
+from megatron_dr.mcore import compat
+from megatron_dr.mcore.refuse import refuse
 
 from . import _megatron, _oracle, _sample_check, test_wire
 from ._data import Layout
@@ -153,3 +156,12 @@ THREE = {"instances": 3, "distributed_optimizer": True, "overlap": True}
 def test_refused(layout: Layout, dr: DRConfig, words: str) -> None:
     for said in run_ranks(layout.world, refusal, layout, dr):
         assert words in said and bool(said) == bool(words)
+
+
+def test_without_einops_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "find_spec", lambda name: None)
+    args = SimpleNamespace(num_distributed_optimizer_instances=2)
+    with pytest.raises(ValueError, match="^--num-distributed-optimizer-instances 2 needs the pack"):
+        refuse(compat.WHO, [compat._EINOPS], args)
+    args.num_distributed_optimizer_instances = 1
+    refuse(compat.WHO, [compat._EINOPS], args)

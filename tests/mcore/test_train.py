@@ -129,10 +129,21 @@ def test_instances_of_the_optimizer_resume_and_overlap(
         assert overlap[step] == pytest.approx(expected, rel=1e-4)
 
 
-def test_an_assertion_of_megatron_is_a_sentence(data: dict[str, str], tmp_path: Path) -> None:
-    (code, _, error), (other, *_) = run(flags(data, f"{cone(data)} --save {tmp_path / 'saved'}"))
+MEGATRONS = {
+    "--save {tmp}": "Megatron refuses these arguments: it needs `args.save_interval is not None`",
+    "--recompute-granularity full": "Megatron refuses these arguments: ",  # by its configuration
+    "--num-distributed-optimizer-instances 3": "3 must divide the 2 data x context ranks",
+}
+
+
+@pytest.mark.parametrize("more", MEGATRONS)
+def test_what_megatron_refuses_is_a_sentence(
+    more: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    (code, _, error), (other, *_) = run(flags(data, f"{cone(data)} {more.format(tmp=tmp_path)}"))
     assert code == other == 2
-    assert "Megatron refuses these arguments: it needs `args.save_interval is not None`" in error
+    said = [line for line in error.splitlines() if line.startswith("megatron_dr: error: ")]
+    assert len(said) == 1 and MEGATRONS[more] in said[0]
 
 
 def _nothing_is_left_to_train(again: list[str], folder: Path) -> None:

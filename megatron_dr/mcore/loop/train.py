@@ -57,7 +57,7 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
     validation.of_script[:] = [script_flags.refuse_values]
     defaults = {"tokenizer_type": "GPT2BPETokenizer", "eval_interval": 1000}
     args = parse_and_validate_args(args_defaults=defaults)
-    model = argument_utils.gpt_config_from_args(args)
+    model = validation.early(validation.of_megatron, argument_utils.gpt_config_from_args, args)
     model_config.mend(model, args)
     pretrain(
         argument_utils.pretrain_cfg_container_from_args(args, model), adaptor.datasets_provider,

@@ -24,7 +24,7 @@ def validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: A
     result, found = None, record.Record()
     refusal, configs = _refusal(_prepare, args)
     if not refusal:
-        refusal, result = _refusal(_megatrons, stock, args, *rest, **kwargs)
+        refusal, result = _refusal(of_megatron, stock, args, *rest, **kwargs)
     if not refusal:
         refusal, found = _refusal(_settle, args, configs)
     agreement.check(args, refusal, (found or {}) | record.layout(args))
@@ -32,11 +32,13 @@ def validate(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: A
     return result
 
 
-def early(function: Callable[..., None], *args: Any) -> None:
-    """A check of what `validate` does not see, or sees too late; as there, all ranks hear it."""
-    refusal, _ = _refusal(function, *args)
+def early(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives that `validate` does not see, or sees too late, or not yet; as there,
+    all ranks hear what it refuses."""
+    refusal, found = _refusal(function, *args)
     if refusal:
         agreement.check(Namespace(), refusal, record.Record())
+    return found
 
 
 def _refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Any]:
@@ -47,11 +49,11 @@ def _refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[s
         return str(error), None
 
 
-def _megatrons(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def of_megatron(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Megatron's own checks, many of which are assertions, and some have no text."""
     try:
         return stock(*args, **kwargs)
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         said = str(error) or f"it needs `{(at.line or '').removeprefix('assert ')}`"
         raise ValueError(
@@ -70,6 +72,7 @@ def _prepare(args: Namespace) -> Configs:
 
 def _settle(args: Namespace, configs: Configs) -> record.Record:
     parts.settle(args)
+    _check_instances(args)
     for check in of_script:
         check(args)
     if configs is not None:
@@ -77,6 +80,16 @@ def _settle(args: Namespace, configs: Configs) -> record.Record:
         if target is not None:
             num_target_microbatches(args, configs[0], target)
     return record.of(args, configs)
+
+
+def _check_instances(args: Namespace) -> None:
+    ranks = args.data_parallel_size * args.context_parallel_size
+    number = args.num_distributed_optimizer_instances
+    if ranks % number:
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {number} must divide the {ranks} data x "
+            "context ranks."
+        )
 
 
 def load_args(stock: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
