@@ -5,10 +5,10 @@
     python benchmarks/step.py --bucket 0              # nothing is reduced in the backward
 
 A GPTModel with random tokens, DDP, the distributed optimizer and Megatron's schedule on gloo ranks
-of one thread each, with its reduction overlapped. Every figure is also a ratio against
-plain Megatron, which steps in the same ranks in the same repetition. A time ratio is the median
-over the repetitions of the ratio within each, with quartiles; the parts of a projection are the
-fastest by the clock. Where other work shares the machine only the CPU time is worth reading. How:
+of one thread each, with its reduction overlapped. Every figure is also a ratio against plain
+Megatron, which steps in the same ranks in the same repetition. A time ratio is the median over the
+repetitions of the ratio within each, with quartiles; the parts of a projection are the fastest by
+the clock. Where other work shares the machine only the CPU time is worth reading. How:
 `step_arms.py`.
 
 With a target rank, the ranks compute as many microbatches each as plain Megatron's, one of them of
