@@ -60,7 +60,12 @@ def test_its_defaults_switch_the_plugin_on() -> None:
 
 def test_what_it_refuses_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     called = []
-    validate = lambda *flags: validation.validate(called.append, parse(*flags))  # noqa: E731
+
+    def stock(args: argparse.Namespace) -> None:
+        args.data_parallel_size = 1  # as Megatron's own checks set it
+        called.append(args)
+
+    validate = lambda *flags: validation.validate(stock, parse(*flags))  # noqa: E731
     with pytest.raises(SystemExit) as end:
         validate("--dr-echo-times", "3", "--mock-data")
     assert end.value.code == 2 and not called
