@@ -4,9 +4,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_dr.mcore.data import vocabulary
+from megatron_dr.mcore.data import preparation, vocabulary
+from megatron_dr.mcore.rollouts import engine
 
 
 class Inner:
@@ -39,3 +41,16 @@ def test_ids_beyond_the_model(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="vocab_size is 259, so rows of padding would be"):
             vocabulary.check(found, of(0, 259))
+
+
+def test_ids_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few words may have large ids: files and rollouts go by the largest, not by their number."""
+    assert preparation.token_type(of(0, 70_000)) is np.int32
+    assert preparation.token_type(of(0, 7)) is np.uint16
+    made: list[int] = []
+    monkeypatch.setattr(engine, "MegatronRollouts", lambda _, size, *rest: made.append(size) or own)
+    own = Namespace(context=9)
+    tokenizer = of(0, 2, 7)
+    tokenizer.eod, tokenizer.detokenize = 0, None
+    assert engine.open_rollouts([], tokenizer, Namespace(seq_length=4), None) is own
+    assert made == [8] and own.context == 4

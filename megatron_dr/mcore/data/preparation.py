@@ -8,6 +8,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
 
 from megatron_dr.data.output import OpenDataset
+from megatron_dr.mcore.data.vocabulary import largest_id
 
 open_dataset: OpenDataset = IndexedDatasetBuilder
 
@@ -19,7 +20,7 @@ TOKENIZER_FILES = (
 
 def token_type(tokenizer: Any) -> type:
     """The smallest type that holds its token ids."""
-    found: type = DType.optimal_dtype(tokenizer.vocab_size)
+    found: type = DType.optimal_dtype(largest_id(tokenizer) + 1)
     return found
 
 

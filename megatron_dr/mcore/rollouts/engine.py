@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_dr.config.named import load_function
 from megatron_dr.mcore import errors
+from megatron_dr.mcore.data.vocabulary import largest_id
 from megatron_dr.mcore.rollouts.megatron import MegatronRollouts, check_layout
 from megatron_dr.rl.rollouts import Completion, Rollouts, SamplingParams
 
@@ -27,7 +28,7 @@ class EngineRollouts:
 
     Args:
         context: tokens that prompt and completion have together, at most.
-        vocab_size: the tokenizer's.
+        vocab_size: above the tokenizer's largest id.
     """
 
     def __init__(self, engine: Engine, context: int, vocab_size: int) -> None:
@@ -81,11 +82,12 @@ def open_rollouts(
     Raises:
         ValueError: a layout in which rollouts don't run, or a function that can't be loaded.
     """
+    size = largest_id(tokenizer) + 1  # where ids have gaps, more than there are words
     if engine is None:
-        own = MegatronRollouts(model, tokenizer.vocab_size, [tokenizer.eod], tokenizer.detokenize)
+        own = MegatronRollouts(model, size, [tokenizer.eod], tokenizer.detokenize)
         own.context = min(own.context, args.seq_length)
         return own
     check_layout()  # training's own log-probabilities are found as rollouts are
     with errors.agreed():
         function = load_function("--dr-rl-engine", engine)
-    return EngineRollouts(function(model, args), args.seq_length, tokenizer.vocab_size)
+    return EngineRollouts(function(model, args), args.seq_length, size)

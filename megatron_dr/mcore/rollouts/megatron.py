@@ -43,7 +43,7 @@ class MegatronRollouts:
 
     Args:
         model: Megatron's list of model chunks.
-        vocab_size: the tokenizer's; ids of the padded vocabulary are never chosen.
+        vocab_size: above the tokenizer's largest id; ids of the padded vocabulary are never chosen.
         stop_tokens: ids that end a completion, the end of document among them.
         decode: token ids to text; needed for stop strings.
         batch_size: prompts that one copy of the model continues at the same time.
