@@ -1,6 +1,7 @@
 """Megatron, its training loop and its tokenizer are imported once, here: tests fork their ranks
 from this process, and each rank would spend longer on importing them than on most tests."""
 
+import gc
 import warnings
 
 warnings.filterwarnings("ignore", module="megatron")
@@ -19,3 +20,7 @@ from megatron_dr.mcore.loop import adaptor  # noqa: E402, F401
 transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018 - imported when named
 
 torch.set_num_threads(1)
+
+# else a rank's collector writes to, and so copies, every page that it shares with this process
+gc.collect()
+gc.freeze()

@@ -15,6 +15,7 @@ from . import _data, _lora, _megatron, _oracle, _sample_oracle, _samples
 from ._data import Layout
 from ._layouts import config as dr_config
 from ._lora import LORA
+from ._pairs import some
 from ._problem import Problem
 from ._ranks import run_ranks
 
@@ -80,7 +81,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+PROJECTED = ("tp2-sp-recompute", "tp2-pp2-sp-tied", "dp2-distopt-overlap", "cp2", "pp2-vpp2")
+
+
+@pytest.mark.parametrize("layout", some(LAYOUTS, *PROJECTED))
 def test_projected_training_equals_dense_adapters(layout: Layout) -> None:
     check(layout, CONE)
 

@@ -20,6 +20,7 @@ def weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     return {n: v for n, v in whole.items() if torch.is_tensor(v) and not n.startswith("optim")}
 
 
+@pytest.mark.soak
 def test_adapters_start_on_a_model_without_and_resume(data: dict[str, str], tmp_path: Path) -> None:
     """Only they change, at TP 2; a resumed run equals an uninterrupted one."""
     base, whole, parts = tmp_path / "base", tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"

@@ -73,6 +73,7 @@ def test_a_run_begins_without_a_head_and_logs(whole: Any, data: Data) -> None:
     assert last["kl weight"] == pytest.approx(0.04 * (1 - 0.2 * 16 / 32), rel=1e-4)
 
 
+@pytest.mark.soak
 def test_resume_in_the_middle_of_a_cycle_and_in_another_layout(
     data: Data, whole: Any, tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_without_rewards_nothing_is_learned(data: Data, tmp_path: Path) -> None:
         assert torch.equal(value, data["start"].get(name, torch.zeros_like(value))), name
 
 
+@pytest.mark.soak
 def test_failed_rewards_cost_their_samples_alone(data: Data, tmp_path: Path) -> None:
     """With adapters, sample rows, and the rollout as its own target, whose checkpoint it keeps."""
     more = f"""--dr-rl-reward tests.mcore._rewards:raises_sometimes --dr-rl-target self

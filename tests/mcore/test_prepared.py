@@ -19,6 +19,7 @@ from megatron_dr.report import metrics
 
 from ..data import _chat
 from ._datasets import LENGTH, ONE, arguments, general, indexed, on_ranks, target
+from ._pairs import some
 from ._train import MODEL, SENTENCES, run
 
 JSON = dict[str, Any]
@@ -210,7 +211,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("rows", [SLOTS, ROWS, LORA], ids=("slot", "sample", "adapters"))
+@pytest.mark.parametrize("rows", some({"slot": SLOTS, "sample": ROWS, "adapters": LORA}, "sample"))
 def test_packs_train_alike_in_every_layout(data: dict[str, str], tmp_path: Path, rows: str) -> None:
     """And the losses fall, in both roles."""
     base = tmp_path / "base"

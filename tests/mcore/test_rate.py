@@ -109,6 +109,7 @@ def test_all_that_megatron_asserts_on_has_its_flag(name: str) -> None:
     assert now.load_state_dict(other) is None
 
 
+@pytest.mark.soak
 def test_a_resume_with_another_length(data: dict[str, str], tmp_path: Path) -> None:
     """Refused in one sentence, unless it is said which schedule counts."""
     folder = tmp_path / "saved"

@@ -10,6 +10,7 @@ import torch
 from megatron_dr.report import metrics
 
 from . import _rl
+from ._pairs import some
 from ._rl import SAME, Data, data, from_base, regularised
 
 __all__ = ["data"]
@@ -64,7 +65,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout, world, slots", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("layout, world, slots", some(LAYOUTS, "pp2_vpp2"))
 def test_layouts_train_alike(
     data: Data, whole: Any, tmp_path: Path, layout: str, world: int, slots: int
 ) -> None:

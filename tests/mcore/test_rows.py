@@ -1,9 +1,8 @@
 """Domain rows and target ranks equal the oracle's, in layouts that treat them differently."""
 
-import pytest
-
 from ._data import Layout
 from ._layouts import check
+from ._pairs import pairs
 from ._problem import Problem
 
 DOMAINS = {
@@ -26,19 +25,18 @@ TARGET_RANKS = {
     "dp2-pp2-vpp2-tied": Layout(dp=2, pp=2, vpp=2, target_ranks=1, tied=True),
     "dp2-cp2-token": Layout(dp=2, cp=2, target_ranks=1, per_token=True),
 }
+GRAMS = ("exact", "sketch")
 
 
-@pytest.mark.parametrize("gram", ["exact", "sketch"])
-@pytest.mark.parametrize("layout", DOMAINS.values(), ids=DOMAINS.keys())
-def test_domain_rows(layout: Layout, gram: str) -> None:
+@pairs(DOMAINS, GRAMS)
+def test_domain_rows(first: str, second: str) -> None:
     # Adam turns a small gradient's rounding, here of fp32 sketches, into a step
-    check(layout, Problem(gram=gram), atol=2e-5 if gram == "exact" else 1e-4)
+    check(DOMAINS[first], Problem(gram=second), atol=2e-5 if second == "exact" else 1e-4)
 
 
-@pytest.mark.parametrize("gram", ["exact", "sketch"])
-@pytest.mark.parametrize("layout", TARGET_RANKS.values(), ids=TARGET_RANKS.keys())
-def test_target_ranks(layout: Layout, gram: str) -> None:
-    check(layout, Problem(gram=gram))
+@pairs(TARGET_RANKS, GRAMS)
+def test_target_ranks(first: str, second: str) -> None:
+    check(TARGET_RANKS[first], Problem(gram=second))
 
 
 def test_mean_of_domain_rows_weighs_corpora_alike() -> None:

@@ -12,7 +12,7 @@ from megatron_dr import DRConfig
 from . import _megatron, _oracle, _samples
 from ._data import Layout
 from ._oracle import Parameters
-from ._pairs import pairs
+from ._pairs import pairs, some
 from ._ranks import run_ranks
 from ._sample_check import MODES, check
 from ._sample_oracle import WideOracle
@@ -63,9 +63,12 @@ WIDE = {
 }
 WIDE_CASES = [(name, "cone ghost") for name in WIDE]
 WIDE_CASES += [("EP 2 DP 2", "hull"), ("TP 2 SP EP 4 DP 2", "sketched")]  # hull: t's scale counts
+WIDE_KEPT = ("TP 2 SP ETP 2 EP 2 DP 2-cone ghost", "EP 2 DP 2-hull")
 
 
-@pytest.mark.parametrize(("layout", "mode"), WIDE_CASES)
+@pytest.mark.parametrize(
+    ("layout", "mode"), some({f"{at}-{mode}": (at, mode) for at, mode in WIDE_CASES}, *WIDE_KEPT)
+)
 def test_wide(layout: str, mode: str) -> None:
     check(WIDE[layout], MODES[mode], WideOracle)
 

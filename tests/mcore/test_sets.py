@@ -4,17 +4,18 @@ import pytest
 
 from ._data import Layout
 from ._layouts import check
+from ._pairs import pairs
 from ._problem import Problem
 
 TWO_RANKS = Layout(dp=2, distributed_optimizer=True)
 
 
-@pytest.mark.parametrize("blocks", ["model", "layer", "matrix"])
-@pytest.mark.parametrize(
-    "name", ["topk", "greedy", "filter", "capped", "hull", "cone", "span", "ball", "halfspace"]
+@pairs(
+    ("topk", "greedy", "filter", "capped", "hull", "cone", "span", "ball", "halfspace"),
+    ("model", "layer", "matrix"),
 )
-def test_set_and_blocks(name: str, blocks: str) -> None:
-    check(TWO_RANKS, Problem(set=name, blocks=blocks, alpha=0.0), atol=5e-5)
+def test_set_and_blocks(first: str, second: str) -> None:
+    check(TWO_RANKS, Problem(set=first, blocks=second, alpha=0.0), atol=5e-5)
 
 
 @pytest.mark.parametrize(

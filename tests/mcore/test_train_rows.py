@@ -7,6 +7,7 @@ import pytest
 
 from megatron_dr.report import metrics
 
+from ._pairs import some
 from ._train import cone, data, flags, losses, run, two_corpora
 
 __all__ = ["data"]
@@ -87,7 +88,7 @@ def samples(data: dict[str, str], mode: str) -> str:
         --micro-batch-size 2 {SAMPLE_ROWS[mode]}"""
 
 
-@pytest.mark.parametrize("mode", SAMPLE_ROWS)
+@pytest.mark.parametrize("mode", some({name: name for name in SAMPLE_ROWS}, "refreshed"))
 def test_sample_rows_resume_where_they_stopped(
     data: dict[str, str], tmp_path: Path, mode: str
 ) -> None:
@@ -126,6 +127,7 @@ def test_sample_rows_with_the_target_in_the_microbatches(
     assert code != 0 and "not a multiple of the 4 general microbatches" in error
 
 
+@pytest.mark.soak
 def test_meso_trains_and_resumes(data: dict[str, str], tmp_path: Path) -> None:
     """The optimizer's moments in a compressed space, beside the plugin's cone."""
     paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]
