@@ -85,7 +85,7 @@ def test_exact_equals_oracle(layout: Layout) -> None:
 
 
 SKETCHED = [
-    pytest.param(layout, id=name, marks=() if number % 2 else pytest.mark.soak)
+    pytest.param(layout, id=name, marks=() if number % 3 == 1 else pytest.mark.soak)
     for number, (name, layout) in enumerate(LAYOUTS.items())
 ]
 

@@ -100,6 +100,7 @@ def test_sketches_are_of_elements_of_the_whole_adapters(layout: Layout) -> None:
     check(layout, Problem(gram="sketch"))
 
 
+@pytest.mark.soak
 def test_adapters_on_the_attention_of_a_mixture_of_experts() -> None:
     layout = Layout(moe=True, tp=2, sequence_parallel=True, ep=2)
     check(layout, CONE, lora=LoRAConfig(rank=2, alpha=3.0, targets=("linear_qkv", "linear_proj")))

@@ -86,7 +86,7 @@ def load(layout: Layout, start: Any, folder: Path) -> Any:
     return _megatron.pieces(model, config)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_checkpoints_of_adapters_load_in_another_layout(tmp_path: Path, tied: bool) -> None:
     """Gate and up of the gated layer's B come back in their places."""
     layout = Layout(tp=2, sequence_parallel=True, tied=tied)

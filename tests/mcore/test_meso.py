@@ -185,7 +185,7 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("first, second, error", some(CHECKPOINTS, "world1", "tp2-dp2-bf16"))
+@pytest.mark.parametrize("first, second, error", some(CHECKPOINTS, "world1"))
 def test_resumed_run_equals_uninterrupted_one(
     first: Layout, second: Layout, error: float, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -139,6 +140,7 @@ def watched(argv: list[str]) -> Any:
     return *_rl._run(argv), held
 
 
+@pytest.mark.soak
 def test_rollouts_run_without_gradient_buffers(tmp_path: Path) -> None:
     data, ended = _rl.write_prompts(tmp_path), []
     flags = f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-rows slot

@@ -231,6 +231,7 @@ def test_packs_train_alike_in_every_layout(data: dict[str, str], tmp_path: Path,
         assert other == pytest.approx(found[0], rel=2e-4)
 
 
+@pytest.mark.soak
 def test_packs_resume_where_they_stopped(data: dict[str, str], tmp_path: Path) -> None:
     """On two data ranks, past the first epoch of either role."""
     paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]

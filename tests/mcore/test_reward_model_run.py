@@ -39,6 +39,7 @@ def expected_rewards(model: Any, saved: experience.Experience) -> list[float]:
     return rewards
 
 
+@pytest.mark.soak
 def test_ranks_share_the_scoring(tmp_path: Path) -> None:
     data = _rl.write_prompts(tmp_path)
     model = made.llama(tmp_path / "reward", max_position_embeddings=CONTEXT)

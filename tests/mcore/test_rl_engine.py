@@ -16,6 +16,7 @@ from ._rl import SAME, data, from_base, regularised
 __all__ = ["data"]
 
 
+@pytest.mark.soak
 def test_a_server_answers_for_any_layout(data: dict[str, str], tmp_path: Path) -> None:
     """Alone and on two ranks with tensor parallelism: the same rollouts, the same training."""
     found = []

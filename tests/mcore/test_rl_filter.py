@@ -242,6 +242,7 @@ def test_a_value_loss_has_no_part_in_scores() -> None:
 
 
 # -- in Megatron's loop --------------------------------------------------------------------------
+@pytest.mark.soak
 def test_a_run_keeps_its_choice_for_a_cycle_and_over_a_resume(tmp_path: Path) -> None:
     """Stopped in the middle of the first cycle; it goes on to the second one in another layout."""
     data, folder = _rl.write_prompts(tmp_path), tmp_path / "save"

@@ -104,6 +104,7 @@ def test_without_differences_of_reward_nothing_is_learned(
         assert torch.equal(value, data["start"][name]), name
 
 
+@pytest.mark.soak
 def test_failed_rewards_cost_their_samples_alone(data: Data, tmp_path: Path) -> None:
     """On two ranks that share the work, with sample rows and the rollout as its own target."""
     path = tmp_path / "metrics.jsonl"

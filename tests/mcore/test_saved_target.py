@@ -64,7 +64,7 @@ def load(layout: Layout, path: Path, score: str, seed: int = 0) -> Any:
     return whole_of(rows)
 
 
-@pytest.mark.parametrize("score", ["ghost", "sketched"])
+@pytest.mark.parametrize("score", ["ghost", pytest.param("sketched", marks=pytest.mark.soak)])
 def test_a_kept_target_is_the_same_in_another_layout(tmp_path: Path, score: str) -> None:
     wide, alone = Layout(tp=2, sequence_parallel=True), Layout()
     folders = [tmp_path / "wide", tmp_path / "alone"]

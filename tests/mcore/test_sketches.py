@@ -37,6 +37,7 @@ def first_gram(layout: Layout, initial: Any) -> np.ndarray:
     return gram
 
 
+@pytest.mark.soak
 def test_sketched_gram_is_the_same_in_every_layout() -> None:
     initial = _oracle.initial(LAYOUTS[0])
     parameters = {k: v.double().requires_grad_() for k, v in initial.items()}

@@ -109,6 +109,7 @@ def test_resumed_run_equals_uninterrupted_one(data: dict[str, str], tmp_path: Pa
     _nothing_is_left_to_train(flags(data, f"{more} --load {folder}"), folder)
 
 
+@pytest.mark.soak
 def test_instances_of_the_optimizer_resume_and_overlap(
     data: dict[str, str], tmp_path: Path
 ) -> None:
