@@ -2,7 +2,7 @@
 # make demo-rlvr   the same with rewards that can be checked: GRPO
 # make demo-rlhf   the same with a reward model: PPO
 # make test        lint, types and tests
-# make soak        the tests that it leaves out: every layout with every kind of rows
+# make soak        the longer tests that it leaves out: all pairs of layout and rows, more resumes
 # make docs        docs/api.md from the docstrings, and the pictures of the feasible sets
 # All set up .venv first (about 5 GB, 3 minutes) and can be run again.
 # PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for.

@@ -84,7 +84,6 @@ def test_layouts_train_as_the_oracle(
     compare(run(data, more, world=2), path, oracles[rows])
 
 
-@pytest.mark.soak
 def test_a_resumed_run_is_one_that_did_not_stop(
     data: Data, oracles: dict[str, OracleRun], tmp_path: Path
 ) -> None:

@@ -191,7 +191,6 @@ TWO = {
 }  # fmt: skip
 
 
-@pytest.mark.soak
 def test_scores_and_what_is_kept_are_those_of_plain_loops_in_every_layout() -> None:
     wanted = {}
     for world, cases in ((1, ONE), (2, TWO)):
