@@ -44,11 +44,23 @@ class DRConfig:
     alpha: float = flag(
         0.05, "a: how much of the target's own gradient, (1 - a) d + a t", "share, 0 to 1"
     )
+    beta: float = flag(
+        0.0,
+        "b: how much of the mean general gradient g is mixed into d, (1 - b) d + b g, g as long as "
+        "--dr-norm makes d; 1: a plain mix of general data and target",
+        "share, 0 to 1",
+    )
     alpha_style: Literal["constant", "linear", "cosine", "auto"] = flag(
         "constant",
         "alpha over the run: constant, from --dr-alpha to --dr-end-alpha, or chosen at every step "
-        "from the agreement of the target batch's halves",
+        "with beta, from the agreement of the target batch's halves and the learning rates",
         "name",
+    )
+    keep_general: float = flag(
+        0.0,
+        "with alpha style auto, least cosine of the update with the mean general gradient: alpha "
+        "and beta are chosen to keep it; 0: no such floor",
+        "cosine, 0 to 1",
     )
     end_alpha: float = flag(0.0, "alpha at the end of a linear or cosine style", "share, 0 to 1")
     norm: Literal["none", "general", "target", "tokens"] = flag(
@@ -131,7 +143,7 @@ class DRConfig:
     )
     seed: int = flag(0, "seed of the sketches; each step uses seed and step", "integer")
     log_blocks: bool = flag(False, "log each block's values beside the model's", "flag")
-    alpha_steps: int | None = known(None)  # the run's length, where alpha is not constant
+    alpha_steps: int | None = known(None)  # the run's length in steps, where alpha changes
     target_size: int | None = known(None)  # samples of the whole target set, for auto
     packed: bool = known(False)  # a microbatch is one pack of samples (sample rows)
     sequences: int = known(1)  # of a sample: 2 of a preference pair (sample rows)
@@ -147,7 +159,7 @@ class DRConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}."
                 )
-        for name in ("alpha", "end_alpha", "memory"):
+        for name in ("alpha", "beta", "end_alpha", "keep_general", "memory"):
             share = getattr(self, name)
             must_be("in [0, 1]", 0.0 <= share <= 1.0, name, share)
         must_be("in (0, 1]", 0.0 < self.fraction <= 1.0, "fraction", self.fraction)
@@ -190,9 +202,13 @@ class DRConfig:
         for name in ("kronecker_out", "kronecker_in", "target_refresh"):
             must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))
         must_be("1 or 2", self.passes in (1, 2), "passes", self.passes)
-        if self.alpha_style == "auto":
-            raise ValueError("alpha_style='auto' needs rows='rank', 'slot', 'domain' or 'auto'.")
-        own = set_named(self.set)
+        own, late = set_named(self.set), self.passes == 2 or self.target_pass == "merged"
+        if self.alpha_style == "auto" and (self.window != "step" or not late):
+            raise ValueError(
+                "alpha_style='auto' with sample rows needs window='step', and passes=2 or "
+                "target_pass='merged': alpha is known at a step's end, and decides how much of the "
+                "target enters."
+            )
         if own.target_weight and own.alpha is None and self.target_pass == "own":
             raise ValueError(
                 f"set={self.set!r} with sample rows needs target_pass='merged': how much of the "

@@ -1,5 +1,6 @@
 """Every Megatron name the plugin relies on, which versions it was tested with, what it refuses."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
@@ -165,6 +166,17 @@ def num_microbatches() -> int | None:
         return None
     constant = isinstance(calculator, num_microbatches_calculator.ConstantNumMicroBatchesCalculator)
     return int(calculator.get()) if constant else 1
+
+
+def samples_before(steps: int) -> list[int]:
+    """General samples of a run before each of its steps, as Megatron's calculator counts them."""
+    calculator = copy.copy(num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR)
+    assert calculator is not None
+    taken = [0]
+    for _ in range(steps - 1):
+        calculator.update(taken[-1], False)
+        taken.append(taken[-1] + calculator.current_running_global_batch_size)
+    return taken[:steps]
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

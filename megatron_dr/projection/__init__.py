@@ -1,6 +1,6 @@
 """Pure mathematics of the projection: imports torch and nothing else of ours."""
 
-from megatron_dr.projection.alpha import alpha_at, alpha_of, in_unit_of, smoothed, statistics
+from megatron_dr.projection.alpha import alpha_at, safest_alpha
 from megatron_dr.projection.blocks import UNPROJECTED, block_of
 from megatron_dr.projection.feasible_sets import (
     Ball,
@@ -25,8 +25,7 @@ from megatron_dr.projection.update import Update, project
 __all__ = [
     "Ball", "Capped", "Cone", "CountSketch", "FeasibleSet", "Filter", "Greedy", "Halfspace",
     "Hull", "Kronecker", "Mean", "Span", "Target", "TopK", "UNPROJECTED", "Update", "alpha_at",
-    "alpha_of", "block_of", "gram_and_error", "gram_of", "gram_of_long", "in_unit_of", "key_of",
-    "kkt_residual",
-    "norm_scale", "project", "report", "report_sums", "size_for", "smoothed", "solve_qp", "split",
-    "statistics",
+    "block_of", "gram_and_error", "gram_of", "gram_of_long", "key_of", "kkt_residual",
+    "norm_scale", "project", "report", "report_sums", "safest_alpha", "size_for", "solve_qp",
+    "split",
 ]  # fmt: skip

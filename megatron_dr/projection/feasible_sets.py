@@ -66,10 +66,10 @@ class FeasibleSet(ABC):
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w [B, M] in float64, from G and c."""
 
-    def target_share(self, alpha: Tensor | float) -> Tensor | float:
-        """Of the target among all that u = (1 - a) s d + a t is made of, lengths aside:
-        ((1 - a) tau + a) / ((1 - a) tau + 1), tau the target_weight."""
-        own = (1.0 - alpha) * self.target_weight
+    def target_share(self, alpha: Tensor | float, beta: Tensor | float = 0.0) -> Tensor | float:
+        """Of the target among all that u = (1 - a) (b s' g + (1 - b) s d) + a t is made of, lengths
+        aside: (own + a) / (own + 1), own = (1 - a) (1 - b) tau, tau the target_weight."""
+        own = (1.0 - alpha) * (1.0 - beta) * self.target_weight
         return (own + alpha) / (own + 1.0)
 
     def kept(self, rows: int) -> int | None:

@@ -23,6 +23,7 @@ class Problem:
     ridge: float = 0.3
     radius: float = 0.5
     alpha: float = 0.1
+    beta: float = 0.0
     alpha_style: str = "constant"
     end_alpha: float = 0.0
     alpha_steps: int = 1
@@ -135,10 +136,11 @@ def project(
         w = solve(problem, seen[:-1], seen[-1])
         own = 1.0 if problem.set in ("target", "halfspace") else 0.0
         d, seen_d = j.T @ w + own * target, seen[:-1].T @ w + own * seen[-1]
-        length = np.linalg.norm(seen_d)
+        length, g, mean = np.linalg.norm(seen_d), j.mean(0), seen[:-1].mean(0)
         if problem.norm != "none" and length > 0:
-            wanted = seen[:-1].mean(0) if problem.norm == "general" else seen[-1]
-            d = d * np.linalg.norm(wanted) / length
+            wanted = np.linalg.norm(mean if problem.norm == "general" else seen[-1])
+            d, g = d * wanted / length, g * wanted / np.linalg.norm(mean)
+        d = (1 - problem.beta) * d + problem.beta * g
         d = torch.from_numpy((1 - alpha) * d + alpha * target)
         weights[name] = w
         for n, part in zip(members, d.split([t[n].numel() for n in members]), strict=True):

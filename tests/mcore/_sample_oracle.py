@@ -169,10 +169,13 @@ class Oracle:
             helper = 1.0 if case.set in ("target", "halfspace") else 0.0
             alpha = 1.0 if case.set == "target" else case.alpha
             scale = self._scale(seen_j, seen_t, w, helper, window.tokens)
-            d = (1 - alpha) * scale * (j.T @ w + helper * target) + alpha * target
+            as_mean = self._scale(seen_j, seen_t, np.full(len(w), 1 / len(w)), 0.0, window.tokens)
+            mixed = lambda d, g, t: (  # noqa: E731
+                (1 - alpha) * ((1 - case.beta) * scale * d + case.beta * as_mean * g) + alpha * t  # noqa: B023
+            )
+            d = mixed(j.T @ w + helper * target, j.mean(0), target)
             direction = seen_j.T @ w + helper * seen_t
-            seen = (seen_j.mean(0), seen_t, direction,
-                    (1 - alpha) * scale * direction + alpha * seen_t)  # fmt: skip
+            seen = (seen_j.mean(0), seen_t, direction, mixed(direction, seen_j.mean(0), seen_t))
             self.solved.append(Solved(block, w, *(window.logged * vector for vector in seen)))
             sizes = [t[n].numel() for n in members]
             for name, part in zip(

@@ -32,6 +32,7 @@ class Case:
     fraction: float = 0.7  # 2 of 3
     step_length: float = 0.0
     alpha: float = 0.1
+    beta: float = 0.0
     norm: str = "tokens"
     blocks: str = "matrix"
     score: str = "exact"

@@ -111,6 +111,7 @@ SKETCHED = {
     "fraction": 0.5,
     "step_length": 0.2,
     "alpha": 0.2,
+    "beta": 0.25,
     "alpha_style": "cosine",
     "end_alpha": 0.4,
     "norm": "target",
@@ -128,7 +129,7 @@ EXACT = {
     "row_ranks": 1,
 }  # fmt: skip
 SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1}
-AUTO = {"rows": "auto", "memory": 0.2}
+AUTO = {"rows": "auto", "memory": 0.2, "alpha_style": "auto", "keep_general": 0.6}
 SAMPLES = {
     "set": "topk", "rows": "sample", "norm": "tokens", "blocks": "layer", "score": "ghost",
     "kronecker_out": 16, "kronecker_in": 8, "window": "step", "passes": 2, "target_pass": "own",
@@ -146,7 +147,8 @@ def test_round_trip(values: dict[str, Any]) -> None:
 
 
 # What a flag may be given beside: one of these gives each of them a meaning.
-BESIDE = ("", "--dr-set greedy", "--dr-set ball", "--dr-alpha-style linear", "--dr-rows sample")
+BESIDE = ("", "--dr-set greedy", "--dr-set ball", "--dr-alpha-style linear", "--dr-rows sample",
+          "--dr-alpha-style auto")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)

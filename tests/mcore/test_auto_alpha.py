@@ -1,4 +1,4 @@
-"""The rule `auto` gathers what dense rows and halves say, in every layout."""
+"""The rule `auto` gathers and chooses what dense rows and halves say, in every layout."""
 
 from typing import Any
 
@@ -8,14 +8,16 @@ import torch
 import megatron_dr
 from megatron_dr import DRConfig
 from megatron_dr.mcore.step.alpha import Alpha
-from megatron_dr.projection import Cone, alpha_of, smoothed, statistics
+from megatron_dr.projection import Cone, rule
 
 from . import _megatron, _oracle
 from ._data import Layout
 from ._ranks import run_ranks
 
 SIZE = 16  # samples of the target set, of which 4 are in a step
-STEPS = 4  # of the run: 1 pass
+STEPS = 4  # of the run
+RATES = [0.5, 1.0, 1.0, 0.25]
+PASSES = 2.75 * 4 / SIZE
 LAYOUTS = {
     "buffers": Layout(),
     "buffers-tp2-token": Layout(tp=2, per_token=True, full_masks=True),
@@ -23,49 +25,87 @@ LAYOUTS = {
     "groups": Layout(dp=2),
     "groups-instances": Layout(dp=2, distributed_optimizer=True, instances=2),
     "groups-pp2-distopt": Layout(dp=2, pp=2, distributed_optimizer=True),
+    "domains": Layout(dp=2, domains=2),
 }
 LOSS_SCALE = 1024.0
 
 
-def found(layout: Layout, initial: Any) -> tuple[float, list[float]]:
-    """alpha of the first step, and the statistics that it gathered."""
+def found(
+    layout: Layout, initial: Any, blocks: str, scale: float
+) -> tuple[list[float], list[float]]:
+    """What the first step logged, and the averages that it gathered."""
+    names = tuple(f"corpus {d}" for d in range(layout.domains))
+    rows: dict[str, Any] = {"slots": layout.slots}
+    if names:
+        rows = {"rows": "domain", "domains": names}
     dr = DRConfig(
-        alpha_style="auto", target_size=SIZE, alpha_steps=STEPS, slots=layout.slots, gram="exact"
-    )
+        alpha_style="auto", target_size=SIZE, alpha_steps=STEPS, gram="exact", blocks=blocks,  # type: ignore[arg-type]
+        keep_general=0.3, **rows,
+    )  # fmt: skip
     handles: list[Any] = []
 
     def attach(model: Any, optimizer: Any, config: Any) -> Any:
-        config.grad_scale_func = lambda loss: LOSS_SCALE * loss  # as with fp16
+        config.grad_scale_func = lambda loss: scale * loss  # as with fp16
         handles.append(megatron_dr.attach(model, optimizer, config, dr))
+        handles[0].dial.rates = RATES
         return handles[0]
 
-    log = _megatron.train(layout, 1, initial, attach)[3]
-    return float(log[0][1].alpha), handles[0].state_dict()["dial"]["statistics"].tolist()
+    _megatron.train(layout, 1, initial, attach)
+    values = handles[0].metrics
+    named = [float(values[f"dr {name}"]) for name in ("alpha", "beta", "r", "D", "G", "m", "E")]
+    return named, handles[0].state_dict()["dial"]["averages"].tolist()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_alpha_is_the_dense_rows(layout: Layout) -> None:
-    """What a checkpoint keeps is of mean gradients, whatever Megatron divides and multiplies by."""
-    initial = _oracle.initial(layout)
-    each = run_ranks(layout.world, found, layout, initial)
-    assert all(one == each[0] for one in each)
+def expected(layout: Layout, initial: Any, blocks: str) -> tuple[list[float], list[float]]:
+    """From dense gradients in one process."""
     parameters = {k: v.double().requires_grad_() for k, v in initial.items()}
     general, target = _oracle.rows(layout, parameters, 0)
     sequences = _oracle.targets(layout, 0)
     tokens = _oracle._tokens(sequences, layout)  # a half has its tokens' part in t, doubled
-    halves = [
+    a, b = (
         _oracle._gradient(parameters, half, None if tokens is None else tokens / 2)
         for half in (sequences[:2], sequences[2:])
-    ]
-    flat = lambda g: torch.cat([g[name].reshape(-1) for name in target])  # noqa: E731
-    error = (flat(halves[0]) - flat(halves[1])) / 2
-    rows = torch.stack([*(flat(g) for g in general), flat(target), error])
-    gram = (rows @ rows.T)[None]
-    expected = smoothed(None, statistics(Cone(0.3), "general", gram))
-    alpha, gathered = each[0]
-    got = torch.tensor(gathered, dtype=torch.float64)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.norm()))
-    assert alpha == pytest.approx(float(alpha_of(expected, STEPS * 4 / SIZE)), abs=1e-3)
+    )
+    error = {name: (a[name] - b[name]) / 2 for name in target}
+    grams = []
+    for members in _oracle_blocks(blocks, target):
+        flat = lambda g: torch.cat([g[name].reshape(-1) for name in members])  # noqa: B023, E731
+        rows = torch.stack([flat(g) for g in (*general, target, error)])
+        grams.append(rows @ rows.T)
+    seen = rule.seen(Cone(0.3), "general", torch.stack(grams))
+    state = rule.gathered(None, seen)
+    choice = rule.chosen(state, seen, PASSES, 0.3)
+    state = rule.worn(state, choice, seen, 4 / SIZE * RATES[0])
+    named = (*rule.shares(choice, seen), choice.r, choice.D, choice.G, choice.m, PASSES)
+    return [float(x) for x in named], state.tolist()
+
+
+def _oracle_blocks(kind: str, names: Any) -> list[list[str]]:
+    from ._problem import blocks
+
+    return list(blocks(kind, names).values())
+
+
+@pytest.mark.parametrize("blocks", ["model", "layer"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_what_is_chosen_is_of_the_dense_rows(layout: Layout, blocks: str) -> None:
+    """A checkpoint keeps pure numbers, whatever Megatron divides and multiplies by."""
+    initial = _oracle.initial(layout)
+    each = run_ranks(layout.world, found, layout, initial, blocks, LOSS_SCALE)
+    assert all(one == each[0] for one in each)  # bit for bit
+    named, averages = expected(layout, initial, blocks)
+    assert each[0][0] == pytest.approx(named, rel=1e-3, abs=1e-5)
+    assert each[0][1] == pytest.approx(averages, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, per_token=True, full_masks=True)])
+def test_the_loss_scale_is_in_nothing_that_is_kept(layout: Layout) -> None:
+    """A power of two: the same bits."""
+    initial = _oracle.initial(layout)
+    one, other = (
+        run_ranks(layout.world, found, layout, initial, "model", scale)[0] for scale in (1.0, 64.0)
+    )
+    assert one == other
 
 
 def test_target_set_size_is_needed() -> None:
@@ -80,17 +120,31 @@ def test_target_set_size_is_needed() -> None:
     assert "needs target_size" in run_ranks(1, attach)[0]
 
 
-def test_what_an_older_version_kept_is_brought_to_the_unit() -> None:
-    """Its factor went with layout and tokens; without one, the first step would not count."""
-    dr = DRConfig(alpha_style="auto", target_size=SIZE, alpha_steps=STEPS, slots=4)
-    gram = torch.eye(4, dtype=torch.float64)[None] + 0.5
-    kept, old, other = (Alpha(dr) for _ in range(3))
-    for _ in range(3):
-        kept.alpha(0, 4, gram)
-    assert kept.statistics is not None
-    old.load(1e6 * kept.statistics)
-    assert old.state is None
-    other.load([0.5, 0.5])  # the thresholds of a run with another kind of rows
-    assert float(old.alpha(3, 4, gram)) == pytest.approx(float(kept.alpha(3, 4, gram)))
-    torch.testing.assert_close(old.statistics, kept.statistics)
-    assert float(other.alpha(3, 4, gram)) == pytest.approx(float(Alpha(dr).alpha(0, 4, gram)))
+DR = DRConfig(alpha_style="auto", target_size=SIZE, alpha_steps=STEPS, slots=4)
+GRAM = torch.eye(6, dtype=torch.float64)[None] + 0.5
+
+
+def told(state: Any, step: int) -> tuple[dict[str, float], list[float], str]:
+    """What a rule says of a step after it has loaded a state."""
+    import contextlib
+    import io
+
+    dial, out = Alpha(DR), io.StringIO()
+    dial.load(state)
+    with contextlib.redirect_stdout(out):
+        shares = dial.shares(step, 4, GRAM)
+    assert dial.averages is not None
+    return {k: float(v) for k, v in shares.log.items()}, dial.averages.tolist(), out.getvalue()
+
+
+def test_states_of_others_count_as_none() -> None:
+    """Of an older rule with a sentence; none of them as new: the target may be worn."""
+    states = ({"statistics": torch.rand(4)}, torch.rand(4), [0.5, 0.5], None)
+    first, *others = [run_ranks(1, told, state, 3)[0] for state in states]
+    for values, averages, said in others:
+        assert (values, averages) == first[:2]
+        assert averages[6] == 0 and averages[7] > 1  # m is its prior, and the first pass is over
+        assert "all steps counted alike, as no learning rates were given" in said
+    assert ["older rule" in said for *_, said in (first, *others)] == [True, True, False, False]
+    values, averages, _ = run_ranks(1, told, {"averages": torch.tensor(first[1])}, 4)[0]
+    assert averages[0] == pytest.approx(0.95 * 0.05 + 0.05)

@@ -187,9 +187,6 @@ def test_wrong_arguments_are_refused() -> None:
     one(case)
 
 
-AUTO = DRConfig(alpha_style="auto", target_size=9, alpha_steps=9, slots=4)
-
-
 @pytest.mark.parametrize(
     "dr, general, target, words",
     [
@@ -197,7 +194,6 @@ AUTO = DRConfig(alpha_style="auto", target_size=9, alpha_steps=9, slots=4)
         (DRConfig(set="cone", slots=4), 6, 4, "can't be divided into 4"),
         (DRConfig(set="topk", fraction=0.1, slots=4), 4, 4, "at least 10 rows"),
         (DRConfig(set="capped", fraction=0.2, slots=4), 4, 4, "at least 5 rows"),
-        (AUTO, 4, 3, "halves the target batch"),
     ],
 )
 def test_batches_that_make_no_rows(dr: DRConfig, general: int, target: int, words: str) -> None:

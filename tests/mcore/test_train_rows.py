@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_dr.report import metrics
 
@@ -48,13 +49,55 @@ def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_p
     assert code == 0, error
     saved = f"{auto} --dr-metrics {parts} --save {tmp_path / 'save'} --save-interval 3"
     assert run(flags(data, saved + " --exit-interval 3"))[0][0] == 0
-    code, _, error = run(flags(data, f"{saved} --load {tmp_path / 'save'}"))[0]
+    code, said, error = run(flags(data, f"{saved} --load {tmp_path / 'save'}"))[0]
     assert code == 0, error
     one, other = metrics.read(whole, "train"), metrics.read(parts, "train")
     assert len(one) == len(other) == 6
     for a, b in zip(one, other, strict=True):
-        assert abs(a["dr alpha"] - b["dr alpha"]) < 1e-5
-        assert abs(a["lm loss"] - b["lm loss"]) < 1e-5
+        for name in ("dr alpha", "dr beta", "dr r", "dr D", "dr G", "dr m", "dr E", "dr wear"):
+            assert a[name] == b[name], name  # bit for bit
+        assert a["lm loss"] == b["lm loss"]
+    assert one[0]["dr wear"] < one[-1]["dr wear"]
+    assert "alpha auto: the target set has" in said and "counted by its learning rate" in said
+
+
+def test_what_an_older_rule_gathered_is_left_with_a_sentence(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    """Its four numbers, in a checkpoint that Megatron wrote."""
+    saved = f"{cone(data)} --dr-alpha-style auto --save {tmp_path / 'save'} --save-interval 3"
+    assert run(flags(data, saved + " --exit-interval 3"))[0][0] == 0
+    (path,) = (tmp_path / "save").glob("iter_*/common.pt")
+    state = torch.load(path, weights_only=False)
+    state["args"].megatron_dr_dial = {"statistics": torch.rand(4).double()}
+    torch.save(state, path)
+    code, said, error = run(flags(data, f"{saved} --load {tmp_path / 'save'}"))[0]
+    assert code == 0, error
+    assert said.count("is of an older rule, so it gathers anew") == 1
+
+
+@pytest.mark.parametrize(
+    "more, world, why",
+    [
+        ("--dr-rows rank --dr-target-ranks 1", 2, "an odd number of row groups runs the target"),
+        ("--dr-slots 4 --dr-target-batch-size 1", 1, "a rank has 1 target microbatch(es)"),
+        ("--dr-rows rank", 1, "a step has one row"),
+    ],
+)
+def test_where_auto_cannot_choose_alpha_is_the_safest_constant(
+    data: dict[str, str], tmp_path: Path, more: str, world: int, why: str
+) -> None:
+    path = tmp_path / "m.jsonl"
+    target = f"--dr-target-data {data['target']} --dr-target-batch-size 4"
+    argv = f"{target} {more} --dr-alpha-style auto --dr-metrics {path} --lr-decay-style linear"
+    code, said, error = run(flags(data, argv), world)[0]
+    assert code == 0, error
+    lines = metrics.read(path, "train")
+    assert said.count(f"--dr-alpha-style auto can't choose, as {why}") == 1
+    passes = (1 if "size 1" in more else 4) / 6 * sum(1 - step / 6 for step in range(6))
+    assert [line["dr E"] for line in lines] == [pytest.approx(passes)] * 6
+    assert [line["dr alpha"] for line in lines] == [pytest.approx(min(0.5, 1.5 / passes))] * 6
+    assert all("dr r" not in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +105,6 @@ def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_p
     [
         ("--dr-rows domain", "--dr-rows domain needs at least two corpora"),
         ("--dr-rows rank --dr-target-ranks 2", "--dr-target-ranks 2 must be a multiple of 1"),
-        ("--dr-rows rank --dr-target-ranks 1 --dr-alpha-style auto", "must be a multiple of 2"),
         ("--dr-slots 2 --dr-target-ranks 1", "target_ranks needs rows='rank'"),
         ("--dr-rows rank --dr-row-ranks 3", "--dr-row-ranks 3 must be a multiple of 1"),
     ],

@@ -11,8 +11,7 @@ of microbatches. A role has its own count. So with n_t and n_g microbatches (tok
 | ranks run both roles; losses were divided by n_t + n_g | n_g / n_t | (n_t + n_g) / n_g |
 | G_t of G row groups run the target alone, G_g the others | G_g / G_t | G / G_g |
 
-The role scale multiplies the update: it undoes a division by what is the other role's too. c times
-the role scale, the unit, makes a gradient of what is summed in buffers, the same in every layout.
+The role scale multiplies the update: it undoes a division by what is the other role's too.
 
 Legend: D domains.
 """
@@ -29,12 +28,11 @@ from megatron_dr.mcore.buffer_rows.row_map import RowMap
 
 
 class Factors(NamedTuple):
-    """c_t / c in float64, the role scale, with domain rows each domain's share, and the unit."""
+    """c_t / c in float64, the role scale, and with domain rows each domain's share."""
 
     ratio: torch.Tensor
     role_scale: torch.Tensor | float
     share_D: torch.Tensor | None
-    unit: torch.Tensor
 
 
 def factors(router: RoleRouter, row_map: RowMap, per_token: bool, device: torch.device) -> Factors:
@@ -52,14 +50,12 @@ def factors(router: RoleRouter, row_map: RowMap, per_token: bool, device: torch.
     else:  # each microbatch was divided by n_t + n_g
         ratio, role_scale = n_g / n_t if n_t else 0.0, (n_t + n_g) / n_g
     by_microbatch = torch.tensor(ratio, dtype=torch.float64, device=device)
-    mean = by_microbatch.new_tensor(role_scale / (row_map.groups * row_map.ranks))
     if not per_token:
-        return Factors(by_microbatch, role_scale, share_D, mean)
+        return Factors(by_microbatch, role_scale, share_D)
     counted = amounts.sum() > 0
     return Factors(
         torch.where(counted, general / target.clamp(min=1), by_microbatch),
         torch.where(counted, 1.0, by_microbatch.new_tensor(role_scale)), share_D,
-        torch.where(counted, 1.0 / general.clamp(min=1), mean),
     )  # fmt: skip
 
 

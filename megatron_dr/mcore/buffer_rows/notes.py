@@ -14,6 +14,7 @@ def attached(dr: DRConfig, buffers: Buffers, layout: Layout, target_bytes: int, 
     """What will be projected, and what it costs."""
     num_rows, feasible_set = layout.row_map.num_rows, dr.feasible_set()
     alpha = f"alpha {_alpha(dr)}, " if feasible_set.alpha is None else ""
+    alpha += f"beta {dr.beta}, " if dr.beta else ""
     say(
         f"set {dr.set}, {num_rows} rows a step ({dr.rows}), {layout.projected} block(s) "
         f"({dr.blocks}), {alpha}norm {dr.norm}; this rank keeps "

@@ -32,13 +32,8 @@ def row_map_of(dr: DRConfig) -> RowMap:
     if dr.row_kind.named and len(dr.domains) < 2:
         raise ValueError("domain rows need the names of at least two general corpora.")
     halves: Literal["none", "groups", "buffers"] = "none"
-    if dr.alpha_style == "auto":
+    if dr.alpha_style == "auto" and not target_groups % 2:
         halves = "buffers" if (target_groups or groups) % 2 else "groups"
-        if target_groups % 2:
-            raise ValueError(
-                f"--dr-alpha-style auto halves the target batch over ranks: --dr-target-ranks "
-                f"{dr.target_ranks} must be a multiple of {2 * together}."
-            )
     return RowMap(groups, dr.num_slots, target_groups, halves, dr.row_kind.named, peers)
 
 
@@ -90,22 +85,16 @@ def check_routers(dr: DRConfig, config: Any) -> None:
         )
 
 
-def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int) -> None:
+def check_batch(dr: DRConfig, row_map: RowMap, num_general: int) -> None:
     """Raise ValueError where a step's microbatches can't make the rows that the set needs.
 
     Args:
-        num_general, num_target: microbatches of a rank that runs them.
+        num_general: microbatches of a rank that runs them.
     """
     if not row_map.by_domain and num_general % dr.num_slots:
         raise ValueError(
             f"{num_general} general microbatches per rank can't be divided into {dr.num_slots} "
             "slots: change --dr-slots, or --global-batch-size."
-        )
-    if row_map.halves == "buffers" and num_target % 2:
-        raise ValueError(
-            f"--dr-alpha-style auto halves the target batch, but a rank has {num_target} "
-            "target microbatches and the data-parallel size is odd: change "
-            "--dr-target-batch-size."
         )
     rows, least = row_map.num_rows, dr.feasible_set().least_rows
     if 1 < rows < least - 1e-9:
@@ -114,3 +103,23 @@ def check_batch(dr: DRConfig, row_map: RowMap, num_general: int, num_target: int
             f"{int(least + 0.999)} rows, but a step has {rows}: raise --dr-slots, "
             "the data-parallel size or --dr-fraction."
         )
+
+
+def lacks(dr: DRConfig, row_map: RowMap, num_target: int) -> str:
+    """Why alpha and beta can't be chosen from a step's gram; empty where they can, or are not.
+
+    Args:
+        num_target: microbatches of a rank that runs them.
+    """
+    if dr.alpha_style != "auto":
+        return ""
+    if dr.weighs_rows and row_map.num_rows < 2:
+        return "a step has one row, which leaves a projection nothing to choose"
+    if row_map.halves == "none":
+        return f"an odd number of row groups runs the target (--dr-target-ranks {dr.target_ranks})"
+    if row_map.halves == "buffers" and num_target % 2:
+        return (
+            f"a rank has {num_target} target microbatch(es), which are no two halves "
+            "(--dr-target-batch-size)"
+        )
+    return ""

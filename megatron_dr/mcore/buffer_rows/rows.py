@@ -21,11 +21,13 @@ from megatron_dr.mcore.buffer_rows.layout import Layout
 from megatron_dr.mcore.buffer_rows.router import RoleRouter
 from megatron_dr.mcore.ownership import block_names, owned_parameters
 from megatron_dr.mcore.step import schedule
+from megatron_dr.mcore.step.alpha import Shares
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.rows import Call, Passes
 from megatron_dr.mcore.step.schedule import Finalize, Pass
 from megatron_dr.projection import Update, block_of, project
 
+_NONE = Shares(0.0, 0.0)  # of a target that is not there
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -74,7 +76,7 @@ class BufferRows:
         return True
 
     def check_batch(self, num_general: int, num_target: int) -> None:
-        row_groups.check_batch(self.dr, self.layout.row_map, num_general, num_target)
+        row_groups.check_batch(self.dr, self.layout.row_map, num_general)
         apart = self.layout.row_map.target_groups > 0  # a rank runs one role's alone
         for target, general in ([(num_target, 0), (0, num_general)] if apart
                                 else [(num_target, num_general)]):  # fmt: skip
@@ -97,7 +99,8 @@ class BufferRows:
             num_tokens = self._project(router, num_tokens, call, log)
             assert self.update is not None
             with self.source.reduced():
-                stock(num_tokens, self.dr.feasible_set().target_share(self.update.alpha))
+                share = self.dr.feasible_set().target_share(self.update.alpha, self.update.beta)
+                stock(num_tokens, share)
 
         with_target = call.num_target > 0 and not row_map.target_groups
         self.buffers.begin_step(with_target)
@@ -116,7 +119,7 @@ class BufferRows:
         """
         dr, layout, row_map = self.dr, self.layout, self.layout.row_map
         rows = row_map.num_rows
-        ratio, role_scale, share_D, unit = normalisation.factors(
+        ratio, role_scale, share_D = normalisation.factors(
             router, row_map, num_tokens is not None, self.device
         )
         if num_tokens is not None:  # Megatron divides by the tokens: the general role's own
@@ -127,9 +130,12 @@ class BufferRows:
         with meter.part("solve"):
             whole_BRR = gram.gram_BRR[: layout.projected]
             with_target = row_map.target_groups > 0 or router.num_target > 0
-            alpha = call.alpha(self._of_means(whole_BRR, unit)) if with_target else 0.0
+            lacks = row_groups.lacks(dr, row_map, call.num_target)
+            its = call.shares(None if lacks else whole_BRR, lacks) if with_target else _NONE
             gram_BRR = whole_BRR[:, : rows + 1, : rows + 1]
-            self.update = update = project(gram_BRR, dr.feasible_set(), dr.norm, alpha)
+            self.update = update = project(
+                gram_BRR, dr.feasible_set(), dr.norm, its.alpha, None, its.weights_BM, its.beta
+            )
         with meter.part("combine"):
             mixed_BP = layout.of_all_blocks(update.update_BR) @ mix_RP[: rows + 1]
             self.source.combine(mixed_BP * role_scale)
@@ -145,12 +151,3 @@ class BufferRows:
             error_sq = gram.error_sq_B[: layout.projected].sum()
             log.put("dr sketch error", (error_sq / length_sq).sqrt())
         return num_tokens
-
-    def _of_means(self, gram_BRR: torch.Tensor, unit: torch.Tensor) -> torch.Tensor | None:
-        """The gram of mean gradients, where alpha reads it: without the loss scale of fp16."""
-        if self.dr.alpha_style != "auto":
-            return None
-        scale_loss = self.config.grad_scale_func
-        if scale_loss is not None:
-            unit = unit / scale_loss(torch.ones([], device=self.device))
-        return gram_BRR * unit.square()

@@ -7,6 +7,7 @@ the coefficients known (`Replay`).
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
-from megatron_dr.mcore.layer_rows import scoring
+from megatron_dr.mcore.layer_rows import halves, scoring
 from megatron_dr.mcore.layer_rows.factors import Factors
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
 from megatron_dr.mcore.layer_rows.notes import NotFinite, bad_rows
@@ -23,6 +24,7 @@ from megatron_dr.mcore.layer_rows.places import Place
 from megatron_dr.mcore.layer_rows.scoring import Use
 from megatron_dr.mcore.layer_rows.targets import Targets
 from megatron_dr.mcore.layer_rows.weigh import needs_rows, sample_map
+from megatron_dr.mcore.step.alpha import Shares
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.projection import Update, project
 
@@ -34,6 +36,7 @@ class Deferred:
         blocks: number of blocks of the whole model.
         batches: n general microbatches of this rank, of b samples (fewer in packs), and q of the
             target where it is merged.
+        signs: of the target's halves, where they are told apart.
         seen: of the step.
         keep: whether uses are kept for their weight gradients.
     """
@@ -41,10 +44,11 @@ class Deferred:
     def __init__(
         self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
         batches: Microbatches, factors: Factors, seen: NotFinite, keep: bool,
+        signs: list[list[float]],
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
         self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, factors.ratio
-        self.row_scale, self.seen = factors.row_scale, seen
+        self.row_scale, self.seen, self.signs = factors.row_scale, seen, signs
         (n, b), device = self.tokens.shape, self.tokens.device
         self._samples = b
         self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=device)
@@ -85,30 +89,34 @@ class Deferred:
         return self.dr.window == "step" and (needs_rows(self.dr) or bool(self.merged))
 
     # -- after the schedule call -----------------------------------------------------------------
-    def solve(self, alpha: float, log: StepLog) -> torch.Tensor:
-        """Coefficients [n, B, N] before the scale (collective)."""
+    def solve(self, shares: Callable[..., Shares], log: StepLog) -> tuple[torch.Tensor, Shares]:
+        """Coefficients [n, B, N] before the scale, and alpha and beta (collective)."""
         if self.dr.window == "microbatch":
-            return self._solve_microbatches(alpha, log)
-        return self._solve_step(alpha, log)
+            its = shares(None)
+            return self._solve_microbatches(its, log), its
+        return self._solve_step(shares, log)
 
     def _project(
-        self, gram_BRR: torch.Tensor, share_M: torch.Tensor, alpha: float, log: StepLog
+        self, gram_BRR: torch.Tensor, share_M: torch.Tensor, its: Shares, log: StepLog
     ) -> Update:
         """Of all blocks, once or for several windows; all ranks of the model copy have the same:
         the first one logs it."""
         with meter.part("solve"):
-            update = project(gram_BRR, self.dr.feasible_set(), self.dr.norm, alpha, share_M)
+            update = project(
+                gram_BRR, self.dr.feasible_set(), self.dr.norm, its.alpha, share_M,
+                its.weights_BM, its.beta,
+            )  # fmt: skip
         if dist.get_rank(compat.model_group()) == 0:
             blocks = self._gram.shape[1]
             log.add(update, [*range(blocks)] * (len(gram_BRR) // blocks))
         return update
 
-    def _solve_microbatches(self, alpha: float, log: StepLog) -> torch.Tensor:
+    def _solve_microbatches(self, its: Shares, log: StepLog) -> torch.Tensor:
         n, b = self.tokens.shape
         for number, parts in self._features.items():
             place = self._places[number]
             for microbatch, feature_NK in enumerate(self._over_stages(place, parts)):
-                target = None if self.merged else self._target(place) * self.ratio[microbatch]
+                target = None if self.merged else self._target(place)[0] * self.ratio[microbatch]
                 gram_RR = scoring.dense_gram(feature_NK, self._map(microbatch), target)
                 self._gram[microbatch, place.block] += place.share * gram_RR
         collectives.all_reduce(self._gram, compat.model_group())
@@ -123,13 +131,15 @@ class Deferred:
             gram_BRR = gram_nBRR.flatten(0, 1)
             share_nM = self.tokens[alike][:, :count]
             share_nM = share_nM / share_nM.sum(1, keepdim=True).clamp(min=1)
-            update = self._project(gram_BRR, share_nM.repeat_interleave(blocks, 0), alpha, log)
+            update = self._project(gram_BRR, share_nM.repeat_interleave(blocks, 0), its, log)
             update_nBR = update.update_BR.view(len(alike), blocks, -1)
             maps = torch.stack([self._map(number)[rows] for number in alike])
             coefficient_nBN[alike] = torch.einsum("nbr,nrs->nbs", update_nBR, maps)
         return coefficient_nBN
 
-    def _solve_step(self, alpha: float, log: StepLog) -> torch.Tensor:
+    def _solve_step(
+        self, shares: Callable[..., Shares], log: StepLog
+    ) -> tuple[torch.Tensor, Shares]:
         n, b = self.tokens.shape
         group = parallel_state.get_data_parallel_group()
         gathered = functools.partial(collectives.gathered, group=group)
@@ -139,19 +149,25 @@ class Deferred:
         is_sample_P = gathered((place_b < count_n[:, None]).flatten())
         P, (sample_M,) = len(tokens_P), is_sample_P.nonzero(as_tuple=True)
         M = len(sample_M)
-        gram_BRR = self._gram.new_zeros(self._gram.shape[1], P + 1, P + 1)
+        size = P + 1 + bool(self.signs)  # samples, the target, and its halves' difference
+        gram_BRR = self._gram.new_zeros(self._gram.shape[1], size, size)
         for number, parts in self._features.items():
             place = self._places[number]
             gram_BRR[place.block] += place.share * self._step_gram(place, parts, group, M)
         cross_BP = M * gathered(self._cross[:, :-1].t()).t()
-        gram_BRR[:, :-1, -1] += cross_BP
-        gram_BRR[:, -1, :-1] += cross_BP
-        gram_BRR[:, -1, -1] += self._cross[:, -1]
+        gram_BRR[:, :P, P] += cross_BP
+        gram_BRR[:, P, :P] += cross_BP
+        gram_BRR[:, P, P] += self._cross[:, -1]
         collectives.all_reduce(gram_BRR, compat.model_group())
-        rows_R = torch.cat([sample_M, sample_M.new_tensor([P])])
+        rows_R = torch.cat([sample_M, torch.arange(P, size, device=sample_M.device)])
         share_M = tokens_P[sample_M] / tokens_P.sum().clamp(min=1)
-        gram_BRR = gram_BRR[:, rows_R][..., rows_R]
-        update = self._project(gram_BRR, share_M, alpha, log)
+        whole_BRR = gram_BRR[:, rows_R][..., rows_R]
+        gram_BRR = whole_BRR[:, : M + 1, : M + 1]
+        lacks = halves.lacks(self.dr, M, self.signs)
+        if not lacks and self.signs:  # all ranks choose alike, to the last bit
+            collectives.from_first(whole_BRR, compat.data_group())
+        its = shares(None if lacks else whole_BRR, lacks, share_M)
+        update = self._project(gram_BRR, share_M, its, log)
         weight_BP = update.update_BR.new_zeros(len(gram_BRR), P)
         weight_BP[:, sample_M] = update.update_BR[:, :-1] * M
         rank, bad_R = dist.get_rank(group), bad_rows(gram_BRR)
@@ -164,22 +180,27 @@ class Deferred:
             target_nB = ratio_n[:, None] * update.update_BR[None, :, -1]
             target_nBq = target_nB[:, :, None].expand(-1, -1, self.merged)
             coefficient_nBN = torch.cat([coefficient_nBN, target_nBq], 2)
-        return coefficient_nBN
+        return coefficient_nBN, its
 
     def _step_gram(
         self, place: Place, parts: list[torch.Tensor], group: collectives.Group, M: int
     ) -> torch.Tensor:
-        """gram [P + 1, P + 1] of the step's places on all data ranks, M of which are samples."""
+        """gram [R, R] of the step's P places on all data ranks, M of which are samples, the target
+        and, where it is halved, its halves' difference."""
         b, parts = self._samples, self._over_stages(place, parts)
         parts = [f * scale for f, scale in zip(parts, self.row_scale, strict=True)]
         rows_MK = collectives.gathered(torch.cat([f[:b] for f in parts]), group) * float(M)
         if self.merged:
             target_K = sum(r * f[b:].sum(0) for r, f in zip(self.ratio, parts, strict=True))
             assert isinstance(target_K, torch.Tensor)
-            collectives.all_reduce(target_K, group)
+            both = [target_K]
+            if self.signs:
+                both.append(halves.difference(self.signs, self.ratio, [f[b:] for f in parts]))
+            target_RK = torch.stack(both)
+            collectives.all_reduce(target_RK, group)
         else:
-            target_K = self._target(place).flatten() * self.ratio[0]
-        rows_RK = torch.cat([rows_MK, target_K[None]])
+            target_RK = self._target(place) * self.ratio[0]
+        rows_RK = torch.cat([rows_MK, target_RK])
         return rows_RK @ rows_RK.t()
 
     def _over_stages(self, place: Place, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -190,7 +211,9 @@ class Deferred:
         return parts
 
     def _target(self, place: Place) -> torch.Tensor:
-        return self._over_stages(place, [self.targets.of(place).clone()])[0]
+        """The target's features [1, K], or with its halves' difference [2, K]."""
+        own = [self.targets.of(place), *([self.targets.difference(place)] if self.signs else [])]
+        return self._over_stages(place, [torch.stack([part.flatten() for part in own])])[0]
 
     def write(self, coefficient_nBN: torch.Tensor) -> None:
         """Add the kept uses' weighted gradients to Megatron's buffer, and let go of them."""

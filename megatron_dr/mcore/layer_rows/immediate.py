@@ -62,8 +62,9 @@ class Immediate:
         weights = self._streamed(place, gram_RR) if self.dr.window == "streaming" else None
         with meter.part("solve"):
             update = project(
-                gram_RR[None], self.dr.feasible_set(), self.dr.norm, self.alpha, share_M, weights
-            )
+                gram_RR[None], self.dr.feasible_set(), self.dr.norm, self.alpha, share_M, weights,
+                self.dr.beta,
+            )  # fmt: skip
         # ranks that share a weight's shards or its samples' tokens have the same: one logs it
         if place.is_first and not any(map(dist.get_rank, place.tokens)):
             self.log.add(update, [place.block])

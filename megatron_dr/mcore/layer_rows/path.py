@@ -182,7 +182,7 @@ class SamplePath:
         if microbatch < self._num_target:
             if self.targets.wanted:
                 with meter.part("sketch"):
-                    self.targets.add(place, uses)
+                    self.targets.add(place, uses, microbatch)
             if not self._target_scale:
                 return None
             samples = use[0].shape[0 if place.is_vector else 1]

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import compat, meter, random_state
-from megatron_dr.mcore.layer_rows import support
+from megatron_dr.mcore.layer_rows import halves, support
 from megatron_dr.mcore.layer_rows.deferred import Deferred, Replay
 from megatron_dr.mcore.layer_rows.factors import Factors, factors
 from megatron_dr.mcore.layer_rows.immediate import Immediate, agree
@@ -148,14 +148,18 @@ class _Step:
     def __init__(self, rows: LayerRows, call: Call) -> None:
         dr, schedule = rows.dr, call.schedule
         self.rows, self.dr, self.path, self.size = rows, dr, rows.path, schedule["micro_batch_size"]
-        self.alpha = float(call.alpha(None))
+        self.call = call
+        # of a step whose gram decides it, nothing is weighed before it is known
+        self.alpha = 0.0 if dr.alpha_style == "auto" else float(call.shares(None).alpha)
         self.batches = Microbatches(call, dr, rows.device)
         merged = self.batches.merged
         self.own = 0 if merged else call.num_target  # target microbatches by themselves
+        self.signs = halves.signs(dr, call.num_target, merged)
         self.shape = rows._shape_of(self.size, merged, schedule["seq_length"])
         # Megatron waits for the device, too, where it checks gradients
         wanted = bool(rows.model[0].ddp_config.check_for_nan_in_grad)
         self.step, self.told, self.seen = call.step, False, NotFinite(self.batches.tokens, wanted)
+        self.beta: torch.Tensor | float = dr.beta
         self._states: dict[tuple[int, int], Any] | None = None  # random ones, by chunk and number
         self._again = False
 
@@ -173,11 +177,13 @@ class _Step:
         found, rows = self._factors(self.own), self.rows
         mode = Deferred(
             self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
-            self.seen, keep=self.dr.passes == 1,
+            self.seen, self.dr.passes == 1, self.signs,
         )  # fmt: skip
 
         def solve() -> None:
-            rows.coefficients = mode.solve(self.alpha, log)
+            rows.coefficients, its = mode.solve(self.call.shares, log)
+            self.alpha = float(its.alpha)  # as the host waits for the coefficients, too
+            self.beta = its.beta
             self._tell(log)
             if mode.keep:
                 with meter.part("combine"):
@@ -208,7 +214,8 @@ class _Step:
             gradients: whether this pass leaves gradients, for Megatron to reduce.
         """
         batches, path = self.batches, self.path
-        path.targets.begin(gather, found.to_mean)
+        signs = [] if batches.merged else [sign for (sign,) in self.signs]
+        path.targets.begin(gather, found.to_mean, signs)
         target_scale = self.alpha * found.target_scale if gradients else 0.0
         path.begin(mode, own, batches, self.alpha, target_scale)
         target = batches.iterator(of_target=True) if own else None
@@ -222,7 +229,8 @@ class _Step:
             path.end()
             at_end()
             if gradients:
-                stock(num_tokens, self.dr.feasible_set().target_share(self.alpha) if own else 0.0)
+                share = self.dr.feasible_set().target_share(self.alpha, self.beta)
+                stock(num_tokens, share if own else 0.0)
 
         size = self.size + batches.merged
         changes = {"data_iterator": batches.iterator(), "micro_batch_size": size}

@@ -27,21 +27,28 @@ class Targets:
     def __init__(self, places: Sequence[Place] = ()) -> None:
         self._places = places
         self._value: dict[int, torch.Tensor] = {}
+        self._difference: dict[int, torch.Tensor] = {}
+        self._signs: Sequence[float] = ()
         self.wanted, self.known, self._to_mean = False, False, 1.0
 
-    def begin(self, wanted: bool, to_mean: float) -> None:
+    def begin(self, wanted: bool, to_mean: float, signs: Sequence[float] = ()) -> None:
         """Start a pass; where its target is not gathered, the last one stays (a cache).
 
         Args:
             to_mean: makes the sum over all ranks the target's mean gradient.
+            signs: of its microbatches' halves, where their difference is gathered, too.
         """
-        self.wanted, self._to_mean = wanted, to_mean
+        self.wanted, self._to_mean, self._signs = wanted, to_mean, signs
         if wanted:
             self.known = True
             self._value.clear()
+            self._difference.clear()
 
-    def add(self, place: Place, uses: list[Use]) -> None:
+    def add(self, place: Place, uses: list[Use], microbatch: int) -> None:
         part = scoring.target_part(place, uses)
+        if self._signs:
+            signed = self._signs[microbatch] * part
+            self._difference[place.number] = self._difference.get(place.number, 0.0) + signed
         known = self._value.get(place.number)
         self._value[place.number] = part if known is None else known.add_(part)
 
@@ -72,21 +79,27 @@ class Targets:
         """After `reduce`: of the target's mean gradient."""
         return self._value[place.number]
 
+    def difference(self, place: Place) -> torch.Tensor:
+        """After `reduce`: e, in the unit of `of`."""
+        return self._difference[place.number]
+
     def reduce(self, chunk: int) -> None:
         """Sum a chunk's over the ranks that hold parts of them, and over all data ranks
         (collective: one all-reduce per group)."""
-        if not self.wanted:
-            return
-        own = [p for p in self._places if p.owned.chunk == chunk and p.number in self._value]
+        for values in (self._value, self._difference) if self.wanted else ():
+            self._reduce(chunk, values)
+
+    def _reduce(self, chunk: int, values: dict[int, torch.Tensor]) -> None:
+        own = [p for p in self._places if p.owned.chunk == chunk and p.number in values]
         groups = {id(g): g for p in own for g in p.target_sums}
         for group in groups.values():
             members = [p for p in own if any(g is group for g in p.target_sums)]
-            flat = torch.cat([self._value[p.number].reshape(-1) for p in members])
+            flat = torch.cat([values[p.number].reshape(-1) for p in members])
             with meter.part("exchange"):
                 collectives.all_reduce(flat, group)
-            parts = flat.split([self._value[p.number].numel() for p in members])
+            parts = flat.split([values[p.number].numel() for p in members])
             for place, part in zip(members, parts, strict=True):
-                self._value[place.number] = part.view(self._value[place.number].shape)
+                values[place.number] = part.view(values[place.number].shape)
         for place in own:
             averaged = place.owned.partial == "tensor"  # Megatron averages some over these ranks
-            self._value[place.number] *= self._to_mean * (place.owned.count if averaged else 1.0)
+            values[place.number] *= self._to_mean * (place.owned.count if averaged else 1.0)

@@ -17,7 +17,8 @@ from megatron_dr.config.dr import DRConfig
 
 def needs_rows(dr: DRConfig) -> bool:
     """Whether products of rows with rows are needed, beside those with the target."""
-    return dr.feasible_set().reads_rows or dr.norm in ("general", "target")
+    reads = dr.feasible_set().reads_rows or dr.alpha_style == "auto"
+    return reads or dr.norm in ("general", "target")
 
 
 def sample_map(
@@ -49,7 +50,7 @@ def kept(dr: DRConfig, coefficient_N: torch.Tensor, targets: int, alpha: float) 
     if _can_ask(coefficient_N):
         return coefficient_N.nonzero().flatten()
     count = dr.feasible_set().kept(len(coefficient_N) - targets)
-    if count is None or dr.window != "microbatch":
+    if count is None or dr.window != "microbatch" or dr.beta > 0:
         return torch.arange(len(coefficient_N), device=coefficient_N.device)
     count += targets if alpha > 0 else 0
     return coefficient_N.abs().topk(count).indices.sort().values

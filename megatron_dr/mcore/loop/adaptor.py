@@ -159,7 +159,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
             dr = dataclasses.replace(dr, **parts.known(args))
             _run = TrainingRun(
                 model, optimizer, get_model_config(model[0]), args, dr,
-                parts.step_target(args, dr, target), source,
+                parts.step_target(args, dr, target), source, scheduler,
             )  # fmt: skip
     return model, optimizer, scheduler
 

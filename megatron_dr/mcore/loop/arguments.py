@@ -14,6 +14,7 @@ from megatron_dr.mcore.loop import parts
 # depend on the set or on the rows are declared there.
 _NEEDS = {
     "end_alpha": ("alpha_style", ("linear", "cosine")),
+    "keep_general": ("alpha_style", ("auto",)),
     "sketch_size": ("gram", ("sketch", "auto")),
     "sketch_error": ("gram", ("sketch", "auto")),
 }
@@ -121,7 +122,9 @@ def _check_together(
         unread |= {"alpha": "set"} if dr.alpha != fixed else {}
         unread |= {"alpha_style": "set"} if dr.alpha_style != "constant" else {}
     elif dr.alpha_style == "auto":
-        unread["alpha"] = "alpha_style"
+        unread |= {"alpha": "alpha_style", "beta": "alpha_style"}
+    if not dr.weighs_rows:  # d is g, or t alone
+        unread["beta"] = "set"
     for name in given:
         if name in unread:
             other = unread[name]

@@ -22,6 +22,7 @@ from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
 from megatron_dr.mcore.loop import kept_target
 from megatron_dr.mcore.loop.forward import timed, watched
+from megatron_dr.mcore.loop.learning_rates import learning_rates
 from megatron_dr.mcore.seams.source import Source, num_target_microbatches, resumes
 from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.metrics import MetricsFile
@@ -38,11 +39,12 @@ class TrainingRun:
         dr: with what only the run knows, but for the run's length and the target set's.
         target: as the steps have it; None: no target microbatches in them.
         source: what is trained on, and by which forward step.
+        scheduler: Megatron's, of the learning rate.
     """
 
     def __init__(
         self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
-        target: TargetConfig | None, source: Source,
+        target: TargetConfig | None, source: Source, scheduler: Any,
     ) -> None:  # fmt: skip
         self.args, self.source = args, source
         self.num_target = self.num_valid = self.target_size = 0
@@ -70,6 +72,9 @@ class TrainingRun:
         self._iteration: int | None = None
         self._before: tuple[int, int, Any] = (0, 0, None)
         self.step_began = 0.0
+        if dr.alpha_style == "auto":
+            done = args.iteration - getattr(args, _STEPS)  # before the plugin was switched on
+            self.handle.dial.rates = learning_rates(scheduler, args.train_iters, done)
         source.begin(self.handle)
         if resumes(args):
             kept_target.load(args, self.handle, getattr(args, _STEPS))

@@ -11,7 +11,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore.meter import Meter
 from megatron_dr.mcore.step import books
 from megatron_dr.mcore.step import schedule as schedules
-from megatron_dr.mcore.step.alpha import Alpha
+from megatron_dr.mcore.step.alpha import Alpha, Shares
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.roles import MicrobatchRouter, merge_reports
 from megatron_dr.mcore.step.rows import Call, Rows
@@ -33,6 +33,7 @@ class Handle:
 
     Attributes:
         dr: what is projected on what, and `asked`: before `auto` was settled.
+        dial: alpha and beta of each step; a host sets its `rates`.
         rows: what differs between kinds of rows.
         steps: training steps done (seeds the sketches; part of `state_dict`).
         log: what the last step did, by block, or None.
@@ -139,15 +140,15 @@ class Handle:
         samples = num_target_microbatches * size * ranks
         log = StepLog(self.rows.names, self.rows.device)
 
-        def alpha(gram_BRR: torch.Tensor | None) -> torch.Tensor | float:
-            value = self.dial.alpha(self.steps, samples, gram_BRR)
-            if self.dr.alpha_style != "constant":
-                log.put("dr alpha", value)
-            return value
+        def shares(gram_BRR: torch.Tensor | None, *more: Any) -> Shares:
+            found = self.dial.shares(self.steps, samples, gram_BRR, *more)
+            for name, value in found.log.items():
+                log.put(name, value)
+            return found
 
         call = Call(
             forward_backward_func, schedule, target_data_iterator, num_target_microbatches, size,
-            domains, self.steps, alpha,
+            domains, self.steps, shares,
         )  # fmt: skip
         if forward_only:
             return self._validate(call)

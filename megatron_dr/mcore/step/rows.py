@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_dr.mcore.compat import Schedule
+from megatron_dr.mcore.step.alpha import Shares
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.schedule import Pass
 
@@ -20,7 +21,8 @@ class Call:
 
     Attributes:
         step: steps done before.
-        alpha: of this step, from its gram where that decides it.
+        shares: alpha and beta of this step, from its gram where that decides them (`Alpha.shares`
+            from there on).
     """
 
     function: Schedule
@@ -30,7 +32,7 @@ class Call:
     target_size: int
     domains: Sequence[int]
     step: int
-    alpha: Callable[[torch.Tensor | None], torch.Tensor | float]
+    shares: Callable[..., Shares]
 
     @property
     def num_general(self) -> int:
