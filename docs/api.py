@@ -25,7 +25,7 @@ SECTIONS = [
     ("Feasible sets", "Pictures and advice are in [feasible-sets.md](feasible-sets.md).",
      [f"megatron_dr.projection:{name}" for name in ("FeasibleSet", *SETS)]),
     ("Projection", "Pure functions of inner products; they import torch alone.",
-     ["megatron_dr.projection"]),
+     ["megatron_dr.projection", "megatron_dr.projection.rule"]),
     ("Optimizers", "Moments in a compressed space: [meso.md](meso.md).",
      ["megatron_dr.mcore.model.meso:use_meso", "megatron_dr.optim"]),
     ("Hosts", "How verl, slime and NeMo-RL are joined: [rl_systems.md](rl_systems.md).",

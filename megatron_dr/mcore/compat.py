@@ -175,7 +175,7 @@ def samples_before(steps: int) -> list[int]:
     taken = [0]
     for _ in range(steps - 1):
         calculator.update(taken[-1], False)
-        taken.append(taken[-1] + calculator.current_running_global_batch_size)
+        taken.append(taken[-1] + int(calculator.get_current_running_global_batch_size()))
     return taken[:steps]
 
 

@@ -1,5 +1,7 @@
 """The rule `auto` gathers and chooses what dense rows and halves say, in every layout."""
 
+import contextlib
+import io
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from megatron_dr import DRConfig
 from megatron_dr.mcore.step.alpha import Alpha
 from megatron_dr.projection import Cone, rule
 
-from . import _megatron, _oracle
+from . import _megatron, _oracle, _problem
 from ._data import Layout
 from ._ranks import run_ranks
 
@@ -68,7 +70,7 @@ def expected(layout: Layout, initial: Any, blocks: str) -> tuple[list[float], li
     )
     error = {name: (a[name] - b[name]) / 2 for name in target}
     grams = []
-    for members in _oracle_blocks(blocks, target):
+    for members in _problem.blocks(blocks, target).values():
         flat = lambda g: torch.cat([g[name].reshape(-1) for name in members])  # noqa: B023, E731
         rows = torch.stack([flat(g) for g in (*general, target, error)])
         grams.append(rows @ rows.T)
@@ -78,12 +80,6 @@ def expected(layout: Layout, initial: Any, blocks: str) -> tuple[list[float], li
     state = rule.worn(state, choice, seen, 4 / SIZE * RATES[0])
     named = (*rule.shares(choice, seen), choice.r, choice.D, choice.G, choice.m, PASSES)
     return [float(x) for x in named], state.tolist()
-
-
-def _oracle_blocks(kind: str, names: Any) -> list[list[str]]:
-    from ._problem import blocks
-
-    return list(blocks(kind, names).values())
 
 
 @pytest.mark.parametrize("blocks", ["model", "layer"])
@@ -126,9 +122,6 @@ GRAM = torch.eye(6, dtype=torch.float64)[None] + 0.5
 
 def told(state: Any, step: int) -> tuple[dict[str, float], list[float], str]:
     """What a rule says of a step after it has loaded a state."""
-    import contextlib
-    import io
-
     dial, out = Alpha(DR), io.StringIO()
     dial.load(state)
     with contextlib.redirect_stdout(out):

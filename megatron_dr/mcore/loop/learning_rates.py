@@ -12,7 +12,7 @@ def learning_rates(scheduler: Any, steps: int, first: int = 0) -> list[float]:
     As the scheduler gives it for weights whose rate has no factor of its own, where no iteration is
     skipped. Nothing of the scheduler is changed.
     """
-    at, rates = copy.copy(scheduler), []
+    at, rates = copy.copy(scheduler), list[float]()
     for samples in compat.samples_before(steps):  # the scheduler's unit of time
         at.num_steps = samples
         rates.append(float(at.get_lr({})))
