@@ -152,8 +152,10 @@ def _start(config: DRConfig, samples: int, passes: float, has_rates: bool) -> st
         "so it lasts the run" if part >= 1.0 else
         f"so it can make up no more than {part:.0%} of the steps' length without being worn out"
     )  # fmt: skip
+    floor = f"; the update's cosine with the general mean is at least {config.keep_general:g}"
+    floor = floor if config.keep_general else ""
     return (
         f"alpha auto: the target set has {config.target_size} samples (n), a step {samples} (b): "
         f"E = {passes:.3g} passes over it in the run, {counted}; the target's own gradient is of "
-        f"use for about {rule.PASSES:g}, {follows}"
+        f"use for about {rule.PASSES:g}, {follows}{floor}"
     )
