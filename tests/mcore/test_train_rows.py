@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_dr.report import metrics
 
@@ -59,21 +58,6 @@ def test_alpha_chosen_by_agreement_survives_a_resume(data: dict[str, str], tmp_p
         assert a["lm loss"] == b["lm loss"]
     assert len({a["dr D"] for a in one}) == len({a["dr m"] for a in one}) == 6
     assert "alpha auto: the target set has" in said and "counted by its learning rate" in said
-
-
-def test_what_an_older_rule_gathered_is_left_with_a_sentence(
-    data: dict[str, str], tmp_path: Path
-) -> None:
-    """Its four numbers, in a checkpoint that Megatron wrote."""
-    saved = f"{cone(data)} --dr-alpha-style auto --save {tmp_path / 'save'} --save-interval 3"
-    assert run(flags(data, saved + " --exit-interval 3"))[0][0] == 0
-    (path,) = (tmp_path / "save").glob("iter_*/common.pt")
-    state = torch.load(path, weights_only=False)
-    state["args"].megatron_dr_dial = {"statistics": torch.rand(4).double()}
-    torch.save(state, path)
-    code, said, error = run(flags(data, f"{saved} --load {tmp_path / 'save'}"))[0]
-    assert code == 0, error
-    assert said.count("is of an older rule, so it gathers anew") == 1
 
 
 @pytest.mark.parametrize(
