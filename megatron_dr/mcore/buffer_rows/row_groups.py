@@ -113,10 +113,10 @@ def lacks(dr: DRConfig, row_map: RowMap, num_target: int) -> str:
     """
     if dr.alpha_style != "auto":
         return ""
-    if dr.weighs_rows and row_map.num_rows < 2:
-        return "a step has one row, which leaves a projection nothing to choose"
     if row_map.halves == "none":
         return f"an odd number of row groups runs the target (--dr-target-ranks {dr.target_ranks})"
+    if dr.weighs_rows and row_map.num_rows < 2:
+        return "a step has one row, which leaves a projection nothing to choose"
     if row_map.halves == "buffers" and num_target % 2:
         return (
             f"a rank has {num_target} target microbatch(es), which are no two halves "
