@@ -124,9 +124,10 @@ class DRConfig:
     )
     kronecker_out: int = flag(64, "output side of a sample's sketch", "elements")
     kronecker_in: int = flag(64, "input side of a sample's sketch", "elements")
-    window: Literal["microbatch", "streaming", "step"] = flag(
-        "microbatch",
-        "which samples compete: of a microbatch, of all by a running threshold, or of the step",
+    window: Literal["auto", "microbatch", "streaming", "step"] = flag(
+        "auto",
+        "which samples compete: of a microbatch, of all by a running threshold, or of the step; "
+        "auto: of a microbatch where it has enough to choose among, else of the step",
         "name",
     )
     passes: int = flag(
@@ -203,7 +204,7 @@ class DRConfig:
             must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))
         must_be("1 or 2", self.passes in (1, 2), "passes", self.passes)
         own, late = set_named(self.set), self.passes == 2 or self.target_pass == "merged"
-        if self.alpha_style == "auto" and (self.window != "step" or not late):
+        if self.alpha_style == "auto" and (self.window not in ("auto", "step") or not late):
             raise ValueError(
                 "alpha_style='auto' with sample rows needs window='step', and passes=2 or "
                 "target_pass='merged': alpha is known at a step's end, and decides how much of the "

@@ -6,6 +6,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, errors
 from megatron_dr.mcore.buffer_rows import row_choice
 from megatron_dr.mcore.buffer_rows.rows import BufferRows
+from megatron_dr.mcore.layer_rows import window
 from megatron_dr.mcore.layer_rows.rows import LayerRows
 from megatron_dr.mcore.say import say
 from megatron_dr.mcore.step.handle import Handle, attached
@@ -39,8 +40,9 @@ def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) 
                 return existing
             existing.detach()
         asked, (dr, why) = dr, row_choice.settled(dr, model)
-        if why:
-            say(why)
+        dr, of_window = window.settled(dr)
+        for sentence in filter(None, (why, of_window)):
+            say(sentence)
         kind = LayerRows if dr.row_kind.in_layers else BufferRows
         handle = Handle(list(model), optimizer, config, dr, kind)
         handle.asked = asked

@@ -168,6 +168,16 @@ def num_microbatches() -> int | None:
     return int(calculator.get()) if constant else 1
 
 
+def samples_of_a_step() -> tuple[int, int] | None:
+    """General samples of a microbatch, and of a step over all ranks, where its size changes the
+    fewest; None where no calculator was set up."""
+    number = num_microbatches()
+    if number is None:
+        return None
+    micro = int(num_microbatches_calculator.get_micro_batch_size())
+    return micro, micro * number * parallel_state.get_data_parallel_world_size()
+
+
 def samples_before(steps: int) -> list[int]:
     """General samples of a run before each of its steps, as Megatron's calculator counts them."""
     calculator = copy.copy(num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR)

@@ -137,6 +137,7 @@ class Hull(FeasibleSet):
     ridge: float = 0.0
     dials = ("ridge",)
     one_row = "hull gives it weight 1: standard training"
+    least_rows = 2.0  # one row has weight 1 whatever it is
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """The quadratic program over the simplex."""
@@ -190,6 +191,7 @@ class Ball(FeasibleSet):
     radius: float
     ridge: float = 0.0
     dials = ("radius", "ridge")
+    one_row = "ball keeps its direction, longer or shorter"
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """w = 1/M + v: least squares in v = w - 1/M with b = c - G 1/M in the ball."""

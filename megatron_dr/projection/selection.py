@@ -20,6 +20,11 @@ class _Selection(FeasibleSet):
     fraction: float
     dials: ClassVar[tuple[str, ...]] = ("fraction",)
 
+    @property
+    def least_rows(self) -> float:
+        """1/fraction: of fewer rows no whole row is a share."""
+        return 1.0 / self.fraction
+
 
 class _Share(_Selection):
     """Means of k rows, k = max(1, floor(fraction M))."""
@@ -27,11 +32,6 @@ class _Share(_Selection):
     def kept(self, rows: int) -> int:
         """k."""
         return max(1, int(self.fraction * rows))
-
-    @property
-    def least_rows(self) -> float:
-        """1/fraction, where k is 1."""
-        return 1.0 / self.fraction
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Filter(_Selection):
     """
 
     reads_rows = False
-    one_row = "filter keeps it where it agrees with the target, else drops it"
+    one_row = "filter with fraction 1 drops it where it opposes the target, else keeps it"
 
     def weights(self, gram_BMM: Tensor, cross_BM: Tensor) -> Tensor:
         """1/(rows left) on the rows left."""

@@ -105,8 +105,12 @@ def _difference(layout: Layout, case: Auto, target: list[list[Any]]) -> dict[str
 
 
 @pytest.mark.parametrize(
-    "dials", [{}, {"window": "step"}, {"passes": 2}, {"window": "streaming", "passes": 2}]
-)
+    "dials",
+    [
+        {}, {"window": "step"}, {"passes": 2, "window": "microbatch"},
+        {"window": "streaming", "passes": 2},
+    ],
+)  # fmt: skip
 def test_where_alpha_would_come_too_late_auto_is_refused(dials: Any) -> None:
     with pytest.raises(ValueError, match="needs window='step', and passes=2 or target_pass"):
         DRConfig(rows="sample", alpha_style="auto", **dials)

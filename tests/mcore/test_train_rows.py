@@ -103,9 +103,10 @@ def test_rows_that_cannot_be_are_refused(data: dict[str, str], more: str, messag
 SAMPLE_ROWS = {
     "matrix": "--dr-set topk --dr-fraction 0.5 --dr-norm tokens --dr-blocks matrix",
     "two passes": "--dr-blocks model --dr-passes 2 --dr-score sketched --dr-window step",
-    "refreshed": "--dr-set filter --dr-norm tokens --dr-blocks matrix --dr-alpha 0 "
+    "refreshed": "--dr-set filter --dr-fraction 1 --dr-norm tokens --dr-blocks matrix --dr-alpha 0 "
     "--dr-target-refresh 3",
-    "streaming": "--dr-set topk --dr-norm tokens --dr-blocks matrix --dr-window streaming",
+    "streaming": "--dr-set topk --dr-fraction 0.5 --dr-norm tokens --dr-blocks matrix "
+    "--dr-window streaming",
 }
 
 

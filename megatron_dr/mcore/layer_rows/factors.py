@@ -13,7 +13,6 @@ The target is kept as its own mean gradient; `ratio` brings it to the unit of a 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -41,19 +40,16 @@ class Factors:
     target_scale: float
 
 
-def factors(
-    batches: Microbatches, num_target: int, per_token: bool,
-    window: Literal["microbatch", "streaming", "step"],
-) -> Factors:  # fmt: skip
+def factors(batches: Microbatches, num_target: int, per_token: bool, whole: bool) -> Factors:
     """The units of a schedule call (collective where the loss is per token).
 
     Args:
         num_target: target microbatches that this call runs by themselves.
+        whole: whether the window is the whole step.
     """
     tokens, target_tokens = batches.tokens, batches.target_tokens
     general_n = tokens.sum(1)
     n_g, ranks = len(general_n), dist.get_world_size(parallel_state.get_data_parallel_group())
-    whole = window == "step"
     T_g = T_t = 1.0
     if per_token:
         T_g, T_t = (max(float(total(t)), 1.0) for t in (tokens, target_tokens))

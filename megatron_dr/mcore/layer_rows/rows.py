@@ -139,7 +139,7 @@ class LayerRows:
         self._shape = shape
         self.places = places(self._owned, self.names, self.dr, shape, self.model)
         self.path.set_places(self.places)
-        support.announce(self.dr, self.places, self.names, not self.hold)
+        support.announce(self.dr, self.places, self.names, shape.samples, not self.hold)
 
 
 class _Step:
@@ -262,7 +262,7 @@ class _Step:
 
     def _factors(self, own: int) -> Factors:
         per_token = bool(self.rows.config.calculate_per_token_loss)
-        return factors(self.batches, own, per_token, self.dr.window)
+        return factors(self.batches, own, per_token, self.dr.window == "step")
 
     def _scaled(self, found: Factors) -> torch.Tensor:
         """The coefficients [n, B, N] in the units of Megatron's buffer."""

@@ -6,6 +6,7 @@ from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives
+from megatron_dr.mcore.layer_rows import window
 from megatron_dr.mcore.layer_rows.places import Place
 from megatron_dr.mcore.layer_rows.taps import experts
 from megatron_dr.mcore.layer_rows.weigh import needs_rows
@@ -70,14 +71,20 @@ def is_immediate(dr: DRConfig, owned: list[OwnedParameter]) -> bool:
     return everywhere
 
 
-def announce(dr: DRConfig, places: list[Place], names: tuple[str, ...], immediate: bool) -> None:
-    """What will be projected and how, on rank 0, when the microbatches' shape is known."""
+def announce(
+    dr: DRConfig, places: list[Place], names: tuple[str, ...], samples: int, immediate: bool
+) -> None:
+    """What will be projected and how, on rank 0, when the microbatches' shape is known: so many
+    general samples each."""
     scores = sorted({p.score for p in places if not p.is_vector})
     how = "in the backward" if immediate else f"at the step's end, {dr.passes} pass(es)"
     say(
         f"set {dr.set}, sample rows of a {dr.window}, {len(names)} block(s) ({dr.blocks}), norm "
         f"{dr.norm}; scored {' and '.join(scores) or 'exact'}; weights {how}"
     )
+    few = window.note(dr, samples)
+    if few:
+        say(few)
     if not immediate and dr.passes == 1:
         say(
             "note: every layer's input and output gradient of a step are kept to its end; "

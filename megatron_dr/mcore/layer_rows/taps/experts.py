@@ -121,10 +121,15 @@ def _balanced(config: Any) -> str:
     return next((flag for flag, given in flags.items() if given), "")
 
 
+def are_near() -> bool:
+    """Whether an expert sees samples of its own rank's microbatches alone."""
+    near = (1, parallel_state.get_tensor_model_parallel_world_size())
+    return compat.expert_ranks() in near
+
+
 def check_deferred(dr: DRConfig) -> None:
     """Raise ValueError where experts are spread too far for weights found at a step's end."""
-    near = (1, parallel_state.get_tensor_model_parallel_world_size())
-    if compat.expert_ranks() not in near:
+    if not are_near():
         _refuse(
             f"--dr-blocks {dr.blocks}, --dr-window {dr.window} and --dr-passes {dr.passes} (or an "
             "embedding that is tied over pipeline stages)"
