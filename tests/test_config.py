@@ -9,8 +9,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from megatron_dr.config.dr import DRConfig, TargetConfig, _choices
+from megatron_dr.config.dr import DRConfig, _choices
 from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS
+from megatron_dr.config.target import TargetConfig
 
 from .mcore._problem import Problem, solve
 

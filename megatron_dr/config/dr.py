@@ -268,26 +268,6 @@ class DRConfig:
         return set_named(self.set).reads_target or self.alpha_style != "constant"
 
 
-@dataclass(frozen=True)
-class TargetConfig:
-    """Where the target role's data comes from (flags of the training entry)."""
-
-    target_data: str | None = flag(
-        None, "target set: a file or folder of samples, or the prefix of an indexed dataset", "path"
-    )
-    target_batch_size: int = flag(8, "target sequences per step, over all data ranks", "sequences")
-    target_valid_data: str | None = flag(
-        None, "held-out target set, evaluated with Megatron's validation", "path"
-    )
-    metrics: str | None = flag(
-        None, "write one JSON line per training step and validation to this file", "path"
-    )
-
-    def __post_init__(self) -> None:
-        size = self.target_batch_size
-        must_be("at least 1", size >= 1, "target_batch_size", size)
-
-
 def _choices() -> dict[str, tuple[str, ...]]:
     """Fields of DRConfig that take one of a list of names."""
     return {

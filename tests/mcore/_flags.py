@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 
 FIELDS = {f.name: f for c in (DRConfig, TargetConfig) for f in dataclasses.fields(c) if f.metadata}

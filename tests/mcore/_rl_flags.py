@@ -2,7 +2,8 @@
 
 import argparse
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 
 RL = "--dr-rl-algorithm grpo --dr-rl-reward megatron_dr.rl.rewards:numeric "

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import WATCHING, TargetConfig
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.parts import PARTS as LIST
 
@@ -104,6 +105,8 @@ TARGET = {
     "target_data": "target.jsonl",
     "target_batch_size": 4,
     "target_valid_data": "heldout.jsonl",
+    "target_test_data": "test.jsonl",
+    "keep_best": True,
     "metrics": "metrics.jsonl",
 }
 SKETCHED = {
@@ -177,7 +180,7 @@ def test_target_with_its_own_alpha() -> None:
     assert configs(*flags)[0].alpha == 1.0
 
 
-ENOUGH = {"set", "target_data", "metrics", "target_valid_data"}
+ENOUGH = {"set", "target_data", *WATCHING}
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS.keys() - ENOUGH))
@@ -189,6 +192,8 @@ def test_flag_without_set_or_target_data(name: str) -> None:
 
 
 def test_watching_alone_leaves_the_step_to_megatron() -> None:
-    dr, target = configs("--dr-metrics", "m.jsonl", "--dr-target-valid-data", "v.jsonl")
+    dr, target = configs(
+        "--dr-metrics", "m.jsonl", "--dr-target-valid-data", "v.jsonl", "--dr-keep-best"
+    )
     assert dr.set == "mean" and target.target_data is None
     assert (target.metrics, target.target_valid_data) == ("m.jsonl", "v.jsonl")

@@ -125,7 +125,9 @@ def _settle_validation(args: argparse.Namespace, valid: Any, test: Any) -> None:
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     if found[0] or not args.eval_iters:
         return
-    flag = "--dr-target-valid-data" if getattr(args, "dr_target_valid_data", None) else None
+    names = ("dr_target_valid_data", "dr_target_test_data")
+    given = [name for name in names if getattr(args, name, None)]
+    flag = "--" + given[0].replace("_", "-") if given else None
     flag = "a test set" if found[1] else flag
     if flag is not None:
         raise ValueError(

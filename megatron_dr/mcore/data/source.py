@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from megatron_dr.config.dr import TargetConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.order import Samples
 from megatron_dr.mcore.data import datasets
 from megatron_dr.mcore.say import say
@@ -22,6 +22,9 @@ class DatasetSource(Source):
 
     def validation_samples(self) -> Samples | None:
         return self._samples(self.target.target_valid_data)
+
+    def test_samples(self) -> Samples | None:
+        return self._samples(self.target.target_test_data)
 
     def _samples(self, path: str | None) -> Samples | None:
         return None if path is None else datasets.target_samples(self.args, path)

@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_dr.config.dpo import SEQUENCES, PreferenceConfig
-from megatron_dr.config.dr import TargetConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.refuse import Rule, rules, single
 from megatron_dr.mcore.seams.part import Part
 from megatron_dr.mcore.seams.source import Source

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dr.config.dpo import PreferenceConfig
-from megatron_dr.config.dr import TargetConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.pairs import Pairs
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.data import datasets
@@ -24,10 +24,13 @@ class PairSource(Source):
     step; a resumed run has the numbers of the run that it goes on with.
     """
 
+    judged_by = ("target dpo loss", False)
+
     def __init__(self, args: Namespace, target: TargetConfig, dpo: PreferenceConfig) -> None:
         self.args, self.target, self.forward_step = args, target, partial(preference_step, dpo)
         config = datasets.dataset_config(args)
-        paths = [*data.general_paths(config), target.target_data, target.target_valid_data]
+        own = (target.target_data, target.target_valid_data, target.target_test_data)
+        paths = [*data.general_paths(config), *own]
         with errors.agreed():  # before the reference, for which ranks wait for one another
             self.pairs = {p: data.open_pairs(p, config) for p in dict.fromkeys(filter(None, paths))}
 
@@ -37,6 +40,10 @@ class PairSource(Source):
 
     def validation_samples(self) -> Pairs | None:
         path = self.target.target_valid_data
+        return None if path is None else self.pairs[path]
+
+    def test_samples(self) -> Pairs | None:
+        path = self.target.target_test_data
         return None if path is None else self.pairs[path]
 
     def streams(self, samples: Any, micro_batch_size: int, ranks: int, chunks: int) -> list[Any]:

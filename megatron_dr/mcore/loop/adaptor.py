@@ -22,7 +22,9 @@ What is wrapped, and who calls it:
                                   build_train_valid_test_data_loaders: microbatches of one domain
     megatron.training.training.dummy_train_step           train: --iterations-to-skip
     megatron.training.training.{training_log, evaluate, evaluate_and_print_results}
-                                  train: --dr-metrics, the second line (`first_line`)
+                                  train: --dr-metrics, the second line (`first_line`),
+                                  the target's test set
+    megatron.training.training.checkpoint_and_decide_exit   train: --dr-keep-best
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
@@ -53,10 +55,12 @@ from megatron_dr.mcore.loop import (
     validation,
 )  # fmt: skip
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.loop.evaluations import Evaluations
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.step import log
 
 _run: TrainingRun | None = None
+_evaluations: Evaluations | None = None
 _packed = False  # --dr-pack
 _enabled = False
 
@@ -92,6 +96,7 @@ def enable() -> None:
     _wrap(training, "training_log", _log_training)
     _wrap(training, "evaluate_and_print_results", _validate_sets)
     _wrap(training, "evaluate", _log_validation)
+    _wrap(training, "checkpoint_and_decide_exit", _end_step)
     _wrap(training, "save_checkpoint", _save)
     for name in compat.SCHEDULES:
         _wrap(schedules, name, _schedule)
@@ -131,7 +136,7 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
 
 
 def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    global _run, _packed
+    global _run, _evaluations, _packed
     from megatron.core.utils import get_model_config
     from megatron.training import get_args, get_tokenizer
 
@@ -150,7 +155,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
             setattr(args, name, start)
     model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint
     begin.leave_if_complete(args)
-    _run = None
+    _run = _evaluations = None
     if configs is not None and optimizer is not None:
         with errors.refused(), errors.agreed():
             vocabulary.check(args, get_tokenizer())
@@ -161,6 +166,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
                 model, optimizer, get_model_config(model[0]), args, dr,
                 parts.step_target(args, dr, target), source, scheduler,
             )  # fmt: skip
+            _evaluations = Evaluations.of(_run, target.keep_best)
     return model, optimizer, scheduler
 
 
@@ -239,19 +245,21 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
 
 
 def _validate_sets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    if _run is not None:
-        _run.validations = 0
-    return stock(*rest, **kwargs)
+    if _evaluations is None:
+        return stock(*rest, **kwargs)
+    return _evaluations.of_sets(stock, *rest, **kwargs)
 
 
 def _log_validation(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    if _run is None:
+    if _evaluations is None:
         return stock(*rest, **kwargs)
-    kind = _run.begin_validation()
-    result = stock(*rest, **kwargs)
-    if _run.file is not None and result[0] is not None:
-        _run.file.write(kind, _run.steps_done, result[0])
-    return result
+    return _evaluations.of_one(stock, *rest, **kwargs)
+
+
+def _end_step(stock: Callable[..., Any], *state: Any, **kwargs: Any) -> Any:
+    if _evaluations is None:
+        return stock(*state, **kwargs)
+    return _evaluations.step_is_done(stock, *state, **kwargs)
 
 
 def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,8 @@ import dataclasses
 import os
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import WATCHING, TargetConfig
 from megatron_dr.mcore import cpu
 from megatron_dr.mcore.loop import parts
 
@@ -99,7 +100,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
         part.defaults(its, given)
     if not given:
         return None
-    if "set" not in given and not given.keys() - {"metrics", "target_valid_data"}:
+    if "set" not in given and not given.keys() - WATCHING:
         given["set"] = "mean"  # only watched: the step is Megatron's own
     if "set" not in given and "target_data" not in given:
         flags = ", ".join(f"--dr-{n.replace('_', '-')}" for n in given)

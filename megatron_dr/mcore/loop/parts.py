@@ -3,7 +3,8 @@
 from argparse import Namespace
 from typing import Any
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.data.domain_blend import DomainPart
 from megatron_dr.mcore.data.packed import PackPart
 from megatron_dr.mcore.data.template import TemplatePart

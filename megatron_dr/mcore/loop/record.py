@@ -11,7 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.encode import FORMS
 from megatron_dr.mcore.data.preparation import TOKENIZER_FILES
 from megatron_dr.mcore.data.samples import MASK

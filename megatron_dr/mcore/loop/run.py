@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.domains import DomainPlan
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.attach import Handle, attach
@@ -50,9 +51,12 @@ class TrainingRun:
         self.num_target = self.num_valid = self.target_size = 0
         self.train_streams: list[Any] = [None] * len(model)
         self.valid_streams: list[Any] = [None] * len(model)
+        self.test_streams: list[Any] = [None] * len(model)
+        self.is_test, self.num_test = False, int(source.tests)  # batches of the target's test set
         self.target_ranks = dr.target_ranks or args.data_parallel_size
         with errors.agreed():  # before attach, in which ranks wait for one another
             samples, held_out = source.target_samples(), source.validation_samples()
+            tested = source.test_samples()
         size = None if target is None else len(samples)
         self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
         dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
@@ -65,7 +69,7 @@ class TrainingRun:
             self.train_streams = source.streams(
                 samples, self.target_size, self.target_ranks, len(model)
             )
-        self._open_validation(held_out, len(model))
+        self._open_validation(held_out, tested, len(model))
         self.handle.check_batch(get_num_microbatches(), self.num_target)
         self._fresh_validation = True
         self.validations = 0  # sets of this validation so far
@@ -79,9 +83,12 @@ class TrainingRun:
         if resumes(args):
             kept_target.load(args, self.handle, getattr(args, _STEPS))
 
-    def _open_validation(self, samples: Any, chunks: int) -> None:
+    def _open_validation(self, samples: Any, tested: Any, chunks: int) -> None:
+        size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
+        if tested is not None:
+            self.num_test = -(-len(tested) // self.args.eval_global_batch_size)
+            self.test_streams = self.source.streams(tested, size, ranks, chunks)
         if samples is not None:
-            size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
             self.valid_streams = self.source.streams(samples, size, ranks, chunks)
             self.num_valid = self.args.eval_global_batch_size // (size * ranks)
             check_number(
@@ -106,6 +113,8 @@ class TrainingRun:
     def begin_validation(self) -> str:
         """A pass over one validation set, or the test set, begins: how its line is called."""
         self._fresh_validation = True
+        if self.is_test:
+            return "test"
         if not self.args.multiple_validation_sets:
             return "validation"
         number, names = self.validations, self.args.validation_set_names
@@ -139,9 +148,11 @@ class TrainingRun:
         kept_target.save(self.args, iteration, self.handle, getattr(self.args, _STEPS))
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
-        reports = self.source.validate()
+        reports = self.source.test() if self.is_test else self.source.validate()
         if reports is not None:
             return reports
+        if self.is_test:  # the general role's streams, or the target's in their place
+            return self._step(stock, [None], 0, schedule)
         if self._fresh_validation:
             self._place(self.valid_streams, 0)  # every validation sees the same samples
         self._fresh_validation = False

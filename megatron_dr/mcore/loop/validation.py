@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore import compat, unpickling
-from megatron_dr.mcore.loop import agreement, changes, parts, rate, record
+from megatron_dr.mcore.loop import agreement, best, changes, parts, rate, record
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.refuse import refuse
 from megatron_dr.mcore.seams.source import num_target_microbatches
@@ -76,6 +77,7 @@ def _settle(args: Namespace, configs: Configs) -> record.Record:
     for check in of_script:
         check(args)
     if configs is not None:
+        best.check(args, configs[1])
         target = parts.step_target(args, *configs)
         if target is not None:
             num_target_microbatches(args, configs[0], target)

@@ -5,8 +5,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.rl import RLConfig
+from megatron_dr.config.target import WATCHING, TargetConfig
 from megatron_dr.data.files import SUFFIXES
 from megatron_dr.mcore.data.samples import is_file
 from megatron_dr.mcore.refuse import Rule, rules
@@ -76,7 +77,7 @@ class RLPart(Part):
             return
         if own.target == "self" or "target_data" in given:
             given.update({"set": "filter", "fraction": 1.0, "alpha": 0.0} | given)
-        elif not given.keys() - {"metrics", "target_valid_data"}:
+        elif not given.keys() - WATCHING:
             given["set"] = "mean"
 
     def is_target(self, own: RLConfig) -> bool:

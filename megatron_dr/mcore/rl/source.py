@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from megatron.core import mpu, parallel_state
 
-from megatron_dr.config.dr import TargetConfig
 from megatron_dr.config.rl import RLConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.data.datasets import dataset_config
@@ -40,6 +40,8 @@ class RolloutSource(Source):
         experiences: by role: what is trained on now.
     """
 
+    judged_by = ("target reward", True)
+
     def __init__(self, args: Namespace, target: TargetConfig, rl: RLConfig) -> None:
         self.args, self.target, self.rl = args, target, rl
         self.forward_step = partial(policy_step, rl)
@@ -47,6 +49,9 @@ class RolloutSource(Source):
         self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(args.data_path)}
         held_out = {GENERAL: rl.valid_data, TARGET: target.target_valid_data}
         self.held_out = {r: self._read([path]) for r, path in held_out.items() if path is not None}
+        path = target.target_test_data
+        self.tested = [] if path is None else self._read([path])
+        self.tests = bool(self.tested)
         self._by_reward = rl.target_loss == "reward"  # of the target
         self.experiences: dict[str, Experience] = {}
         self._target: list[ExperienceStream] = []
@@ -123,10 +128,17 @@ class RolloutSource(Source):
 
     def validate(self) -> Any:
         names = {GENERAL: "reward", TARGET: "target reward"}
-        with errors.refused(), self._offload.during(bool(self.held_out)):
+        return self._rewards({names[role]: (p, role) for role, p in self.held_out.items()})
+
+    def test(self) -> Any:
+        return self._rewards({"reward": (self.tested, TARGET)})
+
+    def _rewards(self, asked: dict[str, Any]) -> Any:
+        """Reports of greedy completions' rewards, by name, of (prompts, role)."""
+        with errors.refused(), self._offload.during(bool(asked)):
             values = {
-                names[role]: self._collector.greedy_reward(prompts, role)
-                for role, prompts in self.held_out.items()
+                name: self._collector.greedy_reward(prompts, role)
+                for name, (prompts, role) in asked.items()
             }
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         return _with_values([{}], values) if last else []

@@ -5,7 +5,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.refuse import Rule, refuse
 from megatron_dr.mcore.seams.source import Source
 

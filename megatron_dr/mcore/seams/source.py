@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_dr.config.dr import DRConfig, TargetConfig
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.step.handle import Handle
 
 
@@ -14,9 +15,13 @@ class Source:
 
     Attributes:
         forward_step: of every step and validation; None: the training script's own.
+        judged_by: what a validation says of the held-out target, and whether more of it is better.
+        tests: whether `test` answers, and no streams are needed.
     """
 
     forward_step: Callable[..., Any] | None = None
+    judged_by: tuple[str, bool] = ("target loss", False)
+    tests = False
 
     def target_samples(self) -> Any:
         """The whole target set; None without one. Before the plugin is attached.
@@ -28,6 +33,10 @@ class Source:
 
     def validation_samples(self) -> Any:
         """The held-out target set; None where `validate` needs no streams."""
+        return None
+
+    def test_samples(self) -> Any:
+        """The target's test set; None without one."""
         return None
 
     def streams(self, samples: Any, micro_batch_size: int, ranks: int, chunks: int) -> list[Any]:
@@ -62,6 +71,10 @@ class Source:
 
     def validate(self) -> Any:
         """The reports of a validation that calls no schedule; None: one of `streams`."""
+        return None
+
+    def test(self) -> Any:
+        """As `validate`, of the target's test set alone, under the names of general data."""
         return None
 
     def save(self, iteration: int) -> None:
