@@ -135,6 +135,7 @@ MEGATRONS = {
     "--save {tmp}": "Megatron refuses these arguments: it needs `args.save_interval is not None`",
     "--recompute-granularity full": "Megatron refuses these arguments: ",  # by its configuration
     "--num-distributed-optimizer-instances 3": "3 must divide the 2 data x context ranks",
+    "--lr-warmup-iters 10": "--lr-warmup-iters 10 must be from 0 and shorter than --train-iters 6",
 }
 
 
