@@ -58,6 +58,7 @@ def test_the_best_is_kept_and_loaded(data: dict[str, str], tmp_path: Path) -> No
     assert validations(again)[1] == pytest.approx(found[iteration], rel=1e-6)
 
 
+@pytest.mark.soak
 def test_the_last_stage_tells_all_which_is_the_best(data: dict[str, str], tmp_path: Path) -> None:
     """Beside checkpoints that are written in the background."""
     path, folder = tmp_path / "m.jsonl", tmp_path / "saved"

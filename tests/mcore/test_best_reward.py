@@ -13,6 +13,7 @@ from ._rl import Data, data
 __all__ = ["data"]
 
 
+@pytest.mark.soak
 def test_the_greatest_reward_is_the_best(data: Data, tmp_path: Path) -> None:
     """And what lies beside checkpoints lies beside it: a run goes on from it."""
     path, folder = tmp_path / "m.jsonl", tmp_path / "saved"
