@@ -11,7 +11,6 @@ of all that is finished there. docs/alpha.md says what came out.
 import argparse
 import json
 import random
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from typing import Any
 import alpha_plot
 from rich.console import Console
 
+from megatron_dr.compare import figures, launch
+from megatron_dr.compare.jobs import Job, job
 from megatron_dr.report import metrics
 
 SFT = Path(__file__).resolve().parent.parent / "examples" / "sft"
 sys.path.insert(0, str(SFT))
 
 import demo  # noqa: E402  (its own imports are found from here on)
-import launch  # noqa: E402
-import report  # noqa: E402
 
 # name -> (target sentences, whether the pool holds more of their language, unlabelled; title)
 CONDITIONS = {
@@ -58,11 +57,11 @@ def data(out: Path, condition: str, seed: int) -> tuple[Path, Path]:
     return paths
 
 
-def plan(out: Path, conditions: list[str], seeds: list[int], arms: list[str]) -> list[Any]:
-    """The base model's run, then each condition's and seed's, as `launch.train` takes them."""
+def plan(out: Path, conditions: list[str], seeds: list[int], arms: list[str]) -> list[Job]:
+    """The base model's run, then each condition's and seed's."""
     base = out / "base"
-    jobs = [{"name": "base", "folder": str(base), "steps": demo.PRETRAIN_STEPS,
-             "flags": f"{demo.MODEL} {demo.PRETRAIN} --save {base}".split()}]  # fmt: skip
+    flags = f"{demo.MODEL} {demo.PRETRAIN} --save {base}"
+    jobs = [job("base", 0, demo.PRETRAIN_STEPS, base, flags)]
     for condition in conditions:
         for seed in seeds:
             target, pool = data(out, condition, seed)
@@ -70,11 +69,9 @@ def plan(out: Path, conditions: list[str], seeds: list[int], arms: list[str]) ->
                 flags = (f"{demo.MODEL} {demo.TUNE} --load {base} --seed {seed} "
                          f"--train-data-path {pool} {demo.TARGET.format(target=target)} "
                          f"{FLAGS[arm]}")  # fmt: skip
-                jobs.append({"name": f"{condition}, {seed}: {arm}", "steps": demo.STEPS,
-                             "folder": str(folder(out, condition, arm, seed)),
-                             "flags": flags.split()})  # fmt: skip
-    for job in jobs:
-        job["flags"] += ["--dr-metrics", f"{job['folder']}/metrics.jsonl"]
+                to = folder(out, condition, arm, seed)
+                name, origin = f"{condition}: {arm}", jobs[0].fingerprint
+                jobs.append(job(name, seed, demo.STEPS, to, flags, origin=origin))
     return jobs
 
 
@@ -82,14 +79,15 @@ def folder(out: Path, condition: str, arm: str, seed: int) -> Path:
     return out / condition / arm.replace(", ", "-") / str(seed)
 
 
-def run(jobs: list[Any], out: Path, console: Console) -> None:
+def run(jobs: list[Job], out: Path, console: Console) -> None:
     """Those of the runs that are not finished."""
-    left = [job for job in jobs if not (Path(job["folder"]) / "done").exists()]
-    for job in left:
-        shutil.rmtree(job["folder"], ignore_errors=True)
+    left = [job for job in jobs if not job.is_finished]
     console.print(f"{len(left)} of {len(jobs)} runs to do; logs and metrics: {out}")
-    if left:
-        launch.train(left, out, console)
+    try:
+        if left:
+            launch.train(left, out, console)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def gather(out: Path) -> dict[str, Any]:
@@ -119,11 +117,11 @@ def table(found: dict[str, Any], base: dict[str, float], console: Console, path:
     header = ["arm", *(f"{c}: {loss.split()[1]}" for c in found for loss in LOSSES.values())]
     rows = [["base, untrained", *(f"{base[key]:.3f}" for _ in found for key in LOSSES)]]
     for arm in FLAGS:
-        cells = [report.spread(found[c][arm][key]) if arm in found[c] else "" for c in found
+        cells = [figures.spread(found[c][arm][key]) if arm in found[c] else "" for c in found
                  for key in LOSSES]  # fmt: skip
         rows.append([arm, *cells])
     title = "Final held-out loss, nats per byte, mean ± sd over seeds"
-    report.table(title, header, rows, path, console)
+    figures.table(title, header, rows, path, console)
 
 
 def main() -> None:

@@ -71,7 +71,9 @@ def test_hf_imports_torch_and_safetensors_alone(path: Path) -> None:
         assert ours or top in ("torch", "safetensors") or top in sys.stdlib_module_names, imports
 
 
-@pytest.mark.parametrize("path", files("data", "report", "projection", "optim", "rl"), ids=name)
+@pytest.mark.parametrize(
+    "path", files("data", "report", "projection", "optim", "rl", "compare"), ids=name
+)
 def test_leaves_do_not_import_mcore(path: Path) -> None:
     assert not [n for n in imported(path) if within(n, "megatron_dr.mcore")]
 

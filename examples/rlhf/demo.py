@@ -14,10 +14,12 @@ import random
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "jobs"))
+from megatron_dr.compare import demo
+from megatron_dr.compare.jobs import Job, job
 
-import launch  # noqa: E402
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "rlvr"))
+
 import raters  # noqa: E402
 import reviews  # noqa: E402
 import rewards  # noqa: E402
@@ -57,7 +59,7 @@ ARMS = {
 }
 
 
-def plan(out: Path, seeds: int) -> list[launch.Job]:
+def plan(out: Path, seeds: int) -> list[Job]:
     """The base model's run, then each arm's for each seed: its own target prompts and draws."""
     nouns = reviews.nouns(0)
     held_out, pool = nouns[:HELD_OUT], nouns[HELD_OUT:]
@@ -69,7 +71,7 @@ def plan(out: Path, seeds: int) -> list[launch.Job]:
                "response": reviews.completion(noun[1], chance)} for noun in nouns * 30]  # fmt: skip
     data, base = reviews.write(out / "base.jsonl", taught), out / "base"
     flags = f"{MODEL} {BASE} --save {base} --train-data-path {data}"
-    jobs = [launch.job("base", 0, BASE_STEPS, base, flags)]
+    jobs = [job("base", 0, BASE_STEPS, base, flags)]
     for seed in range(2, seeds + 2):  # task and learning rate were chosen on seed 1
         own = [noun for noun in reviews.nouns(seed) if noun in pool]
         lines = [reviews.prompt(noun) for noun in own]
@@ -79,9 +81,9 @@ def plan(out: Path, seeds: int) -> list[launch.Job]:
             flags = (f"{MODEL} {PPO} --load {base} --seed {seed} --data-path {general} "
                      f"--dr-rl-reward-model {out / 'raters'} --dr-rl-valid-data {valid} "
                      f"--dr-target-valid-data {valid} {more.format(target=target)}")  # fmt: skip
-            jobs.append(launch.job(arm, seed, STEPS, out / f"seed-{seed}-arm-{number}", flags))
+            jobs.append(job(arm, seed, STEPS, out / f"seed-{seed}-arm-{number}", flags))
     return jobs
 
 
 if __name__ == "__main__":
-    launch.demo(__doc__, "rlhf", plan, rewards.write)
+    demo.demo(__doc__, "rlhf", plan, rewards.write)

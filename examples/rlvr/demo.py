@@ -9,16 +9,15 @@ doesn't say. All runs go through Megatron-Core's training loop on two CPU proces
 a table of held-out rewards and plots, in the output folder.
 """
 
-import sys
 from pathlib import Path
 
+import arithmetic
+import rewards
+
+from megatron_dr.compare import demo
+from megatron_dr.compare.jobs import Job, job
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "jobs"))
-
-import arithmetic  # noqa: E402
-import launch  # noqa: E402
-import rewards  # noqa: E402
-
 BASE_STEPS, STEPS, TARGETS, HELD_OUT, SIGNED = 300, 60, 8, 100, 0.6
 
 MODEL = f"""
@@ -53,7 +52,7 @@ ARMS = {
 }
 
 
-def plan(out: Path, seeds: int) -> list[launch.Job]:
+def plan(out: Path, seeds: int) -> list[Job]:
     """The base model's run, then each arm's for each seed: its own prompts and draws."""
     pairs = arithmetic.sums(0)
     held_out, pool = pairs[:HELD_OUT], pairs[HELD_OUT:]
@@ -63,7 +62,7 @@ def plan(out: Path, seeds: int) -> list[launch.Job]:
     taught = [{"prompt": line["prompt"], "response": line["answer"]} for line in lines]
     data, base = arithmetic.write(out / "base.jsonl", taught), out / "base"
     flags = f"{MODEL} {BASE} --save {base} --train-data-path {data}"
-    jobs = [launch.job("base", 0, BASE_STEPS, base, flags)]
+    jobs = [job("base", 0, BASE_STEPS, base, flags)]
     for seed in range(2, seeds + 2):  # task and learning rate were chosen on seed 1
         own = [pair for pair in arithmetic.sums(seed) if pair in set(pool)]
         lines = arithmetic.examples(own[:TARGETS], 0, seed)
@@ -75,9 +74,9 @@ def plan(out: Path, seeds: int) -> list[launch.Job]:
                      f"--dr-rl-valid-data {doubtful} --dr-target-valid-data {trusted} "
                      f"{more.format(target=target)}")  # fmt: skip
             folder = out / f"seed-{seed}-arm-{number}"
-            jobs.append(launch.job(arm, seed, STEPS, folder, flags))
+            jobs.append(job(arm, seed, STEPS, folder, flags))
     return jobs
 
 
 if __name__ == "__main__":
-    launch.demo(__doc__, "rlvr", plan, rewards.write)
+    demo.demo(__doc__, "rlvr", plan, rewards.write)

@@ -8,15 +8,14 @@ runs go through Megatron-Core's training loop on two CPU processes. What comes o
 table of held-out losses (nats per byte) and plots, in the output folder.
 """
 
-import sys
 from pathlib import Path
 
+import results
+
+from megatron_dr.compare import demo
+from megatron_dr.compare.jobs import Job, job
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "jobs"))
-
-import launch  # noqa: E402
-import results  # noqa: E402
-
 DATA, PRETRAIN_STEPS, STEPS = HERE / "data", 400, 50
 
 MODEL = f"""
@@ -56,11 +55,11 @@ ARMS = {
 }
 
 
-def plan(out: Path, seeds: int) -> list[launch.Job]:
+def plan(out: Path, seeds: int) -> list[Job]:
     """The base model's run, then each arm's for each seed: its own target sentences and order."""
     base = out / "base"
     flags = f"{MODEL} {PRETRAIN} --save {base}"
-    jobs = [launch.job("base", 0, PRETRAIN_STEPS, base, flags)]
+    jobs = [job("base", 0, PRETRAIN_STEPS, base, flags)]
     targets = (DATA / "target.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for seed in range(1, seeds + 1):
         chosen = out / f"target-{seed}.jsonl"
@@ -68,9 +67,9 @@ def plan(out: Path, seeds: int) -> list[launch.Job]:
         for number, (arm, own) in enumerate(ARMS.items()):
             flags = f"{MODEL} {TUNE} --load {base} --seed {seed} {own.format(target=chosen)}"
             folder = out / f"seed-{seed}-arm-{number}"
-            jobs.append(launch.job(arm, seed, STEPS, folder, flags))
+            jobs.append(job(arm, seed, STEPS, folder, flags))
     return jobs
 
 
 if __name__ == "__main__":
-    launch.demo(__doc__, "sft", plan, results.write)
+    demo.demo(__doc__, "sft", plan, results.write)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import report
 from rich.console import Console
 
-from megatron_dr.report import metrics
+from megatron_dr.compare import figures, pictures
+from megatron_dr.compare.jobs import Job
 
 UNIT = "loss (nats per byte)"
 LOSSES = {"target loss": "held-out target (Spanish)", "lm loss": "held-out general"}
@@ -19,18 +19,18 @@ COLOURS = {
 }  # fmt: skip
 
 
-def curves(jobs: list[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
+def curves(jobs: list[Job]) -> dict[str, list[list[dict[str, Any]]]]:
     """arm -> one list of validations per seed; the first is the base model's, as step 0."""
     out: dict[str, list[list[dict[str, Any]]]] = {}
     start: dict[str, Any] = {}
     for job in jobs:
-        lines = metrics.read(Path(job["folder"]) / "metrics.jsonl", "validation")
+        lines = job.lines("validation")
         by_step = {line["iteration"]: line for line in lines}
-        if job["arm"] == "base":
+        if job.arm == "base":
             start = {**lines[-1], "iteration": 0}
             out["base"] = [[start]]
         else:
-            out.setdefault(job["arm"], []).append([start, *by_step.values()])
+            out.setdefault(job.arm, []).append([start, *by_step.values()])
     return out
 
 
@@ -38,33 +38,23 @@ def final(runs: list[list[dict[str, Any]]], key: str) -> list[float]:
     return [run[-1][key] for run in runs]
 
 
-def step_times(jobs: list[dict[str, Any]]) -> dict[str, float]:
-    """arm -> median seconds of a training step."""
-    seconds: dict[str, list[float]] = {}
-    for job in jobs:
-        if job["arm"] != "base":
-            lines = metrics.read(Path(job["folder"]) / "metrics.jsonl", "train")
-            seconds.setdefault(job["arm"], []).extend(line["step seconds"] for line in lines)
-    return {arm: statistics.median(values) for arm, values in seconds.items()}
-
-
-def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
+def write(jobs: list[Job], out: Path, console: Console) -> None:
     """table.md, losses.png and tradeoff.png in the output folder, and the table on the screen."""
     arms = curves(jobs)
     seeds = max(len(runs) for runs in arms.values())
     mixes = [arm for arm in arms if arm.startswith("mix")]
     best_mix = min(mixes, key=lambda arm: statistics.mean(final(arms[arm], "target loss")))
-    times = step_times(jobs)
+    times = figures.step_times([job for job in jobs if job.arm != "base"])
     notes = {"base": "before fine-tuning", best_mix: "best mix, chosen on these losses"}
     rows = []
     for arm, runs in arms.items():
         ratio = f"{times[arm] / times['general only']:.2f}" if arm in times else ""
-        losses = [report.spread(final(runs, key)) for key in LOSSES]
+        losses = [figures.spread(final(runs, key)) for key in LOSSES]
         rows.append([arm, *losses, ratio, notes.get(arm, "")])
     title = f"Held-out loss after fine-tuning, nats per byte, mean ± sd of {seeds} seed(s)"
     header = ["arm", *LOSSES.values(), "step time", ""]
     caption = "step time: median, relative to general only"
-    report.table(title, header, rows, out / "table.md", console, caption)
+    figures.table(title, header, rows, out / "table.md", console, caption)
     plot_losses(arms, out / "losses.png", seeds)
     plot_tradeoff(arms, out / "tradeoff.png", seeds)
     console.print(f"Plots: {out / 'losses.png'}, {out / 'tradeoff.png'}")
@@ -77,7 +67,7 @@ def plot_losses(arms: dict[str, Any], path: Path, seeds: int) -> None:
             if arm == "base":
                 continue
             points = [{v["iteration"]: v[key] for v in run} for run in runs]
-            report.band(axis, points, arm, color=COLOURS.get(arm), marker=".")
+            pictures.band(axis, points, arm, color=COLOURS.get(arm), marker=".")
         axis.set(title=f"{name}, mean ± sd of {seeds} seed(s)", xlabel="step", ylabel=UNIT)
         axis.grid(alpha=0.3)
         start = arms["base"][0][0][key]
@@ -89,24 +79,10 @@ def plot_losses(arms: dict[str, Any], path: Path, seeds: int) -> None:
 
 def plot_tradeoff(arms: dict[str, Any], path: Path, seeds: int) -> None:
     """Final losses of both roles; what is no better than the base model is in the legend."""
-    figure, axis = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    points = {
+        arm: (final(runs, "lm loss"), final(runs, "target loss")) for arm, runs in arms.items()
+    }
+    labels = f"held-out general {UNIT}", f"held-out target {UNIT}"
+    title = f"Lower left is better (mean ± sd of {seeds} seed(s))"
     edge = arms["base"][0][0]["target loss"]
-    for arm, runs in arms.items():
-        x, y = final(runs, "lm loss"), final(runs, "target loss")
-        at = statistics.mean(x), statistics.mean(y)
-        if at[1] >= edge:
-            axis.plot([], [], ls="none", label=f"{arm}: off the chart at {at[0]:.2f}, {at[1]:.2f}")
-            continue
-        axis.errorbar(
-            *at, label=arm, capsize=3, markersize=9, ls="none",
-            marker="*" if "default" in arm else "o", color=COLOURS.get(arm),
-            xerr=statistics.stdev(x) if len(x) > 1 else None,
-            yerr=statistics.stdev(y) if len(y) > 1 else None,
-        )  # fmt: skip
-    axis.set(xlabel=f"held-out general {UNIT}", ylabel=f"held-out target {UNIT}",
-             title=f"Lower left is better (mean ± sd of {seeds} seed(s))")  # fmt: skip
-    axis.margins(0.12)
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pictures.pareto(points, path, edge, labels, title, "cone (default)", COLOURS)

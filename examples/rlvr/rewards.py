@@ -1,13 +1,12 @@
 """The table and the plots of demos that train by rewards, from the runs' metrics."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
-import report
 from rich.console import Console
 
-from megatron_dr.report import metrics
+from megatron_dr.compare import figures, pictures
+from megatron_dr.compare.jobs import Job
 
 # kind of the lines, name in them, in the table, title of the plot
 CURVES = (
@@ -19,44 +18,43 @@ CURVES = (
 LAST = 10  # steps that a training figure in the table is the mean of
 
 
-def curve(job: dict[str, Any], kind: str, name: str) -> dict[int, float]:
+def curve(job: Job, kind: str, name: str) -> dict[int, float]:
     """iteration -> value."""
-    lines = metrics.read(Path(job["folder"]) / "metrics.jsonl", kind)
-    return {line["iteration"]: line[name] for line in lines if name in line}
+    return {line["iteration"]: line[name] for line in job.lines(kind) if name in line}
 
 
-def final(job: dict[str, Any], kind: str, name: str) -> float:
+def final(job: Job, kind: str, name: str) -> float:
     """Of the last validation, or the mean of the last training steps."""
     values = list(curve(job, kind, name).values())[-1 if kind == "validation" else -LAST :]
     return sum(values) / len(values)
 
 
-def write(jobs: list[dict[str, Any]], out: Path, console: Console) -> None:
+def write(jobs: list[Job], out: Path, console: Console) -> None:
     """table.md and curves.png in the output folder, and the table on the screen."""
-    arms: dict[str, list[dict[str, Any]]] = {}
+    arms: dict[str, list[Job]] = {}
     for job in jobs:
         if curve(job, "train", "kl"):  # not the runs that make the base model
-            arms.setdefault(job["arm"], []).append(job)
+            arms.setdefault(job.arm, []).append(job)
     seeds = len(next(iter(arms.values())))
     of = f"mean ± sd of {seeds} seed(s)"
     rows = []
     for arm, runs in arms.items():
         peaks = [max(curve(job, *CURVES[0][:2]).values()) for job in runs]
         last = [[final(job, kind, name) for job in runs] for kind, name, _, _ in CURVES]
-        rows.append([arm, *map(report.spread, [last[0], peaks, *last[1:]])])
+        rows.append([arm, *map(figures.spread, [last[0], peaks, *last[1:]])])
     names = [name for _, _, name, _ in CURVES]
     header = ["arm", names[0], "its best", *names[1:]]
     title = f"After the last step (KL, length: last {LAST} steps), {of}"
-    report.table(title, header, rows, out / "table.md", console)
+    figures.table(title, header, rows, out / "table.md", console)
     plot(arms, out / "curves.png", of)
     console.print(f"Plots: {out / 'curves.png'}")
 
 
-def plot(arms: dict[str, list[dict[str, Any]]], path: Path, of: str) -> None:
+def plot(arms: dict[str, list[Job]], path: Path, of: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     for axis, (kind, name, _, title) in zip(axes.flat, CURVES, strict=True):
         for arm, runs in arms.items():
-            report.band(axis, [curve(job, kind, name) for job in runs], arm)
+            pictures.band(axis, [curve(job, kind, name) for job in runs], arm)
         axis.set(title=title, xlabel="step", ylabel=title.partition("(")[2].rstrip(")") or "reward")
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
