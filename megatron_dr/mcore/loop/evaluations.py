@@ -6,6 +6,7 @@ once, and nothing is chosen by it.
 """
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -52,12 +53,13 @@ class Evaluations:
 
     def of_one(self, stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
         """Megatron's `evaluate`, of one validation set or the test set."""
-        kind = self.run.begin_validation()
+        kind, began = self.run.begin_validation(), time.monotonic()
         result = stock(*rest, **kwargs)
         if result[0] is not None:
             self._found = result[0]
             if self.run.file is not None:
-                self.run.file.write(kind, self.run.steps_done, result[0])
+                values = {**result[0], "validation seconds": time.monotonic() - began}
+                self.run.file.write(kind, self.run.steps_done, values)
         return result
 
     def step_is_done(self, stock: Callable[..., Any], *state: Any) -> Any:

@@ -1,0 +1,120 @@
+"""Arms as text, and the flags of the runs."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dr.compare.arms import Arm, parse
+from megatron_dr.compare.plan import Plan, Start, check_flags, data_ranks
+from megatron_dr.compare.splits import PARTS, Splits
+
+
+@pytest.mark.parametrize(
+    "name, flags, target, rows",
+    [
+        ("general", "--dr-set mean", False, False),
+        ("target", "--dr-set target", True, False),
+        ("mix:0.1", "--dr-set mean --dr-alpha 0.1", True, False),
+        ("topk", "--dr-set topk", True, True),
+        ("topk:0.5", "--dr-set topk --dr-fraction 0.5", True, True),
+        ("cone", "--dr-set cone", True, True),
+        ("cone:0", "--dr-set cone --dr-alpha 0", True, True),
+        ("hull:0.2", "--dr-set hull --dr-alpha 0.2", True, True),
+        ("auto", "--dr-set cone --dr-alpha-style auto", True, True),
+        ("megatron_dr.projection:Span", "--dr-set megatron_dr.projection:Span", True, True),
+        ("megatron_dr.projection:Span:0.1",
+         "--dr-set megatron_dr.projection:Span --dr-alpha 0.1", True, True),
+    ],
+)  # fmt: skip
+def test_an_arm(name: str, flags: str, target: bool, rows: bool) -> None:
+    assert parse(name) == [Arm(name, flags, target, rows)]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "--arms is empty"), ("mix", "mix:0.1"), ("mix:2", "alpha must be in"),
+        ("cone,cone", "twice"), ("topk:0", "fraction must be in"), ("target:1", "no share"),
+        ("nothing", "An arm is general, target, mix:ALPHA"), ("none:Here", "can't be loaded"),
+    ],
+)  # fmt: skip
+def test_no_arm(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        parse(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--seed", "1"], "--seed"), (["--dr-set=cone"], "--dr-set"),
+        (["more.jsonl"], "begin with"), (["--dr-rl-group", "8"], "--dr-rl-group"),
+    ],
+)  # fmt: skip
+def test_flags_that_a_comparison_gives(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_flags(words)
+
+
+def test_data_ranks() -> None:
+    words = ["--lr", "1", "--tensor-model-parallel-size", "2"]
+    assert data_ranks(words, 4) == 2 and data_ranks([], 4) == 4
+    with pytest.raises(ValueError, match="--ranks 3 must be a multiple of the 2 ranks"):
+        data_ranks(words, 3)
+
+
+def plan(out: Path, *more: str, checkpoint: Path | None = None) -> Plan:
+    files = {role: {part: out / f"{role} {part}.jsonl" for part in PARTS}
+             for role in ("target", "general")}  # fmt: skip
+    for path in (path for parts in files.values() for path in parts.values()):
+        path.write_text(path.name)
+    splits = Splits(files, {role: dict.fromkeys(PARTS, 8) for role in files}, [])
+    return Plan(out, Start("--seq-length 64", checkpoint, "digest"), splits, 4, more, "cpu", 1)
+
+
+def value(flags: tuple[str, ...], name: str) -> str:
+    """As argparse has it: the last one given."""
+    return flags[len(flags) - flags[::-1].index(name)]
+
+
+def test_flags_of_the_runs(tmp_path: Path) -> None:
+    made = plan(tmp_path, "--lr", "1e-4", "--dr-lora-rank", "4", "--hidden-size", "64")
+    general, cone = parse("general,cone")
+    base = made.base(10)
+    runs = {arm.name: made.arm(arm, 2, 10, base) for arm in (general, cone)}
+    assert value(base.flags, "--lr") == "3e-3" and "--dr-lora-rank" not in base.flags
+    assert value(base.flags, "--hidden-size") == "64"
+    for name, job in runs.items():
+        assert value(job.flags, "--lr") == "1e-4" and value(job.flags, "--dr-lora-rank") == "4"
+        assert value(job.flags, "--seed") == "2" and job.after == base.folder
+        assert value(job.flags, "--train-data-path") == str(tmp_path / "general train.jsonl")
+        assert ("--dr-target-data" in job.flags) == (name == "cone")
+        held_out = {flag for flag in job.flags if flag.endswith(("valid.jsonl", "test.jsonl"))}
+        assert len(held_out) == 4
+    assert value(made.timed([general, cone]).flags, "--dr-set") == "cone"
+
+
+def test_a_loaded_model_has_no_base(tmp_path: Path) -> None:
+    job = plan(tmp_path, checkpoint=tmp_path / "model").arm(parse("cone")[0], 1, 10, None)
+    assert value(job.flags, "--load") == str(tmp_path / "model") and job.after is None
+
+
+def test_another_content_is_another_run(tmp_path: Path) -> None:
+    """Flags, files, what a run begins from: each makes another."""
+    (cone,) = parse("cone")
+
+    def fingerprints(*more: str, steps: int = 10) -> tuple[str, str]:
+        made = plan(tmp_path, *more)
+        base = made.base(steps)
+        return base.fingerprint, made.arm(cone, 1, 10, base).fingerprint
+
+    first = fingerprints()
+    assert fingerprints() == first
+    longer = fingerprints(steps=20)
+    assert longer[0] != first[0] and longer[1] != first[1]  # the arm begins from the base
+    assert fingerprints("--lr", "1")[1] != first[1]
+    made = plan(tmp_path)
+    made.splits.files["target"]["train"].write_text("changed")
+    base = made.base(10)
+    assert base.fingerprint == first[0]  # it never sees the target's training records
+    assert made.arm(cone, 1, 10, base).fingerprint != first[1]

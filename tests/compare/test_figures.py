@@ -1,0 +1,94 @@
+"""Means, standard errors, paired differences and what is advised, against scipy and by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from rich.console import Console
+
+from megatron_dr.compare import figures, results
+from megatron_dr.compare.arms import parse
+from megatron_dr.compare.budget import SETS
+from megatron_dr.compare.jobs import Job, job
+from megatron_dr.compare.results import Outcome
+
+A, B = [2.1, 2.4, 2.2], [2.3, 2.5, 2.5]
+
+
+def test_against_scipy() -> None:
+    assert figures.standard_error(A) == pytest.approx(scipy.stats.sem(A))
+    gap = figures.paired(A, B)
+    assert gap.mean == pytest.approx(np.mean(A) - np.mean(B))
+    assert gap.se == pytest.approx(scipy.stats.sem(np.subtract(A, B)))
+    assert figures.in_errors(gap) == pytest.approx(scipy.stats.ttest_rel(A, B).statistic)
+
+
+def test_one_seed_has_no_error() -> None:
+    gap = figures.paired([1.0], [2.0])
+    assert gap == figures.Difference(-1.0, None) and figures.with_error(gap.as_json()) == "-1.000"
+
+
+def of(target: list[float], valid: list[float] | None = None) -> Outcome:
+    return Outcome(10, valid or target, target, [1.0] * len(target))
+
+
+@pytest.mark.parametrize(
+    "cone, said",
+    [
+        ([2.0, 2.1, 2.0], "Use cone: its target test loss is 0.300 nats per token below the tuned "
+         "mix (mix:0.3) (5.2 standard errors of 3 seeds), and its general test loss is 0.000"),
+        ([2.3, 2.4, 2.2], "No arm beats the tuned mix (mix:0.3) by 2 standard errors; use mix:0.3"),
+        ([2.0], "One seed has no standard error"),
+    ],
+)  # fmt: skip
+def test_advice(cone: list[float], said: str) -> None:
+    n = len(cone)
+    mix = [2.3, 2.5, 2.2] if n == 3 else [2.3]
+    found = {"general": of([3.0] * n), "mix:0.1": of([2.6] * n), "mix:0.3": of(mix),
+             "cone": of(cone)}  # fmt: skip
+    assert results.advice(found, parse("general,mix:0.1,mix:0.3,cone")).startswith(said)
+
+
+def test_the_mix_is_chosen_on_validation() -> None:
+    found = {"mix:0.1": of([2.0], valid=[3.0]), "mix:0.3": of([2.5], valid=[2.9])}
+    assert results.best(found, list(found)) == "mix:0.3"
+    assert results.best(found, []) is None
+
+
+def run(folder: Path, arm: str, seed: int, losses: dict[str, list[float]]) -> Job:
+    """A finished run with these losses at steps 5 and 10."""
+    folder = folder / f"{arm}-{seed}"
+    folder.mkdir(parents=True)
+    lines = [{"kind": "train", "iteration": n + 1, "step seconds": 0.5} for n in range(10)]
+    lines += [{"kind": f"validation-{name}", "iteration": 5 * (n + 1), "lm loss": loss}
+              for name in SETS for n, loss in enumerate(losses[name])]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return job(arm, seed, 10, folder, "")
+
+
+def test_the_step_is_chosen_on_validation_and_read_on_the_test(tmp_path: Path) -> None:
+    """Whatever the test says of other steps; the files that are written say the same."""
+    shift = {"general": 0.5, "mix:0.1": 0.2, "cone": 0.0}
+    jobs = [
+        run(tmp_path, arm, seed, {
+            "target": [2.0 + more, 2.1 + more], "target-test": [2.2 + more + seed / 10, 1.0],
+            "general": [1.5, 1.6], "general-test": [1.7, 1.0],
+        })
+        for arm, more in shift.items() for seed in (1, 2)
+    ]  # fmt: skip
+    start = run(tmp_path, "base", 0, {name: [4.0] for name in SETS})
+    arms = parse("general,mix:0.1,cone")
+    results.write(arms, jobs, start, tmp_path, Console(quiet=True))
+    found = json.loads((tmp_path / "results.json").read_text())
+    cone = found["arms"]["cone"]
+    assert cone["step"] == 5 and cone["target test"]["values"] == pytest.approx([2.3, 2.4])
+    assert cone["target test"]["se"] == pytest.approx(scipy.stats.sem([2.3, 2.4]))
+    assert cone["target test, difference"]["mean"] == pytest.approx(-0.2)
+    assert found["compared with"] == "mix:0.1" and found["before"]["target-test"] == 4.0
+    assert cone["step time"] == 1.0
+    table = (tmp_path / "table.md").read_text()
+    assert "| cone | 2.350 ± 0.050 | 1.700 ± 0.000 | -0.200 ± 0.000 |" in table
+    assert found["advice"] in table
+    assert all((tmp_path / name).stat().st_size for name in ("curves.png", "pareto.png"))
