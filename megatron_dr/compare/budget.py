@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_dr.compare.jobs import Job
 
 LEAST = 20  # steps below which a run says nothing
-EVALUATIONS = 5  # of a run, and Megatron's own at its end
+EVALUATIONS = 4  # of a run, and Megatron's own at its end
 SHARE = 0.85  # of the budget that is planned; runs side by side are slower than the one timed
 SETS = ("target", "general", "target-test", "general-test")  # evaluated, by their names
 _UNITS = {"": 60, "s": 1, "m": 60, "h": 3600}

@@ -81,7 +81,8 @@ class Plan:
         are (0 would be nothing to divide by): its losses are those of what is loaded."""
         arm = max(arms, key=lambda arm: (arm.weighs_rows, arm.uses_target))
         flags = f"{self._common(TIMED, TIMED + 1)} {self._load()} {self._role(arm)}"
-        last = f"{flags} {shlex.join(self.more)} --seed 1 --lr 1e-30 --min-lr 0"
+        rate = "--lr 1e-30 --min-lr 0 --lr-warmup-init 0"
+        last = f"{flags} {shlex.join(self.more)} --seed 1 {rate}"
         name = f"timing {arm.name}"
         return job(name, 0, TIMED, self.out / "timed", last, origin=self.start.digest)
 

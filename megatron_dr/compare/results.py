@@ -139,12 +139,15 @@ def write(
     before, base = found["before"], found["compared with"]
     star = f"{base} (compared with)"
     points = {"before": ([before["general-test"]], [before["target-test"]])}
-    for name, own in found["arms"].items():
-        losses = own["general test"]["values"], own["target test"]["values"]
-        points[star if name == base else name] = losses
+    colours = {}  # as in the curves
+    for number, (name, own) in enumerate(found["arms"].items()):
+        label = star if name == base else name
+        points[label] = own["general test"]["values"], own["target test"]["values"]
+        colours[label] = f"C{number}"
     labels = f"general test loss ({UNIT})", f"target test loss ({UNIT})"
     title = f"Lower left is better (mean ± sd of {seeds} seed(s))"
-    pictures.pareto(points, out / "pareto.png", before["target-test"], labels, title, star)
+    pictures.pareto(points, out / "pareto.png", before["target-test"], labels, title, star,
+                    colours)  # fmt: skip
     return found
 
 

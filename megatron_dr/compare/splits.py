@@ -15,7 +15,7 @@ from megatron_dr.data.encode import COLUMNS
 from megatron_dr.data.file_samples import read
 
 PARTS = ("train", "valid", "test")
-MOST = 128  # records of a validation or test set
+MOST = 64  # records of a validation or test set
 SMALLEST = 4  # as few of them say something
 _QUARTER = 4  # held-out sets have at most so much of the records
 
