@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,7 @@ def run(args: argparse.Namespace, more: list[str], console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 2 for what can't be compared, in one sentence."""
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
     try:
         args, more = arguments(argv)
         run(args, more, Console())

@@ -68,8 +68,8 @@ def fit(
             return min(steps, most), count
     needed = all_of(measured, arms, beside, LEAST) / SHARE
     raise ValueError(
-        f"--budget leaves {budget / 60:.1f} minutes for the arms, and {arms} of {LEAST} steps take "
-        f"{needed / 60:.1f} with one seed: raise it, give fewer --arms, or --steps."
+        f"--budget leaves {budget / 60:.1f} minutes for the arms, and {arms} arms of {LEAST} steps "
+        f"take {needed / 60:.1f} with one seed: raise it, give fewer --arms, or --steps."
     )
 
 
