@@ -8,10 +8,11 @@ Both files are split into training, validation and test records. Each arm trains
 the same start: a Hugging Face model, or a small one that is first trained on the general data. What
 is chosen (the best mix, each arm's step) is chosen on validation, what is reported is of the test.
 Further flags of megatron_dr.train go to every run. The same command goes on with what an earlier
-one finished in the same folder.
+one finished in the same folder. An arm that fails is said to have failed, and the others go on.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -105,9 +106,14 @@ def planned(args: argparse.Namespace, more: list[str], console: Console) -> Plan
 
 
 def finish(
-    jobs: Sequence[Job], plan: Plan, args: argparse.Namespace, console: Console, beside: int = 1
-) -> None:
-    """Run what is not finished."""
+    jobs: Sequence[Job], plan: Plan, args: argparse.Namespace, console: Console, beside: int = 1,
+    stop: bool = False,
+) -> None:  # fmt: skip
+    """Run what is not finished; `stop`: with the first run that fails.
+
+    Raises:
+        ValueError: at a run that failed.
+    """
     left = [job for job in jobs if not job.is_finished]
     changed = sum(bool(job.done) for job in left)
     if len(left) < len(jobs) or changed:
@@ -115,7 +121,33 @@ def finish(
         console.print(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished; {len(left)} to do"
                       f"{anew}", soft_wrap=True)  # fmt: skip
     if left:
-        launch.train(left, plan.out, console, args.ranks, min(beside, len(left)))
+        launch.train(left, plan.out, console, args.ranks, min(beside, len(left)), stop)
+
+
+def time_one(plan: Plan, arms: list[Arm], args: argparse.Namespace, console: Console) -> Job:
+    """A short run of the arm that takes most; where that fails, of the next one that does not.
+
+    Raises:
+        ValueError: the one that takes least fails, too: it's not the arm.
+    """
+
+    def attempt(arm: Arm) -> Job:
+        timed = plan.timed(arm)
+        finish([timed], plan, args, console, stop=True)
+        return timed
+
+    first, *others = sorted(arms, key=lambda arm: (not arm.weighs_rows, not arm.uses_target))
+    try:
+        return attempt(first)
+    except ValueError as error:
+        if not others:
+            raise
+        console.print(f"{error}: another is timed", soft_wrap=True, markup=False, highlight=False)
+    least = attempt(others[-1])
+    for arm in others[:-1]:
+        with contextlib.suppress(ValueError):
+            return attempt(arm)
+    return least
 
 
 def lengths(
@@ -163,12 +195,11 @@ def run(args: argparse.Namespace, more: list[str], console: Console) -> None:
     """The whole comparison.
 
     Raises:
-        ValueError: bad input, or a run that failed.
+        ValueError: bad input, or no arm whose runs all came to their end.
     """
     arms = arms_.parse(args.arms)
     plan = planned(args, more, console)
-    timed = plan.timed(arms)
-    finish([timed], plan, args, console)
+    timed = time_one(plan, arms, args, console)
     beside = room(args, plan, len(arms) * args.seeds, timed)
     base_steps, steps, seeds = lengths(args, plan, arms, timed, beside)
     base = plan.base(base_steps) if plan.start.checkpoint is None else None
@@ -196,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("compare: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
+        return getattr(stopped, "code", 130)
     return 0

@@ -57,6 +57,12 @@ class Job:
         """Whether this very run is complete."""
         return bool(self.done.get("fingerprint") == self.fingerprint)
 
+    @property
+    def failure(self) -> str | None:
+        """Why it failed when it last ran, and where its log is; None where it did not."""
+        path = self.folder / "failed"
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Its metrics of a kind so far."""
         path = self.folder / "metrics.jsonl"

@@ -35,7 +35,8 @@ BASE = """
 OWN = set("""
     --data-path --train-data-path --valid-data-path --test-data-path --split --data-args-path
     --per-split-data-args-path --mock-data --dr-target-data --dr-target-valid-data --dr-set
-    --dr-alpha --dr-alpha-style --dr-end-alpha --dr-fraction --dr-metrics --seed --train-iters
+    --dr-target-test-data --dr-keep-best --dr-alpha --dr-alpha-style --dr-end-alpha --dr-fraction
+    --dr-metrics --seed --train-iters
     --train-samples --save --load --ckpt-step --save-interval --finetune --no-load-optim
     --no-load-rng --pretrained-checkpoint --eval-interval --eval-iters --eval-micro-batch-size
     --eval-global-batch-size --full-validation --multiple-validation-sets --validation-set-names
@@ -76,15 +77,14 @@ class Plan:
         """General samples of a step."""
         return number(self.more, "--global-batch-size", BATCH)
 
-    def timed(self, arms: list[Arm]) -> Job:
-        """A short run of the arm that takes most. At so small a learning rate weights stay as they
-        are (0 would be nothing to divide by): its losses are those of what is loaded."""
-        arm = max(arms, key=lambda arm: (arm.weighs_rows, arm.uses_target))
+    def timed(self, arm: Arm) -> Job:
+        """A short run. At so small a learning rate weights stay as they are (0 would be nothing to
+        divide by): its losses are those of what is loaded."""
         flags = f"{self._common(TIMED, TIMED + 1)} {self._load()} {self._role(arm)}"
         rate = "--lr 1e-30 --min-lr 0 --lr-warmup-init 0"
         last = f"{flags} {shlex.join(self.more)} --seed 1 {rate}"
-        name = f"timing {arm.name}"
-        return job(name, 0, TIMED, self.out / "timed", last, origin=self.start.digest)
+        name, folder = f"timing {arm.name}", self.out / f"timed-{_folder(arm)}"
+        return job(name, 0, TIMED, folder, last, origin=self.start.digest)
 
     def base(self, steps: int) -> Job:
         """The small model's first training, on the general data alone."""
@@ -101,7 +101,7 @@ class Plan:
                  f"{self._role(arm)} --seed {seed} {shlex.join(self.more)}")  # fmt: skip
         if base is not None:
             flags += f" --load {_q(base.folder)} --finetune --no-load-optim --no-load-rng"
-        folder = self.out / f"{arm.name.replace(':', '-')}-seed-{seed}"
+        folder = self.out / f"{_folder(arm)}-seed-{seed}"
         made = job(arm.name, seed, steps, folder, flags, origin=self.start.digest)
         if base is None:
             return made
@@ -141,6 +141,10 @@ class Plan:
                 keeps = not word.startswith("--dr-")
             kept += [word] if keeps else []
         return kept
+
+
+def _folder(arm: Arm) -> str:
+    return arm.name.replace(":", "-")
 
 
 def _q(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What came out of a comparison: chosen on validation, reported on the test."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,24 @@ def curve(job: Job) -> Curve:
     """The losses of a run, by set and step."""
     return {name: {line["iteration"]: line[LOSS] for line in job.lines(f"validation-{name}")}
             for name in SETS}  # fmt: skip
+
+
+def failure(jobs: Sequence[Job]) -> str | None:
+    """Why an arm with these runs is not compared: a run failed, or a loss is not a number. None
+    where all came to their end: an arm of the seeds that went well would look better than it is."""
+    for job in jobs:
+        if job.failure is not None:
+            return f"seed {job.seed}: {job.failure}"
+        losses = curve(job)
+        steps = {tuple(found) for found in losses.values()}
+        if len(steps) > 1 or () in steps:
+            return f"seed {job.seed}: not all held-out sets were evaluated ({job.folder})"
+        for name, found in losses.items():
+            step = next((step for step, loss in found.items() if not math.isfinite(loss)), None)
+            if step is not None:
+                return (f"seed {job.seed}: the {name} loss is {found[step]} at step {step} "
+                        f"({job.folder})")  # fmt: skip
+    return None
 
 
 def outcome(curves: Sequence[Curve]) -> Outcome:
@@ -95,7 +114,18 @@ def gather(
     Args:
         jobs: the arms' runs.
         start: a run whose last evaluation is of what the arms begin from.
+
+    Raises:
+        ValueError: every arm failed.
     """
+    every = {arm.name: [job for job in jobs if job.arm == arm.name] for arm in arms}
+    reasons = {name: failure(own) for name, own in every.items()}
+    failed = {name: reason for name, reason in reasons.items() if reason is not None}
+    arms = [arm for arm in arms if arm.name not in failed]
+    jobs = [job for job in jobs if job.arm not in failed]
+    if not arms:
+        name, reason = next(iter(failed.items()))
+        raise ValueError(f"all arms failed; {name}, {reason}")
     curves = {arm.name: [curve(job) for job in jobs if job.arm == arm.name] for arm in arms}
     outcomes = {name: outcome(found) for name, found in curves.items()}
     times = figures.step_times(jobs)
@@ -112,28 +142,33 @@ def gather(
                 figures.paired(own.general, outcomes[base].general).as_json(),
             "step seconds": times[name],
             "step time": times[name] / times.get("general", times[base]),
+            "run seconds": statistics.mean(job.done["seconds"] for job in every[name]),
+            "memory": max(job.done["memory"] for job in every[name]),
         }  # fmt: skip
     first = {name: list(values.values())[-1] for name, values in curve(start).items()}
     return curves, {
         "unit": UNIT, "seeds": sorted({job.seed for job in jobs}), "steps": jobs[0].steps,
         "before": first, "compared with": base, "best mix on validation": mix,
-        "arms": of_arms, "advice": advice(outcomes, arms),
+        "arms": of_arms, "failed": failed, "advice": advice(outcomes, arms),
     }  # fmt: skip
 
 
 def write(
     arms: Sequence[Arm], jobs: Sequence[Job], start: Job, out: Path, console: Console
 ) -> dict[str, Any]:
-    """results.json, table.md, curves.png and pareto.png in the output folder; the table and the
-    advice on the screen."""
+    """results.json, table.md, curves.png and pareto.png in the output folder; the table, what
+    failed and the advice on the screen."""
     from megatron_dr.compare import pictures
 
     curves, found = gather(arms, jobs, start)
     (out / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     table(found, out / "table.md", console)
+    said = [*(f"{name} failed: {reason}" for name, reason in found["failed"].items()),
+            found["advice"]]  # fmt: skip
     with (out / "table.md").open("a", encoding="utf-8") as file:
-        file.write(f"\n{found['advice']}\n")
-    console.print(found["advice"], soft_wrap=True, markup=False, highlight=False)
+        file.writelines(f"\n{line}\n" for line in said)
+    for line in said:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     seeds = len(found["seeds"])
     pictures.curves(curves, found["before"], UNIT, seeds, out / "curves.png")
     before, base = found["before"], found["compared with"]
@@ -152,10 +187,9 @@ def write(
 
 
 def table(found: dict[str, Any], path: Path, console: Console) -> None:
-    """A row for each arm."""
+    """A row for each arm; those that failed are the last."""
     base, before = found["compared with"], found["before"]
-    rows = [["before", f"{before['target-test']:.3f}", f"{before['general-test']:.3f}", "", "", "",
-             ""]]  # fmt: skip
+    rows = [["before", f"{before['target-test']:.3f}", f"{before['general-test']:.3f}"]]
     for name, own in found["arms"].items():
         gap = figures.Difference(**own["target test, difference"])
         ratio = "" if gap.se is None or name == base else f"{figures.in_errors(gap):+.1f}"
@@ -163,13 +197,16 @@ def table(found: dict[str, Any], path: Path, console: Console) -> None:
             name + " (compared with)" * (name == base), figures.with_error(own["target test"]),
             figures.with_error(own["general test"]),
             "" if name == base else figures.with_error(gap.as_json(), "+.3f"), ratio,
-            str(own["step"]), f"{own['step time']:.2f}",
+            str(own["step"]), f"{own['step time']:.2f}", f"{own['run seconds']:.0f}",
+            f"{own['memory'] / 2**30:.1f}",
         ])  # fmt: skip
     header = ["arm", "target test", "general test", "target, difference", "in se", "at step",
-              "step time"]  # fmt: skip
+              "step time", "run, s", "GiB"]  # fmt: skip
+    rows += [[name, "failed"] for name in found["failed"]]
+    rows = [row + [""] * (len(header) - len(row)) for row in rows]
     title = (f"Test loss, {UNIT}, mean ± standard error of {len(found['seeds'])} seed(s), at the "
              "step that was best on the target's validation")  # fmt: skip
     reference = "general" if "general" in found["arms"] else base
     caption = (f"difference: paired over seeds, from {base}; step time: median, relative to "
-               f"{reference}")  # fmt: skip
+               f"{reference}; GiB: of main memory, the most of one process")  # fmt: skip
     figures.table(title, header, rows, path, console, caption, bold="(compared with)")

@@ -57,6 +57,9 @@ def test_the_mix_is_chosen_on_validation() -> None:
     assert results.best(found, []) is None
 
 
+LOSSES = {name: [2.0, 1.9] for name in SETS}
+
+
 def run(folder: Path, arm: str, seed: int, losses: dict[str, list[float]]) -> Job:
     """A finished run with these losses at steps 5 and 10."""
     folder = folder / f"{arm}-{seed}"
@@ -65,6 +68,7 @@ def run(folder: Path, arm: str, seed: int, losses: dict[str, list[float]]) -> Jo
     lines += [{"kind": f"validation-{name}", "iteration": 5 * (n + 1), "lm loss": loss}
               for name in SETS for n, loss in enumerate(losses[name])]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "done").write_text(json.dumps({"seconds": 9.0 + seed, "memory": 2**30}))
     return job(arm, seed, 10, folder, "")
 
 
@@ -87,8 +91,30 @@ def test_the_step_is_chosen_on_validation_and_read_on_the_test(tmp_path: Path) -
     assert cone["target test"]["se"] == pytest.approx(scipy.stats.sem([2.3, 2.4]))
     assert cone["target test, difference"]["mean"] == pytest.approx(-0.2)
     assert found["compared with"] == "mix:0.1" and found["before"]["target-test"] == 4.0
-    assert cone["step time"] == 1.0
+    assert cone["step time"] == 1.0 and cone["run seconds"] == 10.5 and cone["memory"] == 2**30
+    assert not found["failed"]
     table = (tmp_path / "table.md").read_text()
     assert "| cone | 2.350 ± 0.050 | 1.700 ± 0.000 | -0.200 ± 0.000 |" in table
     assert found["advice"] in table
     assert all((tmp_path / name).stat().st_size for name in ("curves.png", "pareto.png"))
+
+
+def test_an_arm_that_failed_is_in_the_table_and_the_others_are_compared(tmp_path: Path) -> None:
+    """One seed suffices; a loss that is no number fails, wherever it stands."""
+    bad = {**LOSSES, "general-test": [2.0, float("nan")]}
+    jobs = [run(tmp_path, arm, seed, bad if (arm, seed) == ("topk", 2) else LOSSES)
+            for arm in ("mix:0.1", "topk", "cone", "auto") for seed in (1, 2)]  # fmt: skip
+    (jobs[4].folder / "failed").write_text("CUDA out of memory (log.0.txt)")
+    (jobs[7].folder / "metrics.jsonl").unlink()
+    start = run(tmp_path, "base", 0, LOSSES)
+    results.write(parse("mix:0.1,topk,cone,auto"), jobs, start, tmp_path, Console(quiet=True))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["arms"]) == ["mix:0.1"] and found["failed"] == {
+        "topk": f"seed 2: the general-test loss is nan at step 10 ({jobs[3].folder})",
+        "cone": "seed 1: CUDA out of memory (log.0.txt)",
+        "auto": f"seed 2: not all held-out sets were evaluated ({jobs[7].folder})",
+    }
+    table = (tmp_path / "table.md").read_text()
+    assert "| topk | failed |" in table and f"topk failed: {found['failed']['topk']}\n" in table
+    with pytest.raises(ValueError, match="all arms failed; cone, seed 1: CUDA out of memory"):
+        results.gather(parse("topk,cone")[::-1], jobs, start)

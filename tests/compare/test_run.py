@@ -1,20 +1,36 @@
 """The command itself: a tiny comparison through Megatron's loop, and the same command again."""
 
+import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
+from rich.console import Console
 
+from megatron_dr.cli import compare
 from megatron_dr.cli.compare import main
 from megatron_dr.compare import launch
-from megatron_dr.compare.jobs import job
+from megatron_dr.compare.arms import parse
+from megatron_dr.compare.jobs import Job, job
 from megatron_dr.compare.jobs import write as write_jobs
 from megatron_dr.mcore.loop import runs
+
+from ..mcore._train import cone, data, flags
+from .test_arms import plan
+
+__all__ = ["data"]  # a fixture
 
 ROOT = Path(__file__).parents[2]
 TINY = """--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 16
     --seq-length 16 --global-batch-size 2"""
+BAD = "tests.compare._sets:Nowhere"
 
 
 def write(path: Path, texts: list[str]) -> str:
@@ -22,39 +38,146 @@ def write(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
-def test_a_comparison(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two arms, one seed; then nothing is left to do, and the results are the same."""
+def under(out: Path) -> list[str]:
+    """Command lines of the processes that have to do with a folder."""
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if str(out) in line]
+
+
+def end_us(after: Path) -> None:
+    """SIGTERM, once a file is there."""
+    while not after.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A comparison's flags, but for its arms, for one run at a time."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one run at a time
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     target = write(tmp_path / "t.jsonl", [f"el {n}" for n in range(16)])
     general = write(tmp_path / "g.jsonl", [f"the {n}" for n in range(24)])
-    argv = ["--target", target, "--general", general, "--arms", "mix:0.1,cone", "--seeds", "1",
-            "--steps", "4", "--base-steps", "2", "--dr-target-batch-size", "2", "--dr-device",
-            "cpu", "--out", str(tmp_path / "out"), *TINY.split()]  # fmt: skip
+    return ["--target", target, "--general", general, "--seeds", "1", "--steps", "4",
+            "--base-steps", "2", "--dr-target-batch-size", "2", "--dr-device", "cpu",
+            "--out", str(tmp_path / "out"), *TINY.split()]  # fmt: skip
+
+
+def test_a_comparison(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """An arm whose weights become NaN fails, and the others are compared. Then it alone is left to
+    do, and the results are the same."""
+    argv = [*given, "--arms", f"cone,{BAD},mix:0.1"]
     assert main(argv) == 0, capsys.readouterr()
     said = capsys.readouterr().out
     assert "target: 16 records, 8 to train on, 4 for validation, 4 for the test" in said
-    assert "2 arms x 1 seed(s), 4 steps each, after a base model's 2, 1 run(s) at a time" in said
+    assert "3 arms x 1 seed(s), 4 steps each, after a base model's 2, 1 run(s) at a time" in said
+    assert f"{BAD} failed: seed 1: " in said and "Unexpected result nan" in said
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["compared with"] == "mix:0.1" and "One seed" in found["advice"]
     assert all(0 < found["before"][name] < 10 for name in found["before"])
     values = {name: own["target test"]["values"] for name, own in found["arms"].items()}
+    assert values.keys() == {"mix:0.1", "cone"} and found["failed"].keys() == {BAD}
     assert all(0 < loss < 10 for losses in values.values() for loss in losses)
 
-    def never(*_: object) -> None:
-        raise AssertionError("a finished run is run again")
+    def never(jobs: list[Job], *_: object) -> None:
+        assert [job.arm for job in jobs] == [BAD], "a finished run is run again"
 
     monkeypatch.setattr(launch, "train", never)
     assert main(argv) == 0
-    assert "3 of 3 runs are finished; 0 to do" in capsys.readouterr().out
+    assert "3 of 4 runs are finished; 1 to do" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
     write(tmp_path / "t.jsonl", [f"la {n}" for n in range(16)])  # other data
     with pytest.raises(AssertionError, match="run again"):
         main(argv)
     assert "0 of 1 runs are finished; 1 to do, 1 of them anew" in capsys.readouterr().out
+
+
+def test_a_signal_ends_what_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; afterwards signals mean what they did before. One that is ignored stays so."""
+    command = [sys.executable, "-c", f"open('{tmp_path}/here', 'w'); import time; time.sleep(99)"]
+    workers = []
+
+    def start(*_: object) -> launch.Process:
+        workers.append(subprocess.Popen(command))
+        return workers[-1]
+
+    monkeypatch.setattr(launch, "_start", start)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    Thread(target=end_us, args=(tmp_path / "here",), daemon=True).start()
+    try:
+        with pytest.raises(launch.Stopped) as stopped:
+            launch.train([job("a", 1, 1, tmp_path / "a", "")], tmp_path, Console(quiet=True))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [worker.returncode for worker in workers] == [-signal.SIGTERM]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", ["base/metrics.jsonl", "mix-0.1-seed-1/taken"])
+def test_a_signal_ends_ranks_and_runs_and_the_same_command_goes_on(
+    given: list[str], stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, argv = tmp_path / "out", [*given, "--arms", "mix:0.1,cone"]
+    Thread(target=end_us, args=(out / stage,), daemon=True).start()
+    assert main(argv) == 143 and not under(out)
+    assert capsys.readouterr().err == "compare: stopped; the same command goes on from here.\n"
+    assert main(argv) == 0
+    finished = stage.startswith("mix")
+    assert ("1 of 3 runs are finished; 2 to do" in capsys.readouterr().out) == finished
+    assert not json.loads((out / "results.json").read_text())["failed"]
+
+
+@pytest.mark.soak
+def test_of_several_ranks_the_others_go_on_too(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of a run that failed on one of them wait for one another no longer."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    nan = " ".join(flags(data, f"{cone(data)} --dr-set {BAD}", 3))
+    good = " ".join(flags(data, cone(data), 3))
+    jobs = [job("nan", 1, 3, tmp_path / "nan", nan), job("good", 1, 3, tmp_path / "good", good)]
+    launch.train(jobs, tmp_path, Console(quiet=True), stop=False)
+    assert jobs[0].failure and not jobs[0].done and jobs[1].is_finished and not jobs[1].failure
+    with pytest.raises(ValueError, match="run 'nan, seed 1' failed: .*log"):
+        launch.train(jobs, tmp_path, Console(quiet=True))
+    assert not jobs[1].done and not under(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "bad, timed, tried",
+    [
+        ((), "cone", ["cone"]), (("cone",), "topk", ["cone", "general", "topk"]),
+        (("cone", "topk", "mix:0.1"), "general", ["cone", "general", "topk", "mix:0.1"]),
+        (("cone", "general"), None, ["cone", "general"]),
+    ],
+)  # fmt: skip
+def test_what_is_timed(
+    bad: tuple[str, ...], timed: str | None, tried: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The dearest arm that can be run; where the cheapest can't, it is not the arm's fault."""
+    arms, seen = parse("general,mix:0.1,cone,topk"), []
+
+    def finish(jobs: list[Job], *_: object, stop: bool) -> None:
+        name = jobs[0].name.removeprefix("timing ")
+        seen.append(name)
+        if name in bad:
+            raise ValueError(f"{name} failed")
+
+    monkeypatch.setattr(compare, "finish", finish)
+    args, quiet = argparse.Namespace(), Console(quiet=True)
+    if timed is None:
+        with pytest.raises(ValueError, match="general failed"):
+            compare.time_one(plan(tmp_path), arms, args, quiet)
+    else:
+        assert compare.time_one(plan(tmp_path), arms, args, quiet).arm == f"timing {timed}"
+    assert seen == tried
 
 
 def test_two_that_share_a_plan(tmp_path: Path) -> None:

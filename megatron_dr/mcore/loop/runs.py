@@ -4,13 +4,18 @@
 
 PLAN is a list of `megatron_dr.compare.jobs.Job` as JSON. A run is `python -m megatron_dr.train
 <flags>` on every rank; its output goes to <folder>/log.<rank>.txt. Several such processes may share
-a plan: each takes the first run that no other has taken. The first run that fails ends the process.
+a plan: each takes the first run that no other has taken. What failed says why in <folder>/failed;
+the next run follows, but where a run has several ranks, which can't be told to leave it: then this
+process ends.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -85,12 +90,15 @@ def _free(plan: list[dict[str, Any]]) -> Iterator[int]:
         yield number
 
 
-def _failed(name: str, folder: Path) -> str:
-    """The sentence on it, with the last line of its log."""
+def _note_failure(folder: Path, code: int) -> None:
+    """The last line of its log; of several ranks it is the first to fail that says it."""
     path = folder / f"log.{os.environ['RANK']}.txt"
     said = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    last = next((line for line in reversed(said) if line.strip()), "")
-    return f"run {name!r} failed: see {path}" + (f" ({last.strip()})" if last else "")
+    last = next((line.strip() for line in reversed(said) if line.strip()), "")
+    if code < 0:
+        last = f"ended by {signal.Signals(-code).name}"
+    with contextlib.suppress(FileExistsError), open(folder / "failed", "x") as file:
+        file.write(f"{textwrap.shorten(last, 300) or f'exit code {code}'} ({path})")
 
 
 def main() -> None:
@@ -106,8 +114,10 @@ def main() -> None:
         folder = Path(job["folder"])
         code, memory = run(number, folder, job["flags"])
         if code:
-            sys.exit(_failed(job["name"], folder))
-        if is_first:
+            _note_failure(folder, code)
+            if os.environ["WORLD_SIZE"] != "1":
+                sys.exit(f"run {job['name']!r} failed")  # then torchrun ends the other ranks
+        elif is_first:
             kept = {"fingerprint": job["fingerprint"], "memory": memory}
             kept["seconds"] = time.monotonic() - began
             partial = folder / "done.partial"
