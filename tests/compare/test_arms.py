@@ -48,7 +48,8 @@ def test_no_arm(text: str, said: str) -> None:
     "words, said",
     [
         (["--seed", "1"], "--seed"), (["--dr-set=cone"], "--dr-set"),
-        (["more.jsonl"], "begin with"), (["--dr-rl-group", "8"], "--dr-rl-group"),
+        (["--dr-keep-best"], "--dr-keep-best"), (["more.jsonl"], "begin with"),
+        (["--dr-rl-group", "8"], "--dr-rl-group"),
     ],
 )  # fmt: skip
 def test_flags_that_a_comparison_gives(words: list[str], said: str) -> None:
