@@ -160,7 +160,6 @@ def test_every_choice_is_allowed(name: str, choices: tuple[str, ...]) -> None:
         ({"passes": 3}, "passes must be 1 or 2, not 3"),
         ({"kronecker_in": 0}, "kronecker_in must be at least 1"),
         ({"target_refresh": 0}, "target_refresh must be at least 1"),
-        ({"alpha_style": "auto"}, "alpha_style='auto' with sample rows needs"),
         ({"set": "halfspace"}, "needs target_pass='merged'"),
         ({"window": "streaming"}, "window='streaming' needs set='topk'"),
         ({"target_refresh": 2}, "needs target_pass='own' and alpha=0"),

@@ -203,13 +203,7 @@ class DRConfig:
         for name in ("kronecker_out", "kronecker_in", "target_refresh"):
             must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))
         must_be("1 or 2", self.passes in (1, 2), "passes", self.passes)
-        own, late = set_named(self.set), self.passes == 2 or self.target_pass == "merged"
-        if self.alpha_style == "auto" and (self.window not in ("auto", "step") or not late):
-            raise ValueError(
-                "alpha_style='auto' with sample rows needs window='step', and passes=2 or "
-                "target_pass='merged': alpha is known at a step's end, and decides how much of the "
-                "target enters."
-            )
+        own = set_named(self.set)
         if own.target_weight and own.alpha is None and self.target_pass == "own":
             raise ValueError(
                 f"set={self.set!r} with sample rows needs target_pass='merged': how much of the "
@@ -237,6 +231,13 @@ class DRConfig:
     def row_kind(self) -> RowKind:
         """What the rows are."""
         return ROW_KINDS[self.rows]
+
+    @property
+    def can_choose_alpha(self) -> bool:
+        """Whether alpha may be known as late as at a step's end: sample rows take most of the
+        target's gradient in before that."""
+        late = self.passes == 2 or self.target_pass == "merged"
+        return not self.row_kind.in_layers or (late and self.window in ("auto", "step"))
 
     @property
     def merges_target(self) -> bool:

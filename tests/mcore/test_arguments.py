@@ -56,6 +56,9 @@ def test_every_flag_has_a_unit_and_a_default() -> None:
         expected = f"[{field.metadata['unit']}] (default: {default})"
         if name == "set":
             expected = "[name] (default: off; with --dr-target-data cone)"
+        if name == "alpha_style":
+            default = "auto where there is a target and no dial of alpha or beta is given, else"
+            expected = f"[name] (default: {default} constant)"
         assert actions[option(name)].help == f"{field.metadata['help']} {expected}"
 
 
@@ -129,9 +132,9 @@ SKETCHED = {
 }
 EXACT = {
     "set": "ball", "radius": 0.1, "ridge": 0.7, "rows": "rank", "gram": "exact", "target_ranks": 1,
-    "row_ranks": 1,
+    "row_ranks": 1, "alpha_style": "constant",
 }  # fmt: skip
-SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1}
+SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1, "alpha": 0.3}
 AUTO = {"rows": "auto", "memory": 0.2, "alpha_style": "auto", "keep_general": 0.6}
 SAMPLES = {
     "set": "topk", "rows": "sample", "norm": "tokens", "blocks": "layer", "score": "ghost",
@@ -162,11 +165,30 @@ def test_the_default_given_is_the_default(name: str) -> None:
     flag = (option(name), str(default))
     beside = next(more.split() for more in BESIDE if not refusal(*flag, *more.split()))
     base = ["--dr-target-data", "t.jsonl", *beside]
+    if name in ("alpha", "beta", "alpha_style"):  # of a constant alpha
+        base += ["--dr-beta", "0"] if name == "alpha" else ["--dr-alpha", "0.05"]
     assert configs(*base, *flag) == configs(*base)
 
 
 def test_target_data_alone_switches_on_with_the_defaults() -> None:
-    assert configs("--dr-target-data", "t.jsonl") == (DRConfig(), TargetConfig("t.jsonl"))
+    dr = DRConfig(alpha_style="auto")
+    assert configs("--dr-target-data", "t.jsonl") == (dr, TargetConfig("t.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "more, style",
+    [
+        ("--dr-alpha 0", "constant"),
+        ("--dr-beta 0.5", "constant"),
+        ("--dr-set target", "constant"),
+        ("--dr-alpha-style linear", "linear"),
+        ("--dr-set mean", "auto"),
+        ("--dr-rows sample", "auto"),
+        ("--dr-keep-general 0.5", "auto"),
+    ],
+)
+def test_alpha_is_chosen_where_nothing_is_said_of_it(more: str, style: str) -> None:
+    assert configs("--dr-target-data", "t.jsonl", *more.split())[0].alpha_style == style
 
 
 def test_mean_needs_no_target_data() -> None:

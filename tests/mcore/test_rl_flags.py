@@ -18,6 +18,7 @@ def test_the_set_is_that_of_the_paper_where_there_is_a_target() -> None:
         assert (dr.set, dr.fraction, dr.alpha) == ("filter", 1.0, 0.0)
     assert configs("")[0].set == "mean"
     assert configs("--dr-target-data t.jsonl --dr-set cone")[0] == DRConfig(set="cone")
+    assert configs("--dr-rl-target self --dr-set mean")[0].alpha_style == "constant"
     assert configs("--dr-rl-target self --dr-fraction 0.5")[0].fraction == 0.5
 
 

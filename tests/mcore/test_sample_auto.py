@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_dr.config.dr import DRConfig
-from megatron_dr.projection import project, rule
+from megatron_dr.projection import project, rule, safest_alpha
 
-from . import _oracle, _problem, _samples
+from . import _megatron, _oracle, _problem, _samples
 from ._data import Layout
 from ._ranks import run_ranks
 from ._sample_oracle import Oracle, _mix, _sample_gradients
@@ -105,12 +105,15 @@ def _difference(layout: Layout, case: Auto, target: list[list[Any]]) -> dict[str
 
 
 @pytest.mark.parametrize(
-    "dials",
-    [
-        {}, {"window": "step"}, {"passes": 2, "window": "microbatch"},
-        {"window": "streaming", "passes": 2},
-    ],
-)  # fmt: skip
-def test_where_alpha_would_come_too_late_auto_is_refused(dials: Any) -> None:
-    with pytest.raises(ValueError, match="needs window='step', and passes=2 or target_pass"):
-        DRConfig(rows="sample", alpha_style="auto", **dials)
+    "dials", [{"blocks": "matrix"}, {}, {"passes": 2}], ids=["immediate", "deferred", "two passes"]
+)
+def test_where_alpha_would_come_too_late_it_is_the_safest_constant(dials: Any) -> None:
+    layout, case = Layout(), Auto(window="microbatch", **{"blocks": "model", **dials})
+    initial = _oracle.initial(layout)
+    passes = case.alpha_steps * SAMPLES * MICROBATCHES / case.target_size
+    constant = replace(case, alpha_style="constant", alpha=safest_alpha(passes))
+    runs = [run_ranks(1, _samples.train, layout, each, 2, initial) for each in (case, constant)]
+    auto, wanted = (_megatron.whole([run[0][0]]) for run in runs)
+    assert [line["dr alpha"] for line in runs[0][0][1]] == [constant.alpha] * 2
+    for name, value in wanted.items():
+        assert torch.equal(auto[name], value), name

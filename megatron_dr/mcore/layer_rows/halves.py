@@ -16,7 +16,7 @@ def signs(dr: DRConfig, microbatches: int, merged: int) -> list[list[float]]:
     Microbatches are halved where their number is even, else a merged one's samples, else ranks.
     """
     samples = merged or 1
-    if dr.alpha_style != "auto" or not microbatches:
+    if dr.alpha_style != "auto" or not dr.can_choose_alpha or not microbatches:
         return []
     if microbatches % 2 == 0:
         return [[_sign(n, microbatches)] * samples for n in range(microbatches)]
@@ -37,6 +37,11 @@ def lacks(dr: DRConfig, rows: int, sign_nq: list[list[float]]) -> str:
     """Why alpha and beta can't be chosen from a step's gram; empty where they can, or are not."""
     if dr.alpha_style != "auto":
         return ""
+    if not dr.can_choose_alpha:
+        return (
+            "sample rows take the target's gradient in before all is known that alpha depends on "
+            "(with --dr-window step, and --dr-passes 2 or --dr-target-pass merged, they don't)"
+        )
     if rows < 2 and dr.weighs_rows:
         return "a step has one sample, which leaves a projection nothing to choose"
     if not sign_nq:

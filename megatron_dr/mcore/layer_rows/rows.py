@@ -150,7 +150,8 @@ class _Step:
         self.rows, self.dr, self.path, self.size = rows, dr, rows.path, schedule["micro_batch_size"]
         self.call = call
         # of a step whose gram decides it, nothing is weighed before it is known
-        self.alpha = 0.0 if dr.alpha_style == "auto" else float(call.shares(None).alpha)
+        is_late = dr.alpha_style == "auto" and dr.can_choose_alpha
+        self.alpha = 0.0 if is_late else float(call.shares(None, halves.lacks(dr, 2, [])).alpha)
         self.batches = Microbatches(call, dr, rows.device)
         merged = self.batches.merged
         self.own = 0 if merged else call.num_target  # target microbatches by themselves

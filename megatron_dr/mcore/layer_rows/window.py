@@ -33,7 +33,7 @@ def settled(dr: DRConfig) -> tuple[DRConfig, str]:
 
 def _chosen(dr: DRConfig, sizes: tuple[int, int] | None) -> tuple[str, str]:
     """The smallest window in which there is something to choose; why, if not the microbatch."""
-    if dr.alpha_style == "auto":
+    if dr.alpha_style == "auto" and dr.can_choose_alpha:
         return "step", ""
     if sizes is None or not dr.weighs_rows:
         return "microbatch", ""

@@ -7,6 +7,7 @@ import os
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.kinds import set_named
 from megatron_dr.config.target import WATCHING, TargetConfig
 from megatron_dr.mcore import cpu
 from megatron_dr.mcore.loop import parts
@@ -19,15 +20,19 @@ _NEEDS = {
     "sketch_size": ("gram", ("sketch", "auto")),
     "sketch_error": ("gram", ("sketch", "auto")),
 }
+_ALPHA = {"alpha", "beta", "end_alpha", "alpha_style"}  # with none of them, alpha is auto
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group; usable as Megatron's `extra_args_provider`."""
     group = parser.add_argument_group("megatron-dr (data-regularised post-training)")
+    defaults = {  # with no flag of ours the plugin is off
+        "set": f"off; with --dr-target-data {DRConfig.set}",
+        "alpha_style": "auto where there is a target and no dial of alpha or beta is given, else "
+        f"{DRConfig.alpha_style}",
+    }
     for field in (*dataclasses.fields(DRConfig), *dataclasses.fields(TargetConfig)):
-        # no flag of ours: the plugin is off
-        off = f"off; with --dr-target-data {field.default}" if field.name == "set" else None
-        _add(group, field.name, field, off)
+        _add(group, field.name, field, defaults.get(field.name))
     for part in parts.PARTS:
         for field in dataclasses.fields(part.config) if part.config else ():
             off = "off" if field.name == part.switch else None
@@ -105,10 +110,15 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     if "set" not in given and "target_data" not in given:
         flags = ", ".join(f"--dr-{n.replace('_', '-')}" for n in given)
         raise ValueError(f"{flags} given without --dr-set or --dr-target-data: add one of them.")
+    itself = any(part.is_target(its) for part, its in found)
+    has_target = itself or "target_data" in given
+    is_open = set_named(given.get("set", DRConfig.set)).alpha is None
+    if has_target and is_open and not given.keys() & _ALPHA:
+        given["alpha_style"] = "auto"
     own = {f.name for f in dataclasses.fields(TargetConfig)}
     dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
     target = TargetConfig(**{k: v for k, v in given.items() if k in own})
-    _check_together(given, dr, target, any(part.is_target(its) for part, its in found))
+    _check_together(given, dr, target, itself)
     return dr, target
 
 
