@@ -99,5 +99,6 @@ def test_a_resume_says_what_changed(data: dict[str, str], tmp_path: Path) -> Non
         "dr-slots": ("4", "2"),
         "dr-set": ("span", "cone"),
         "dr-alpha": ("0.9", "0.05"),
+        "dr-alpha-style": ("constant", "auto"),
     }
     assert "iteration        4/" in out
