@@ -20,7 +20,9 @@ layout nor token count nor loss scale changes what is gathered.
 M, G and D are averaged with 0.95 over steps (from weight 0 on, so without a bias towards 0); an
 average D below 0 counts as 0. m is averaged over the first pass alone, beside a prior of 0.4 with
 the weight of 16 steps: later on both halves hold samples that were trained on, and with n < 2b the
-same ones, so they agree though t is worn.
+same ones, so they agree though t is worn. But where they agree less than that, t gains no more than
+they say: the smaller of the two counts, m's average over the first pass and one with 0.95 over all
+steps, which begins at 0.4.
 
 **Wear.** Sample i's gradient is mu + x_i, x_i its own error. A use of it also moves against x_i,
 where curvature then makes mu point along -x_i, while its own gradient keeps its x_i. Errors of
@@ -75,7 +77,7 @@ _PRIOR, _PRIOR_WEIGHT = 0.4, 16.0  # of m
 _NEAR, _NEAR_BETA = 0.1, 0.25  # of J* that may be given up for the general data
 _VANISHING = 1e-12  # |.|^2 relative to the rows' mean |g_i|^2 that is rounding, not a direction
 _SHORT = 1e-6  # |v| that counts as this much
-STATE = 8  # numbers of the state
+STATE = 9  # numbers of the state
 
 
 @dataclass(frozen=True)
@@ -147,33 +149,44 @@ def seen(set_: FeasibleSet, norm: str, gram_BRR: Tensor, share_M: Tensor | None 
     )  # fmt: skip
 
 
-def gathered(state_8: Tensor | None, new: Seen) -> Tensor:
+def gathered(state_9: Tensor | None, new: Seen) -> Tensor:
     """The averages with another step's; a step that is not finite is left out.
 
-    The state: the averages' weight; D, g.d, g.t and d.t, each times it; the sum and the number of
-    m's steps; passes so far. All are pure numbers.
+    The state: the averages' weight; D, g.d, g.t and d.t, each times it; the agreement's own
+    average, which begins at m's prior; the sum and the number of m's steps; passes so far. All are
+    pure numbers.
     """
-    state_8 = new.worth.new_zeros(STATE) if state_8 is None else state_8
+    state_9 = blank(new.worth) if state_9 is None else state_9
     cos_44, one = new.cosine_44, torch.ones_like(new.worth)
-    step_5 = torch.stack([one, new.worth, cos_44[0, 1], cos_44[0, 2], cos_44[1, 2]])
-    is_new = (state_8[7] < 1.0).double()
-    after_8 = torch.cat([
-        _KEEP * state_8[:5] + (1.0 - _KEEP) * step_5,
-        state_8[5:7] + is_new * torch.stack([new.agreement, one]), state_8[7:],
+    step_6 = torch.stack([one, new.worth, cos_44[0, 1], cos_44[0, 2], cos_44[1, 2], new.agreement])
+    is_new = (state_9[8] < 1.0).double()
+    after_9 = torch.cat([
+        _KEEP * state_9[:6] + (1.0 - _KEEP) * step_6,
+        state_9[6:8] + is_new * torch.stack([new.agreement, one]), state_9[8:],
     ])  # fmt: skip
-    return torch.where(new.finite, after_8, state_8)
+    return torch.where(new.finite, after_9, state_9)
 
 
-def chosen(state_8: Tensor, new: Seen, passes: float, floor: float = 0.0) -> Choice:
+def blank(like: Tensor, passes: float = 0.0) -> Tensor:
+    """A state in which nothing is gathered yet.
+
+    :param passes: over the target set that were made before.
+    """
+    state_9 = like.new_zeros(STATE, dtype=torch.float64)
+    state_9[5], state_9[8] = _PRIOR, passes
+    return state_9
+
+
+def chosen(state_9: Tensor, new: Seen, passes: float, floor: float = 0.0) -> Choice:
     """(r, beta) of the step whose gram `new` is, gathered in the state already.
 
     :param passes: E.
     :param floor: k; 0: none.
     """
-    weight, worth, gd, gt, dt, total, number, _ = state_8.unbind()
+    weight, worth, gd, gt, dt, agreement, total, number, _ = state_9.unbind()
     D, gd, gt, dt = (x / weight.clamp(min=1e-300) for x in (worth, gd, gt, dt))
-    D, m = D.clamp(min=0.0), _unworn(total, number)
-    r_C, beta_C = _grid(state_8)
+    D, m = D.clamp(min=0.0), torch.minimum(_unworn(total, number), agreement).clamp(min=0.0)
+    r_C, beta_C = _grid(state_9)
     v_C3 = _mixed(r_C, beta_C)
     unit = torch.ones_like(gd)
     cosine_33 = torch.stack([unit, gd, gt, gd, unit, dt, gt, dt, unit]).view(3, 3)
@@ -204,15 +217,15 @@ def shares(choice: Choice, new: Seen) -> tuple[Tensor, Tensor]:
     return _quotient(by_t, by_t + rest), _quotient(by_g, by_g + by_d)
 
 
-def worn(state_8: Tensor, choice: Choice, new: Seen, share: float) -> Tensor:
+def worn(state_9: Tensor, choice: Choice, new: Seen, share: float) -> Tensor:
     """The state after the step: t's part of its length has worn the samples.
 
     :param share: b/n lr/(max lr): passes of a step that is t alone.
     """
     v_13 = _mixed(choice.r[None], choice.beta[None])
     used = choice.r / _length(v_13, new.cosine_44[:3, :3])[0] * share
-    passes = state_8[7] + torch.where(new.finite, used, 0.0)
-    return torch.cat([state_8[:7], passes[None]])
+    passes = state_9[8] + torch.where(new.finite, used, 0.0)
+    return torch.cat([state_9[:8], passes[None]])
 
 
 def _maps(rows: int, like: Tensor) -> Tensor:
@@ -230,7 +243,7 @@ def _whole_length(grams_3BSS: Tensor) -> Tensor:
 
 def _unworn(total: Tensor, number: Tensor) -> Tensor:
     """m with its prior."""
-    return ((_PRIOR * _PRIOR_WEIGHT + total) / (_PRIOR_WEIGHT + number)).clamp(min=0.0)
+    return (_PRIOR * _PRIOR_WEIGHT + total) / (_PRIOR_WEIGHT + number)
 
 
 def _grid(like: Tensor) -> tuple[Tensor, Tensor]:

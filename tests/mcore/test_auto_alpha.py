@@ -132,12 +132,24 @@ def told(state: Any, step: int) -> tuple[dict[str, float], list[float], str]:
 
 def test_states_of_others_count_as_none() -> None:
     """Of an older rule with a sentence; none of them as new: the target may be worn."""
-    states = ({"statistics": torch.rand(4)}, torch.rand(4), [0.5, 0.5], None)
+    states = (
+        {"statistics": torch.rand(4)},
+        torch.rand(4),
+        [0.5, 0.5],
+        None,
+        {"averages": torch.rand(8)},
+    )
     first, *others = [run_ranks(1, told, state, 3)[0] for state in states]
     for values, averages, said in others:
         assert (values, averages) == first[:2]
-        assert averages[6] == 0 and averages[7] > 1  # m is its prior, and the first pass is over
+        assert averages[7] == 0 and averages[8] > 1  # m is its prior, and the first pass is over
         assert "all steps counted alike, as no learning rates were given" in said
-    assert ["older rule" in said for *_, said in (first, *others)] == [True, True, False, False]
+    assert ["older rule" in said for *_, said in (first, *others)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     values, averages, _ = run_ranks(1, told, {"averages": torch.tensor(first[1])}, 4)[0]
     assert averages[0] == pytest.approx(0.95 * 0.05 + 0.05)

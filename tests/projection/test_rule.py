@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,9 +124,11 @@ def test_one_block_cut_in_two_is_the_same_model() -> None:
 
 
 # -- the choice ----------------------------------------------------------------------------------
-def state_of(weight: float, D: float, gd: float, gt: float, dt: float, m: float) -> Tensor:
+def state_of(
+    weight: float, D: float, gd: float, gt: float, dt: float, m: float, agreement: float = 1.0
+) -> Tensor:
     """As after steps that all saw the same; m without its prior's part."""
-    averages = [weight, *(weight * x for x in (D, gd, gt, dt))]
+    averages = [weight, *(weight * x for x in (D, gd, gt, dt)), agreement]
     return torch.tensor([*averages, 16 * m - 0.4 * 16 + 16 * m, 16.0, 0.0], dtype=torch.float64)
 
 
@@ -137,7 +140,7 @@ def seen_of(seed: int, norm: str = "general", count: int = 6) -> rule.Seen:
 def by_hand(state: list[float], passes: float, now: Tensor, floor: float) -> tuple[float, float]:
     """The choice as the docstring says it, in plain numbers."""
     weight, D, gd, gt, dt = state[0], *(x / state[0] for x in state[1:5])
-    D, m = max(D, 0.0), max((6.4 + state[5]) / (16 + state[6]), 0.0)
+    D, m = max(D, 0.0), max(min((6.4 + state[6]) / (16 + state[7]), state[5]), 0.0)
     (_, gd_, gt_, gk), (_, _, dt_, dk), (*_, tk), _ = now.tolist()
     found = []
     for i, j in itertools.product(range(21), range(5)):
@@ -164,13 +167,13 @@ def by_hand(state: list[float], passes: float, now: Tensor, floor: float) -> tup
 def test_the_choice_is_that_of_brute_force(floor: float) -> None:
     different = set()
     for seed in range(60):
-        x = torch.rand(6, generator=generator(seed), dtype=torch.float64).tolist()
-        state = state_of(0.5, 0.6 * x[0] - 0.1, 0.8 * x[1], 0.5 * x[2], 0.9 * x[3], x[4])
+        x = torch.rand(7, generator=generator(seed), dtype=torch.float64).tolist()
+        state = state_of(0.5, 0.6 * x[0] - 0.1, 0.8 * x[1], 0.5 * x[2], 0.9 * x[3], x[4], x[6])
         passes, now = 30.0 * x[5] ** 2, seen_of(seed)
         found = rule.chosen(state, now, passes, floor)
         expected = by_hand(state.tolist(), passes, now.cosine_44, floor)
         assert (float(found.r), float(found.beta)) == expected
-        assert float(found.m) == pytest.approx(x[4]) and float(found.D) >= 0
+        assert float(found.m) == pytest.approx(min(x[4], x[6])) and float(found.D) >= 0
         different.add(expected)
     assert len(different) > (8 if floor < 0.9 else 1)
 
@@ -212,7 +215,8 @@ def test_averages_begin_without_a_bias() -> None:
     state = rule.gathered(None, first)
     choice = rule.chosen(state, first, 1.0)
     assert float(choice.G) == pytest.approx(float(first.cosine_44[0, 2]))
-    assert float(choice.m) == pytest.approx(max((6.4 + float(first.agreement)) / 17, 0))
+    agreed = float(first.agreement)
+    assert float(choice.m) == max(min((6.4 + agreed) / 17, 0.95 * 0.4 + 0.05 * agreed), 0)
     both = rule.chosen(rule.gathered(state, second), second, 1.0)
     old, new = float(first.cosine_44[0, 2]), float(second.cosine_44[0, 2])
     assert float(both.G) == pytest.approx((0.95 * old + new) / 1.95)
@@ -224,7 +228,20 @@ def test_only_the_first_pass_says_what_the_target_is_worth() -> None:
     state[-1] = 0.999
     state = rule.gathered(state, one)
     state[-1] = 1.0
-    assert torch.equal(rule.gathered(state, one)[5:7], state[5:7]) and state[6] == 2
+    assert torch.equal(rule.gathered(state, one)[6:8], state[6:8]) and state[7] == 2
+
+
+def test_the_target_is_worth_no_more_than_its_halves_agree() -> None:
+    """Agreement that fades over the run takes the target's share with it."""
+    one = seen_of(1)
+    fading = [replace(one, agreement=one.agreement * 0.0 + 0.9**step) for step in range(60)]
+    state, found = rule.blank(one.worth), []
+    for seen in fading:
+        state = rule.gathered(state, seen)
+        state[-1] = 1.0
+        found.append(rule.chosen(state, seen, 5.0))
+    ms = [float(choice.m) for choice in found]
+    assert max(ms) < 0.45 and ms[-1] < 0.1 and found[-1].r < found[0].r
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -237,7 +254,7 @@ def test_a_step_that_is_not_finite_is_left_out(bad: float) -> None:
     assert torch.equal(rule.gathered(state, worse), state)
     choice = rule.chosen(state, worse, 5.0)
     assert torch.equal(rule.worn(state, choice, worse, 1.0), state)
-    assert torch.equal(rule.gathered(None, worse), torch.zeros(rule.STATE).double())
+    assert torch.equal(rule.gathered(None, worse), rule.blank(good.worth))
 
 
 def test_a_step_wears_by_its_part_of_the_length() -> None:
@@ -288,7 +305,7 @@ def test_the_floor_holds_whenever_it_can(set_: FeasibleSet, norm: str, floor: fl
         J, a, b = halves(seed=5 + seed, blocks=blocks)
         gram = gram_with_halves(J, a - 2 * J.mean(1), b)  # a target that opposes the mean
         found = rule.seen(set_, norm, gram)
-        wanted = torch.tensor([1.0, 0.1, 0.0, 0.0, 0.0, 0, 0, 0], dtype=torch.float64)
+        wanted = torch.tensor([1.0, 0.1, 0, 0, 0, 0.4, 0, 0, 0], dtype=torch.float64)
         choice = rule.chosen(wanted, found, 1.0, floor)
         alpha, beta = rule.shares(choice, found)
         update = project(gram[:, :-1, :-1], set_, norm, alpha, None, found.weights_BM, beta)

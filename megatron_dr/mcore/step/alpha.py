@@ -59,8 +59,10 @@ class Alpha:
         """What an older rule gathered says nothing of what this one needs: it gathers anew. What is
         no state of a rule (the run before had another style) counts as none."""
         known = state if isinstance(state, dict) else {}
-        self.averages = known.get("averages")
-        self._older = "statistics" in known or isinstance(state, torch.Tensor)
+        averages = known.get("averages")
+        fits = averages is not None and averages.shape == (rule.STATE,)
+        self.averages = averages if fits else None
+        self._older = bool(known and not fits) or isinstance(state, torch.Tensor)
 
     def shares(
         self, step: int, samples: int, gram_BRR: torch.Tensor | None, lacks: str = "",
@@ -102,8 +104,7 @@ class Alpha:
         seen = rule.seen(config.feasible_set(), config.norm, gram_BRR, share_M)
         before = None if self.averages is None else self.averages.to(gram_BRR.device)
         if before is None and step > 0:  # the target is no longer new
-            before = gram_BRR.new_zeros(rule.STATE, dtype=torch.float64)
-            before[-1] = 1.0
+            before = rule.blank(gram_BRR, passes=1.0)
         state = rule.gathered(before, seen)
         choice = rule.chosen(state, seen, passes, config.keep_general)
         self.averages = rule.worn(state, choice, seen, of_step * self._rate(step))
