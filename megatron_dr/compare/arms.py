@@ -59,9 +59,12 @@ def _arm(name: str) -> Arm:
         dr = DRConfig(set=kind, **({} if number is None else {dial: number}))  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"--arms {name}: {error} An arm is {FORMS}.") from None
-    if dr.feasible_set().alpha is not None and number is not None:
+    takes_alpha = dr.feasible_set().alpha is None
+    if not takes_alpha and number is not None:
         raise ValueError(f"--arms {name}: {kind} takes no share: give {kind} alone.")
     dials = "" if number is None else f" --dr-{dial} {number:g}"
+    if takes_alpha and "alpha" not in dials:
+        dials += f" --dr-alpha {dr.alpha:g}"  # of none, `auto` chooses it
     return Arm(name, f"--dr-set {kind}{dials}", True, dr.weighs_rows)
 
 
