@@ -51,7 +51,8 @@ ARMS = {
     "mix, 10% target": TARGET + "--dr-set mean --dr-alpha 0.1",
     "mix, 20% target": TARGET + "--dr-set mean --dr-alpha 0.2",
     "top-k per layer": TARGET + "--dr-set topk --dr-fraction 0.5 --dr-blocks layer --dr-alpha 0",
-    "cone (default)": TARGET,
+    "cone, alpha 0.05": TARGET + "--dr-alpha 0.05",
+    "cone, auto (default)": TARGET,
 }
 
 

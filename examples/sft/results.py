@@ -15,7 +15,8 @@ LOSSES = {"target loss": "held-out target (Spanish)", "lm loss": "held-out gener
 COLOURS = {
     "base": "tab:gray", "general only": "tab:blue", "target only": "black",
     "mix, 5% target": "tab:cyan", "mix, 10% target": "tab:green", "mix, 20% target": "tab:olive",
-    "top-k per layer": "tab:purple", "cone (default)": "tab:red",
+    "top-k per layer": "tab:purple", "cone, alpha 0.05": "tab:orange",
+    "cone, auto (default)": "tab:red",
 }  # fmt: skip
 
 
@@ -85,4 +86,4 @@ def plot_tradeoff(arms: dict[str, Any], path: Path, seeds: int) -> None:
     labels = f"held-out general {UNIT}", f"held-out target {UNIT}"
     title = f"Lower left is better (mean ± sd of {seeds} seed(s))"
     edge = arms["base"][0][0]["target loss"]
-    pictures.pareto(points, path, edge, labels, title, "cone (default)", COLOURS)
+    pictures.pareto(points, path, edge, labels, title, "cone, auto (default)", COLOURS)
