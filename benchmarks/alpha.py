@@ -42,17 +42,20 @@ FLAGS = {
 LOSSES = {"target loss": "held-out target", "lm loss": "held-out general"}
 
 
-def data(out: Path, condition: str, seed: int) -> tuple[Path, Path]:
-    """Files of the target set and the pool: the seed draws the targets and takes them out of it."""
-    size, hidden, _ = CONDITIONS[condition]
+def draw(size: int, hidden: bool, seed: int) -> tuple[list[str], list[str]]:
+    """Lines of the target set and the pool: the seed draws the targets and takes them out of it."""
     lines = (demo.DATA / "general.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     spanish = [line for line in lines if json.loads(line)["language"] == "es"]
     target = random.Random(seed).sample(spanish, size)
     dropped = set(target if hidden else spanish)
+    return target, [line for line in lines if line not in dropped]
+
+
+def data(out: Path, condition: str, seed: int) -> tuple[Path, Path]:
+    """Files of the target set and the pool."""
+    size, hidden, _ = CONDITIONS[condition]
     paths = out / f"target-{condition}-{seed}.jsonl", out / f"pool-{condition}-{seed}.jsonl"
-    for path, chosen in zip(
-        paths, (target, [line for line in lines if line not in dropped]), strict=True
-    ):
+    for path, chosen in zip(paths, draw(size, hidden, seed), strict=True):
         path.write_text("".join(chosen), encoding="utf-8")
     return paths
 
