@@ -30,7 +30,11 @@ SEEDS = (101, 102, 103)
 
 def train(table: str, seeds: list[int], families: list[str], out: Path, results: Path,
           console: Console) -> None:  # fmt: skip
-    """What is left of a table's runs, seed by seed; and keep all that is finished."""
+    """What is left of a table's runs, seed by seed; and keep all that is finished.
+
+    Raises:
+        ValueError: runs failed: how many, and the first one's reason.
+    """
     for folder in (out, results.parent):
         folder.mkdir(parents=True, exist_ok=True)
     arms = [arm for name in families for arm in FAMILIES[name]]
@@ -44,12 +48,15 @@ def train(table: str, seeds: list[int], families: list[str], out: Path, results:
     console.print(f"{len(left)} runs to do, of {len({job.folder for job in jobs})}; logs: {out}")
     try:
         if left:
-            launch.train(left, out, console, case_runs.RANKS, _beside(len(left)))
+            launch.train(left, out, console, case_runs.RANKS, _beside(len(left)), stop=False)
     finally:
         bases = {seed: case_runs.base(out, seed).fingerprint for seed in (1, 2)}
         done = [store.row(run, bases[run.case.base]) for run in found if run.job.is_finished]
         store.add(results, done)
         console.print(f"{len(done)} of {len(found)} results are in {results}")
+    failed = [job for job in left if job.failure]
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed: {failed[0].name}: {failed[0].failure}")
 
 
 def _beside(count: int) -> int:

@@ -57,7 +57,7 @@ def row(run: Run, base: str) -> Row:
 
 def add(path: Path, rows: Iterable[Row]) -> None:
     """Keep rows, in place of older ones of the same arm and seed."""
-    kept = {found.key: found for found in (*read(path), *rows)}
+    kept = {found.key: found for found in (*_all(path), *rows)}
     if not kept:
         return
     partial = path.with_suffix(".partial")
@@ -71,15 +71,12 @@ def add(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """What is kept; nothing where there is no file.
+    """What is kept, where it goes together; nothing where there is no file.
 
     Raises:
         ValueError: a loss that is no number; runs of one case and seed with other data or starts.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [_typed(line) for line in csv.DictReader(file)]
+    rows = _all(path)
     made: dict[tuple[str, int], tuple[str, str]] = {}
     for found in rows:
         where = f"{path}: {found.case}, {found.family} {found.dial}, seed {found.seed}"
@@ -92,6 +89,13 @@ def read(path: Path) -> list[Row]:
                 "and can't be compared with them: run all arms of that seed again."
             )
     return rows
+
+
+def _all(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [_typed(line) for line in csv.DictReader(file)]
 
 
 def _typed(line: dict[str, str]) -> Row:
