@@ -4,11 +4,11 @@
     python benchmarks/layer_path.py --only 'sketched|ghost' --json found.json  # adds to the file
 
 One process, fp32, a GPTModel with random tokens. Set topk, norm tokens, a block per matrix,
-alpha 0, unless an arm's name says otherwise. Plain Megatron steps on the same general batch without
-the target; the other arms carry their target's share: samples beside the general ones (`merged`)
-or in a microbatch of their own. A ratio is the median over the repetitions of the ratio within
-each, with quartiles; the picture has that of processor time, which other work disturbs least. How
-each is measured: `layer_path_arms.py`.
+alpha 0, sketches of 64 x 64 numbers, unless an arm's name says otherwise. Plain Megatron steps on
+the same general batch without the target; the other arms carry their target's share: samples beside
+the general ones (`merged`) or in a microbatch of their own. A ratio is the median over the
+repetitions of the ratio within each, with quartiles; the picture has that of processor time, which
+other work disturbs least. How each is measured: `layer_path_arms.py`.
 
 A second table: scoring alone, of single layers, in units of the weight gradient's GEMM, beside
 what the FLOPs say (`projection/flops.py`), and what `auto` takes.
@@ -49,6 +49,8 @@ from megatron_dr import DRConfig  # noqa: E402
 
 PLAIN, PLAIN_TWO = "plain", "plain, 2 microbatches"
 MIB = 2**20
+SMALL = {"kronecker_out": 64, "kronecker_in": 64}  # sketches, unless an arm's name says otherwise
+WANTED = {"kronecker_out": None, "kronecker_in": None, "sketch_error": 0.15}
 COLOURS = ("#4c78a8", "#9ecae9", "#e45756", "#f2a541", "#999999")
 
 
@@ -56,7 +58,7 @@ def arms() -> dict[str, Arm]:
     """By name."""
 
     def topk(score: str, fraction: float = 0.5, **dials: Any) -> DRConfig:
-        dials = {"set": "topk", "norm": "tokens", "target_pass": "merged", **dials}
+        dials = {"set": "topk", "norm": "tokens", "target_pass": "merged", **SMALL, **dials}
         return DRConfig(
             rows="sample", blocks="matrix", alpha=dials.pop("alpha", 0.0), score=score,
             fraction=fraction, **dials,
@@ -71,6 +73,8 @@ def arms() -> dict[str, Arm]:
     out |= {
         "auto, f 0.5, 1 merged": Arm(1, topk("auto")),
         "sketched, f 0.5, 2 merged": Arm(2, topk("sketched")),
+        "sketched for error 0.15, f 0.5, 1 merged": Arm(1, topk("sketched", **WANTED)),
+        "auto for error 0.15, f 0.5, 1 merged": Arm(1, topk("auto", **WANTED)),
         "sketched, f 0.5, 1 merged, alpha 0.05": Arm(1, topk("sketched", alpha=0.05)),
         "sketched, f 0.5, 1 own": Arm(1, topk("sketched", **own)),
         "sketched, f 0.5, 2 own": Arm(2, topk("sketched", **own)),

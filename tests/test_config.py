@@ -139,7 +139,7 @@ def test_out_of_range_is_refused_here_and_whatever_the_set(
 
 
 def test_every_choice_is_checked() -> None:
-    plain = (float, int, bool, str, int | None, tuple[str, ...])
+    plain = (float, int, bool, str, int | None, float | None, tuple[str, ...])
     names = {f.name for f in dataclasses.fields(DRConfig) if f.type not in plain}
     assert names and names == set(_choices())
 

@@ -8,6 +8,8 @@ from megatron_dr.config.fields import flag, known, must_be
 from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS, RowKind, set_named
 from megatron_dr.projection import FeasibleSet
 
+_GRAM_ERROR, _PRODUCT_ERROR = 0.05, 0.15  # wanted of sketches
+
 
 @dataclass(frozen=True)
 class DRConfig:
@@ -110,8 +112,12 @@ class DRConfig:
         "when the backward is over, in seconds of the links inside and between nodes",
         "name",
     )
-    sketch_error: float = flag(
-        0.05, "wanted relative error of a sketched gram: sets the size", "share, 0 < e < 1"
+    sketch_error: float | None = flag(
+        None,
+        "wanted error, which sets the size: of a sketched gram relative to it, or with sample rows "
+        f"of a product relative to the two lengths; none: {_GRAM_ERROR}, with sample rows "
+        f"{_PRODUCT_ERROR}",
+        "share, 0 < e < 1",
     )
     sketch_size: int | None = flag(
         None, "K: elements per row and block; a power of two", "elements"
@@ -122,8 +128,12 @@ class DRConfig:
         "by the FLOPs of each layer",
         "name",
     )
-    kronecker_out: int = flag(64, "output side of a sample's sketch", "elements")
-    kronecker_in: int = flag(64, "input side of a sample's sketch", "elements")
+    kronecker_out: int | None = flag(
+        None, "output side of a sample's sketch; none: as --dr-sketch-error needs it", "elements"
+    )
+    kronecker_in: int | None = flag(
+        None, "input side of a sample's sketch; none: as --dr-sketch-error needs it", "elements"
+    )
     window: Literal["auto", "microbatch", "streaming", "step"] = flag(
         "auto",
         "which samples compete: of a microbatch, of all by a running threshold, or of the step; "
@@ -178,7 +188,7 @@ class DRConfig:
         size = self.sketch_size
         if size is not None and (not 2 <= size <= 2**31 or size & (size - 1)):
             raise ValueError(f"sketch_size must be a power of two up to 2**31, not {size}.")
-        must_be("in (0, 1)", 0.0 < self.sketch_error < 1.0, "sketch_error", self.sketch_error)
+        must_be("in (0, 1)", 0.0 < self.wanted_error < 1.0, "sketch_error", self.sketch_error)
         steps = self.alpha_steps
         if self.alpha_style != "constant" and steps is not None and steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
@@ -201,7 +211,8 @@ class DRConfig:
     def _check_samples(self) -> None:
         """What only sample rows have."""
         for name in ("kronecker_out", "kronecker_in", "target_refresh"):
-            must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))
+            number = getattr(self, name)
+            must_be("at least 1", number is None or number >= 1, name, number)
         must_be("1 or 2", self.passes in (1, 2), "passes", self.passes)
         own = set_named(self.set)
         if own.target_weight and own.alpha is None and self.target_pass == "own":
@@ -226,6 +237,12 @@ class DRConfig:
         """The set as an object, with its dials."""
         own = set_named(self.set)
         return own(**{name: getattr(self, name) for name in own.dials})
+
+    @property
+    def wanted_error(self) -> float:
+        """Of sketches."""
+        default = _PRODUCT_ERROR if self.row_kind.in_layers else _GRAM_ERROR
+        return default if self.sketch_error is None else self.sketch_error
 
     @property
     def row_kind(self) -> RowKind:

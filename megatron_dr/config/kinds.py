@@ -65,13 +65,17 @@ class RowKind:
 
 
 ROW_KINDS = {
-    "auto": RowKind(("row_ranks", "slot_dtype", "gram", "memory"), at_attach=True),
-    "rank": RowKind(("row_ranks", "gram"), target_ranks=True),
+    "auto": RowKind(
+        ("row_ranks", "slot_dtype", "gram", "sketch_size", "memory"), at_attach=True
+    ),
+    "rank": RowKind(("row_ranks", "gram", "sketch_size"), target_ranks=True),
     "slot": RowKind(
-        ("slots", "row_ranks", "slot_dtype", "gram"), num_slots=lambda config: config.slots
+        ("slots", "row_ranks", "slot_dtype", "gram", "sketch_size"),
+        num_slots=lambda config: config.slots,
     ),
     "domain": RowKind(
-        ("slot_dtype", "gram"), named=True, num_slots=lambda config: len(config.domains)
+        ("slot_dtype", "gram", "sketch_size"), named=True,
+        num_slots=lambda config: len(config.domains),
     ),
     "sample": RowKind(
         ("score", "kronecker_out", "kronecker_in", "window", "passes", "target_pass",

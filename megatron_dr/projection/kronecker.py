@@ -3,8 +3,9 @@
     E[<C_i, C_j>] = <G_i, G_j> ,    P = signs / sqrt(K), P_out and P_in independent
 
 (Choe et al., arXiv 2405.13954, LoGra.) The variance of <C_i, C_j> is at most
-|G_i|^2 |G_j|^2 (2/K_out + 2/K_in + 4/(K_out K_in)): a side's noise falls with its own size alone,
-so that K_out K_in numbers are worth far fewer of a `CountSketch`. Signs have a lower variance than
+|G_i|^2 |G_j|^2 (2/K_out + 2/K_in + 4/(K_out K_in)), which gradients of rank one reach: a side's
+noise falls with its own size alone, so that K_out K_in numbers are worth far fewer of a
+`CountSketch`. Signs have a lower variance than
 normal numbers for every pair of gradients (an entry's fourth moment is 1, not 3), from a few per
 cent to all of it for gradients of few large elements; and they are exact in bf16 where K is a
 power of four.
@@ -12,6 +13,7 @@ power of four.
 Shape suffixes: I in, O out, K sketch, T entries asked for.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +71,37 @@ class Kronecker:
             index = torch.arange(length, device=device)
         key = key_of(f"{self.name}/{side}")
         return _signs(key, self.seed, size, index.to(device)).to(dtype).mul_(size**-0.5)
+
+
+def sizes_for(
+    error: float, out: int, inner: int, size_out: int | None = None, size_in: int | None = None
+) -> tuple[int, int]:
+    """The fewest numbers, K_out K_in, with an expected error of at most `error`:
+
+        (1 + 2/K_out) (1 + 2/K_in) - 1  <=  error^2
+
+    Then sqrt(E (<C_i, C_j> - <G_i, G_j>)^2) <= error |G_i| |G_j| for any two gradients. Sizes are
+    multiples of 32; a side that would not be smaller than the weight's is the identity, which has
+    no noise and is not multiplied.
+
+    :param error: relative to the two lengths, above 0 and below 1.
+    :param size_out, size_in: given sides; beside one the other has the size of an even share.
+    :raises ValueError: another error.
+    """
+    if not 0.0 < error < 1.0:
+        raise ValueError(f"error is {error}; it must lie between 0 and 1.")
+    whole = 1.0 + error**2
+    even, alone = _side(math.sqrt(whole)), _side(whole)
+    if size_out is not None or size_in is not None:
+        return min(size_out or even, out), min(size_in or even, inner)
+    pairs = [(even, even), (out, min(alone, inner)), (min(alone, out), inner)]
+    fitting = [pair for pair in pairs if pair[0] <= out and pair[1] <= inner]
+    return min(fitting, key=math.prod)
+
+
+def _side(share: float) -> int:
+    """The least multiple of 32, K, with 1 + 2/K <= share."""
+    return 32 * math.ceil(2.0 / (share - 1.0) / 32 - 1e-9)
 
 
 def _signs(key: int, seed: int, size: int, index_T: Tensor) -> Tensor:

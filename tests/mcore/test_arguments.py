@@ -137,7 +137,7 @@ EXACT = {
 SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1, "alpha": 0.3}
 AUTO = {"rows": "auto", "memory": 0.2, "alpha_style": "auto", "keep_general": 0.6}
 SAMPLES = {
-    "set": "topk", "rows": "sample", "norm": "tokens", "blocks": "layer", "score": "ghost",
+    "set": "topk", "rows": "sample", "norm": "tokens", "blocks": "layer", "score": "sketched",
     "kronecker_out": 16, "kronecker_in": 8, "window": "step", "passes": 2, "target_pass": "own",
     "target_refresh": 3, "alpha": 0.0,
 }  # fmt: skip

@@ -46,6 +46,7 @@ def test_a_flag_is_taken_where_it_is_read(
         ("--dr-gram exact", "--dr-rows rank", "--dr-rows sample"),
         ("--dr-sketch-size 64", "--dr-gram auto", "--dr-gram exact"),
         ("--dr-sketch-error 0.1", "--dr-gram sketch", "--dr-gram exact"),
+        ("--dr-sketch-size 64", "--dr-rows slot", "--dr-rows sample"),
         ("--dr-score exact", "--dr-rows sample", "--dr-rows slot"),
         ("--dr-beta 0.5", "--dr-alpha-style linear", "--dr-alpha-style auto"),
         ("--dr-beta 0.5", "--dr-set topk", "--dr-set mean"),

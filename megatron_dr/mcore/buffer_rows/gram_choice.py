@@ -34,7 +34,7 @@ def choose(
     Raises:
         ValueError: exact rows, and instances of the distributed optimizer that can't share.
     """
-    size = config.sketch_size or size_for(config.sketch_error, layout.row_map.num_vectors)
+    size = config.sketch_size or size_for(config.wanted_error, layout.row_map.num_vectors)
     source = SketchedGram(buffers, layout, size, config.seed)
     sketched = _longest(sketched_gram.exposed(model, layout, size))
     costs = f"{_said(sketched)} with sketches of {size:,} elements"

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.layer_rows import halves, scoring
+from megatron_dr.mcore.layer_rows.estimate import Estimate
 from megatron_dr.mcore.layer_rows.factors import Factors
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
 from megatron_dr.mcore.layer_rows.notes import NotFinite, bad_rows
@@ -37,18 +38,19 @@ class Deferred:
         batches: n general microbatches of this rank, of b samples (fewer in packs), and q of the
             target where it is merged.
         signs: of the target's halves, where they are told apart.
-        seen: of the step.
+        seen, estimate: of the step.
         keep: whether uses are kept for their weight gradients.
     """
 
     def __init__(
         self, dr: DRConfig, places: list[Place], blocks: int, targets: Targets,
         batches: Microbatches, factors: Factors, seen: NotFinite, keep: bool,
-        signs: list[list[float]],
+        signs: list[list[float]], estimate: Estimate,
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
         self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, factors.ratio
         self.row_scale, self.seen, self.signs = factors.row_scale, seen, signs
+        self.estimate = estimate
         (n, b), device = self.tokens.shape, self.tokens.device
         self._samples = b
         self._gram = torch.zeros(n, blocks, b + 1, b + 1, device=device)
@@ -69,7 +71,7 @@ class Deferred:
         target = None if self.merged else self.targets.of(place) * self.ratio[microbatch]
         whole_step = self.dr.window == "step"  # then cross products alone
         rows_too = needs_rows(self.dr) and not whole_step
-        gram_RR = place.share * scoring.gram(place, uses, map_RN, target, rows_too)
+        gram_RR = place.share * scoring.gram(place, uses, map_RN, target, rows_too, self.estimate)
         if not whole_step:
             self._gram[microbatch, place.block] += gram_RR
             return
@@ -117,7 +119,10 @@ class Deferred:
             place = self._places[number]
             for microbatch, feature_NK in enumerate(self._over_stages(place, parts)):
                 target = None if self.merged else self._target(place)[0] * self.ratio[microbatch]
-                gram_RR = scoring.dense_gram(feature_NK, self._map(microbatch), target)
+                gram_RR = scoring.dense_gram(
+                    feature_NK, self._map(microbatch), target, True,
+                    functools.partial(self.estimate.see, place),
+                )  # fmt: skip
                 self._gram[microbatch, place.block] += place.share * gram_RR
         collectives.all_reduce(self._gram, compat.model_group())
         blocks = self._gram.shape[1]
@@ -200,6 +205,7 @@ class Deferred:
             collectives.all_reduce(target_RK, group)
         else:
             target_RK = self._target(place) * self.ratio[0]
+        self.estimate.see(place, rows_MK, target_RK[0])
         rows_RK = torch.cat([rows_MK, target_RK])
         return rows_RK @ rows_RK.t()
 

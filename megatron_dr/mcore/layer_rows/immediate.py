@@ -6,11 +6,11 @@ microbatches' (1 - f) quantiles, and has the weight 1 / (f M) that it has in a s
 """
 
 import torch
-import torch.distributed as dist
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.layer_rows import scoring
+from megatron_dr.mcore.layer_rows.estimate import Estimate
 from megatron_dr.mcore.layer_rows.factors import Factors
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
 from megatron_dr.mcore.layer_rows.notes import NotFinite
@@ -31,17 +31,18 @@ class Immediate:
 
     Args:
         thresholds: [B] of the streaming window, NaN where there is none yet; changed in place.
-        log, seen: of the step.
+        log, seen, estimate: of the step.
     """
 
     def __init__(
         self, dr: DRConfig, targets: Targets, batches: Microbatches, factors: Factors, alpha: float,
-        thresholds: torch.Tensor, log: StepLog, seen: NotFinite,
+        thresholds: torch.Tensor, log: StepLog, seen: NotFinite, estimate: Estimate,
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.alpha = dr, targets, batches.merged, alpha
         self.tokens, self.counts, self.ratio = batches.tokens, batches.counts, factors.ratio
         self.scale = [factors.scale * scale for scale in factors.row_scale]
         self.thresholds, self.log, self.seen = thresholds, log, seen
+        self.estimate = estimate
         self.peers = experts.windows(self.tokens, self.ratio)
 
     def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
@@ -53,7 +54,7 @@ class Immediate:
             map_RN = sample_map(len(tokens_M), 0, ratio, tokens_M.device, M)
             map_RN, tokens_M = map_RN[[*range(M), -1]], tokens_M[:M]
         target = None if self.merged else self.targets.of(place) * ratio
-        gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr))
+        gram_RR = scoring.gram(place, uses, map_RN, target, needs_rows(self.dr), self.estimate)
         if place.gram_group is not None:
             with meter.part("exchange"):
                 collectives.all_reduce(gram_RR, place.gram_group)
@@ -66,7 +67,7 @@ class Immediate:
                 self.dr.beta,
             )  # fmt: skip
         # ranks that share a weight's shards or its samples' tokens have the same: one logs it
-        if place.is_first and not any(map(dist.get_rank, place.tokens)):
+        if place.speaks:
             self.log.add(update, [place.block])
         return self.scale[microbatch] * (update.update_BR[0] @ map_RN)
 

@@ -14,7 +14,7 @@ from megatron_dr.mcore.layer_rows.weigh import needs_rows
 from megatron_dr.mcore.ownership import OwnedParameter
 from megatron_dr.projection import block_of
 from megatron_dr.projection.flops import Score, Work, cheapest
-from megatron_dr.projection.kronecker import Kronecker
+from megatron_dr.projection.kronecker import Kronecker, sizes_for
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Place:
         uses: how often a microbatch uses it on this rank (2: an output layer that is tied to the
             embedding of the same stage).
         p_out, p_in: the sketch's two sides, columns of this rank's shard; None is the identity.
+        sizes: K_out and K_in, which are the weight's own where a side is the identity.
         sums: process groups over which a sample's features are summed: its weight's shards
             (sketches) and its tokens' shares.
         tokens: process groups over which a sample's tokens are spread; `ghost` gathers them.
@@ -43,6 +44,7 @@ class Place:
     uses: int
     p_out: torch.Tensor | None
     p_in: torch.Tensor | None
+    sizes: tuple[int, int]
     sums: list[Any]
     tokens: list[Any]
     target_sums: list[Any]
@@ -52,6 +54,11 @@ class Place:
     @property
     def is_vector(self) -> bool:
         return self.owned.parameter.dim() == 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks for those that share the weight's shards or samples' tokens."""
+        return self.is_first and not any(map(dist.get_rank, self.tokens))
 
     @property
     def share(self) -> float:
@@ -133,16 +140,19 @@ def _place(
     tokens, shards, data, first = _groups(owned)
     score: Score = "exact"
     p_out = p_in = None
+    sizes = (0, 0)
     if parameter.dim() == 2:
-        score = _score(owned, dr, batch)
+        out, inner = owned.whole_shape
+        sizes = sizes_for(dr.wanted_error, out, inner, dr.kronecker_out, dr.kronecker_in)
+        score = _score(owned, dr, batch, sizes)
     if score == "sketched":
-        p_out, p_in = _projections(owned, dr)
+        p_out, p_in = _projections(owned, dr, sizes)
     pieces = [shards] if sharded and score == "sketched" else []
     cp = parallel_state.get_context_parallel_group()  # part of the data group
     target_sums = [*pieces, *(g for g in tokens if g is not cp), data]
     gram_group = shards if sharded and score != "sketched" else None
     return Place(
-        number, owned, block, score, 2 if id(parameter) in twice else 1, p_out, p_in,
+        number, owned, block, score, 2 if id(parameter) in twice else 1, p_out, p_in, sizes,
         pieces if score == "ghost" else pieces + tokens, tokens, target_sums, gram_group, first,
     )  # fmt: skip
 
@@ -161,24 +171,23 @@ def _groups(owned: OwnedParameter) -> tuple[list[Any], Any, Any, bool]:
     return [g for g in tokens if dist.get_world_size(g) > 1], shards, data, first
 
 
-def _score(owned: OwnedParameter, dr: DRConfig, batch: BatchShape) -> Score:
+def _score(owned: OwnedParameter, dr: DRConfig, batch: BatchShape, sizes: tuple[int, int]) -> Score:
     if dr.score != "auto":
         return dr.score
     if owned.partial == "embedding" or dr.window == "step":
         return "sketched"  # samples' features must add up over stages or stay to the step's end
     out, inner = owned.parameter.shape
     return cheapest(Work(
-        out, inner, batch.samples, batch.tokens, batch.targets, dr.kronecker_out, dr.kronecker_in,
-        needs_rows(dr),
+        out, inner, batch.samples, batch.tokens, batch.targets, *sizes, needs_rows(dr)
     ))  # fmt: skip
 
 
 def _projections(
-    owned: OwnedParameter, dr: DRConfig
+    owned: OwnedParameter, dr: DRConfig, sizes: tuple[int, int]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """P_out and P_in on this rank: the columns of its shard."""
     out, inner = owned.whole_shape
-    sketch = Kronecker(owned.name, out, inner, dr.kronecker_out, dr.kronecker_in, dr.seed)
+    sketch = Kronecker(owned.name, out, inner, *sizes, dr.seed)
     rows = columns = None
     if "embedding" in owned.name:  # its rows are looked up, also where P_out is the identity
         rows = torch.arange(out)

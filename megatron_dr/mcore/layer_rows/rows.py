@@ -14,9 +14,10 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
-from megatron_dr.mcore import compat, meter, random_state
+from megatron_dr.mcore import collectives, compat, meter, random_state
 from megatron_dr.mcore.layer_rows import halves, support
 from megatron_dr.mcore.layer_rows.deferred import Deferred, Replay
+from megatron_dr.mcore.layer_rows.estimate import Estimate, relative
 from megatron_dr.mcore.layer_rows.factors import Factors, factors
 from megatron_dr.mcore.layer_rows.immediate import Immediate, agree
 from megatron_dr.mcore.layer_rows.microbatches import Microbatches
@@ -40,6 +41,7 @@ class LayerRows:
     Attributes:
         thresholds: [B] of the streaming window, NaN where there is none yet.
         untapped: parameters that are not projected.
+        sketches: whether any rank scores by sketches.
         coefficients: [n, B, N] of the last step's samples, where they were found at its end.
     """
 
@@ -52,7 +54,7 @@ class LayerRows:
         self.names = block_names(owned, dr.blocks)
         self.device = compat.device()
         self._owned, self._shape, self.places = owned, BatchShape(0, 0, 0), list[Place]()
-        self.path = SamplePath(dr, owned)
+        self.path, self.sketches = SamplePath(dr, owned), False
         self.coefficients: torch.Tensor | None = None
         blank = torch.full((len(self.names),), float("nan"), dtype=torch.float64)
         self.thresholds = blank.to(self.device)
@@ -139,6 +141,8 @@ class LayerRows:
         self._shape = shape
         self.places = places(self._owned, self.names, self.dr, shape, self.model)
         self.path.set_places(self.places)
+        own = any(place.score == "sketched" for place in self.places)
+        self.sketches = any(collectives.of_all_ranks(own))
         support.announce(self.dr, self.places, self.names, shape.samples, not self.hold)
 
 
@@ -160,6 +164,7 @@ class _Step:
         # Megatron waits for the device, too, where it checks gradients
         wanted = bool(rows.model[0].ddp_config.check_for_nan_in_grad)
         self.step, self.told, self.seen = call.step, False, NotFinite(self.batches.tokens, wanted)
+        self.estimate = Estimate(rows.device)
         self.beta: torch.Tensor | float = dr.beta
         self._states: dict[tuple[int, int], Any] | None = None  # random ones, by chunk and number
         self._again = False
@@ -169,7 +174,7 @@ class _Step:
         found = self._factors(self.own)
         mode = Immediate(
             self.dr, self.path.targets, self.batches, found, self.alpha, self.rows.thresholds, log,
-            self.seen,
+            self.seen, self.estimate,
         )  # fmt: skip
         return self._pass(mode, self.own, self.own > 0, found, lambda: self._tell(log))
 
@@ -178,7 +183,7 @@ class _Step:
         found, rows = self._factors(self.own), self.rows
         mode = Deferred(
             self.dr, rows.places, len(rows.names), self.path.targets, self.batches, found,
-            self.seen, self.dr.passes == 1, self.signs,
+            self.seen, self.dr.passes == 1, self.signs, self.estimate,
         )  # fmt: skip
 
         def solve() -> None:
@@ -239,7 +244,9 @@ class _Step:
 
     def _tell(self, log: StepLog) -> None:
         """All weights are known: sum up the log, and name what is not finite (collective)."""
-        log.sum_over_ranks(products=needs_rows(self.dr))
+        log.sum_over_ranks(needs_rows(self.dr), self.estimate.sums_2)
+        if self.rows.sketches:
+            log.put("dr sketch error", relative(self.estimate.sums_2))
         self.told = True
         if self.seen.wanted and not log.finite:
             self.seen.tell(self.step)

@@ -8,12 +8,14 @@ rows (the target's row is 0 where the target has a pass of its own).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_dr.mcore import collectives, meter
+from megatron_dr.mcore.layer_rows.estimate import Estimate
 from megatron_dr.mcore.layer_rows.places import Place
 from megatron_dr.projection import per_sample
 
@@ -50,7 +52,7 @@ def summed(place: Place, feature_NK: torch.Tensor) -> torch.Tensor:
 
 def gram(
     place: Place, uses: list[Use], map_RN: torch.Tensor, target: torch.Tensor | None,
-    rows_too: bool,
+    rows_too: bool, estimate: Estimate,
 ) -> torch.Tensor:  # fmt: skip
     """gram [R, R] in fp32, of rows and target; sums over `place.gram_group` are left to the caller.
 
@@ -60,29 +62,36 @@ def gram(
             samples are in the microbatch. Already times its ratio to the rows.
         rows_too: whether products of rows with rows are needed; else they are 0, but for the
             target's square.
+        estimate: of the step, which sees sketches.
     """
     if place.score == "ghost" and not place.is_vector:
         return _ghost(place, uses, map_RN, target, rows_too)
     feature_NK = summed(place, features(place, uses))
-    return dense_gram(feature_NK, map_RN, target, rows_too)
+    return dense_gram(feature_NK, map_RN, target, rows_too, functools.partial(estimate.see, place))
 
 
 def dense_gram(
     feature_NK: torch.Tensor, map_RN: torch.Tensor, target_K: torch.Tensor | None,
-    rows_too: bool = True,
+    rows_too: bool, see: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> torch.Tensor:  # fmt: skip
     """gram [R, R] of map features, the target's row being `target_K` where it has its own pass.
 
     Features may be whole gradients: no row is formed, only products of them are mapped.
+
+    Args:
+        see: is shown the samples' features, and the target's.
     """
-    map_RN = map_RN.float()
+    map_RN, general = map_RN.float(), len(map_RN) - 1
+    if target_K is None:
+        see(feature_NK[:general], feature_NK[general:].sum(0))
+    else:
+        see(feature_NK, target_K.flatten())
     gram_RR = map_RN.new_zeros(len(map_RN), len(map_RN))
     if rows_too:
         gram_RR = _made(map_RN, _made(map_RN, feature_NK @ feature_NK.t()).t())
         if target_K is None:
             return gram_RR
     if target_K is None:  # its samples come last, all with the same factor
-        general = len(map_RN) - 1
         target_K = map_RN[-1, -1] * feature_NK[general:].sum(0)
     cross_R = _made(map_RN, feature_NK @ target_K.flatten())
     gram_RR[-1], gram_RR[:, -1] = cross_R, cross_R

@@ -127,6 +127,8 @@ def _check_together(
 ) -> None:
     """Refuse contradictions; `itself`: the general data are the target too."""
     needs = {name: other for name, (other, has) in _NEEDS.items() if getattr(dr, other) not in has}
+    if dr.row_kind.in_layers and dr.score in ("ghost", "exact"):
+        needs |= dict.fromkeys(("sketch_error", "kronecker_out", "kronecker_in"), "score")
     unread = dr.unread() | needs
     fixed = dr.feasible_set().alpha
     if fixed is not None:
@@ -143,9 +145,14 @@ def _check_together(
                 f"--dr-{name.replace('_', '-')} has no meaning with "
                 f"--dr-{other.replace('_', '-')} {getattr(dr, other)}: drop one of them."
             )
-    if "sketch_size" in given and "sketch_error" in given:
+    if "sketch_error" in given and "sketch_size" in given:
         raise ValueError(
             "--dr-sketch-error sets the sketch's size, and so does --dr-sketch-size: drop one."
+        )
+    if {"sketch_error", "kronecker_out", "kronecker_in"} <= given.keys():
+        raise ValueError(
+            "--dr-sketch-error sets the sketch's sides, and so do --dr-kronecker-out and "
+            "--dr-kronecker-in: drop it, or one of these."
         )
     if target.target_data is None and not itself:
         if "target_batch_size" in given:

@@ -42,15 +42,17 @@ class StepLog:
         self._updates.append((blocks, update))
         self.projects = True
 
-    def sum_over_ranks(self, products: bool) -> None:
+    def sum_over_ranks(self, products: bool, sums: torch.Tensor) -> None:
         """Where each rank has windows or blocks of its own, at the step's end (collective).
 
         Args:
             products: whether the grams hold the rows' products; without them there are no cosines.
+            sums: more to sum, in place.
         """
         self.projects = True
         for group in (compat.model_group(), compat.data_group()):
             collectives.all_reduce(self._sums_B9, group)
+            collectives.all_reduce(sums, group)
         if not products:
             self._names = _ROWS
 
