@@ -21,9 +21,9 @@ CASES = {
 
 def logged(layout: Layout, case: Case) -> list[float]:
     ranks = run_ranks(layout.world, _samples.train, layout, case, 2, _oracle.initial(layout))
-    found = [log for _, log in ranks if log[0]]  # last stages
-    assert all(log == found[0] for log in found)
-    return [values["dr sketch error"] for values in found[0]]
+    found = [[values["dr sketch error"] for values in log] for _, log in ranks if log[0]]
+    assert all(errors == found[0] for errors in found)
+    return found[0]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
