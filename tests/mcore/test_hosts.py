@@ -3,18 +3,23 @@
 Loops here are in the shape of each host's (`_hosts`). test_hosts_installed.py runs the hosts' own.
 """
 
+import contextlib
 import dataclasses
+import io
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dr import DRConfig
 from megatron_dr.mcore import hosts
+from megatron_dr.mcore.hosts import state
 
-from . import _data, _megatron
+from . import _data, _megatron, _slime
 from ._data import Layout
 from ._hosts import PROBLEM, Engine, expect, in_an_engine, in_slime, untouched
 from ._layouts import config
@@ -85,8 +90,7 @@ def test_misuse_is_told_and_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     "dr",
     [DRConfig(rows="sample"), DRConfig(rows="domain", domains=("a", "b")),
-     DRConfig(rows="rank", target_ranks=1),
-     DRConfig(alpha_style="auto", alpha_steps=9, target_size=9)],
+     DRConfig(rows="rank", target_ranks=1)],
 )  # fmt: skip
 def test_rows_that_a_host_cannot_give(dr: DRConfig) -> None:
     with pytest.raises(ValueError, match="in a host that makes its own microbatches"):
@@ -138,6 +142,93 @@ def test_only_the_attached_model_is_regularised() -> None:
     run_ranks(1, two_models)
 
 
+# -- state ---------------------------------------------------------------------------------------
+CHOSEN = DRConfig(
+    rows="slot", slots=4, gram="sketch", sketch_size=64, alpha_style="auto", alpha_steps=9,
+    target_size=12,
+)  # fmt: skip
+
+
+def trained(folder: Path, kind: str) -> tuple[list[float], list[torch.Tensor]]:
+    """Three steps of a host: at once, or with a checkpoint after the first one. What alpha was, and
+    the parameters."""
+    layout = Layout(targets=2)
+    engine = Engine(layout, summed=False)
+    handle = hosts.attach(engine.model, engine.optimizer, CHOSEN)
+    alphas = []
+    for step in range(3):
+        target = _data.target(layout, step, 0)
+
+        def run_target(target: Any = target) -> None:
+            training.samples = hosts.of_data_ranks(3)  # one of its microbatches has two samples
+            engine.forward_backward(target)
+
+        if step == 1 and kind != "at once":
+            if kind == "resumed":
+                state.save(handle, folder)
+            handle.detach()
+            handle = hosts.attach(engine.model, engine.optimizer, CHOSEN)
+            assert state.load(handle, folder) == (kind == "resumed")
+        with hosts.regularised(handle, run_target) as training:
+            engine.zero_grad()
+            engine.forward_backward(_data.general(layout, step, 0))
+            engine.optimizer.step()
+        handle.offload()  # as verl does between two steps
+        alphas.append(float(handle.metrics["dr alpha"]))
+        assert handle.metrics["dr E"] == pytest.approx(9 * 3 / 12)
+    return alphas, [p.detach().clone() for p in engine.model[0].parameters()]
+
+
+def stopped(folder: Path) -> None:
+    _megatron.initialize(Layout())
+    left_alone, resumed = trained(folder, "at once"), trained(folder, "resumed")
+    assert left_alone[0] == resumed[0]
+    assert all(torch.equal(a, b) for a, b in zip(left_alone[1], resumed[1], strict=True))
+    (folder / state.FILE).unlink()
+    anew = trained(folder, "anew")
+    assert not all(torch.equal(a, b) for a, b in zip(left_alone[1], anew[1], strict=True))
+
+
+def test_a_host_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """The sketches' seeds and what alpha's rule has gathered: bit for bit as if never stopped."""
+    run_ranks(1, stopped, tmp_path)
+
+
+def damaged(folder: Path) -> None:
+    engine = one_engine()
+    handle = hosts.attach(engine.model, engine.optimizer, CHOSEN)
+    for text in ("", "{", "[]", '{"steps": 3}', '{"steps": "3", "averages": null}'):
+        if torch.distributed.get_rank() == 0:
+            (folder / state.FILE).write_text(text)
+        torch.distributed.barrier()
+        with pytest.raises(ValueError, match="is not what megatron_dr wrote"):
+            state.load(handle, folder)
+        assert handle.steps == 0
+        torch.distributed.barrier()
+
+
+def test_a_damaged_state_is_refused_on_every_rank(tmp_path: Path) -> None:
+    run_ranks(2, damaged, tmp_path)
+
+
+def with_other_settings(folder: Path) -> None:
+    engine = one_engine()
+    handle = hosts.attach(engine.model, engine.optimizer, CHOSEN)
+    state.save(handle, folder)
+    handle.detach()
+    handle = hosts.attach(
+        engine.model, engine.optimizer, dataclasses.replace(CHOSEN, set="span", ridge=0.1)
+    )
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        state.load(handle, folder)
+    assert "other settings: set 'span' (was 'cone'), ridge 0.1 (was 0.3)" in said.getvalue()
+
+
+def test_other_settings_are_said(tmp_path: Path) -> None:
+    run_ranks(1, with_other_settings, tmp_path)
+
+
 # -- slime ---------------------------------------------------------------------------------------
 
 
@@ -145,3 +236,29 @@ def test_slimes_loop() -> None:
     """The hook before each step; the finalize hook is set anew in each rollout."""
     layout = Layout(dp=2, distributed_optimizer=True, targets=2)
     expect(layout, run_ranks(2, in_slime, layout, config(layout, PROBLEM)))
+
+
+def in_a_resumed_slime(folder: Path, saved: bool) -> None:
+    """Megatron's checkpoint of the arguments, as slime writes it after steps of ours."""
+    from megatron_dr.mcore.hosts import slime
+
+    engine = one_engine()
+    handle = hosts.attach(engine.model, engine.optimizer, CHOSEN)
+    handle.steps = 7
+    args = _slime.arguments("")
+    if saved:
+        args.megatron_dr = state.packed(handle)
+    (folder / "iter_0000003").mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    dist_checkpointing.save({"args": args}, str(folder / "iter_0000003"))
+    handle.steps, args.load = 0, str(folder)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        slime._load(handle, args)
+    assert handle.steps == (7 if saved else 0)
+    assert ("was saved without megatron_dr" in said.getvalue()) is not saved
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_slime_goes_on_from_its_checkpoint(tmp_path: Path, saved: bool) -> None:
+    run_ranks(1, in_a_resumed_slime, tmp_path, saved)

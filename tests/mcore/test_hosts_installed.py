@@ -54,7 +54,7 @@ def verl_batch(batches: list[dict[str, torch.Tensor]]) -> Any:
     return data
 
 
-def in_verl(layout: Layout, dr: DRConfig) -> Any:
+def in_verl(layout: Layout, dr: DRConfig, folder: Path) -> Any:
     from verl.utils.megatron_utils import register_megatron_training_hooks
     from verl.workers.config import McoreEngineConfig
     from verl.workers.utils.losses import sft_loss
@@ -80,8 +80,20 @@ def in_verl(layout: Layout, dr: DRConfig) -> Any:
     engine.enable_routing_replay = engine.is_value_model = False
     engine._is_offload_param = engine._is_offload_optimizer = False
     loss, outputs = partial(sft_loss, None), []
+    engine.optimizer_config = Names(use_checkpoint_opt_param_scheduler=False)
+    engine.checkpoint_mananager = Names(  # verl's name
+        save_checkpoint=lambda **_: None, load_checkpoint=lambda **_: None
+    )
     for step in range(STEPS):
         data = _data.general(layout, step, rank)
+        if step == 1:  # between steps: a checkpoint, another handle, a move to the CPU
+            engine.save_checkpoint(str(folder))
+            attached(engine.module).detach()
+            hosts.attach(engine.module, engine.optimizer, dr)
+            engine.load_checkpoint(str(folder))
+            assert attached(engine.module).steps == 1
+            engine.to("cpu", model=True, optimizer=False, grad=True)
+            assert attached(engine.module).offload() == 0  # freed already
         with engine.eval_mode():
             engine.infer_batch(verl_batch(data), loss_function=None)
         with engine.train_mode():
@@ -98,9 +110,9 @@ def in_verl(layout: Layout, dr: DRConfig) -> Any:
     "layout", [Layout(dp=2, distributed_optimizer=True, targets=2), Layout(pp=2, targets=2)],
     ids=["dp2", "pp2"],
 )  # fmt: skip
-def test_verls_own_engine(layout: Layout) -> None:
+def test_verls_own_engine(layout: Layout, tmp_path: Path) -> None:
     pytest.importorskip("verl.workers.engine.megatron.transformer_impl")
-    ranks = run_ranks(layout.world, in_verl, layout, config(layout, PROBLEM))
+    ranks = run_ranks(layout.world, in_verl, layout, config(layout, PROBLEM), tmp_path)
     expect(dataclasses.replace(layout, per_token=True), ranks)
 
 

@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import attach as plugin
+from megatron_dr.mcore import compat
 from megatron_dr.mcore.attach import Handle
 from megatron_dr.mcore.compat import SCHEDULES
 
@@ -33,6 +36,9 @@ class Training:
 
     Attributes:
         target: runs the host's own training call on the step's target batch.
+        samples: in the step's target batch, over all ranks, where `target` says it: what
+            alpha's rule counts. None: microbatches times their size.
+        after: is called after each step.
         once: whether only the next training call is a step of ours.
         steps: training calls so far.
         target_reports: what the target's losses reported in the last step, on the last stage.
@@ -40,6 +46,8 @@ class Training:
 
     handle: Handle
     target: Callable[[], Any]
+    samples: int | None = None
+    after: Callable[[], object] | None = None
     once: bool = False
     steps: int = 0
     target_reports: list[Any] = field(default_factory=list)
@@ -104,6 +112,13 @@ def regularise_next(handle: Handle, target: Callable[[], Any]) -> Training:
     return _await(Training(handle, target, once=True))
 
 
+def of_data_ranks(samples: int) -> int:
+    """Samples of all data-parallel ranks, of which this one has so many (collective)."""
+    number = torch.tensor([samples], device=compat.device())
+    dist.all_reduce(number, group=parallel_state.get_data_parallel_group())
+    return int(number)
+
+
 def reaching() -> bool:
     """Whether a host's call on a target batch is on its way to the schedule."""
     return _reaching
@@ -120,13 +135,12 @@ def _check(dr: DRConfig) -> None:
     wrong = {
         f"rows {dr.rows!r}": dr.row_kind.in_layers or dr.row_kind.named,
         f"target_ranks {dr.target_ranks}": dr.target_ranks > 0,
-        "alpha_style 'auto'": dr.alpha_style == "auto",
     }
     for name, found in wrong.items():
         if found:
             raise ValueError(
                 f"megatron_dr does not support {name} in a host that makes its own microbatches: "
-                "use rows 'rank' or 'slot', no target_ranks, and another alpha_style."
+                "use rows 'rank' or 'slot', and no target_ranks."
             )
 
 
@@ -182,11 +196,13 @@ def _step(training: Training, stock: Callable[..., Any], schedule: dict[str, Any
     marked = [_TargetData(i) for i in iterators] if isinstance(iterators, list) else None
     training.handle.step(
         stock, target_data_iterator=marked or _TargetData(iterators),
-        num_target_microbatches=target["num_microbatches"],
+        num_target_microbatches=target["num_microbatches"], target_samples=training.samples,
         **{**schedule, "forward_step_func": forward_step},
     )  # fmt: skip
     training.steps += 1
     training.target_reports = of_target
+    if training.after is not None:
+        training.after()
     return general
 
 

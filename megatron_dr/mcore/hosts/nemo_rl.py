@@ -7,13 +7,17 @@ from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import hosts
+from megatron_dr.mcore.attach import attached
+from megatron_dr.mcore.hosts import state
 
 
 def worker_class(dr: DRConfig, target_batch: Callable[[Any, Any], Any]) -> type:
     """NeMo-RL's Megatron policy worker, whose `train` is regularised: each global batch is a step.
 
     Evaluation and log-probabilities are NeMo-RL's own. The streaming train step (begin_train_step,
-    train_microbatch, finish_train_step) is not regularised.
+    train_microbatch, finish_train_step) is not regularised. The handle's state is beside the
+    weights of NeMo-RL's checkpoints; where NeMo-RL moves the gradients to the CPU, the rows'
+    buffers are freed until the next step.
 
     Args:
         target_batch: (the worker, the general data) -> this rank's target samples of one step, in
@@ -22,6 +26,28 @@ def worker_class(dr: DRConfig, target_batch: Callable[[Any, Any], Any]) -> type:
     from nemo_rl.models.policy.workers.megatron_policy_worker import MegatronPolicyWorkerImpl
 
     class RegularisedWorker(MegatronPolicyWorkerImpl):  # type: ignore[misc]
+        def __init__(
+            self, config: Any, tokenizer: Any, weights_path: str | None = None, *args: Any,
+            **kwargs: Any,
+        ) -> None:  # fmt: skip
+            super().__init__(config, tokenizer, weights_path, *args, **kwargs)
+            if getattr(self, "optimizer", None) is not None:
+                handle = hosts.attach(self.model, self.optimizer, dr)  # or refused here
+                if weights_path is not None:
+                    state.load(handle, weights_path)
+
+        def save_checkpoint(self, weights_path: str, *args: Any, **kwargs: Any) -> Any:
+            handle = attached(self.model)
+            if handle is not None:
+                state.save(handle, weights_path)
+            return super().save_checkpoint(weights_path, *args, **kwargs)
+
+        def offload_before_refit(self) -> Any:
+            handle = attached(self.model)
+            if handle is not None:
+                handle.offload()
+            return super().offload_before_refit()
+
         def train(
             self, data: Any, loss_fn: Any, eval_mode: bool = False, gbs: int | None = None,
             mbs: int | None = None, **rest: Any,
@@ -31,9 +57,12 @@ def worker_class(dr: DRConfig, target_batch: Callable[[Any, Any], Any]) -> type:
             handle = hosts.attach(self.model, self.optimizer, dr)
 
             def target() -> None:
-                forward_backward(self, target_batch(self, data), loss_fn, mbs)
+                batch = target_batch(self, data)
+                if dr.alpha_style == "auto":
+                    training.samples = hosts.of_data_ranks(batch.size)
+                forward_backward(self, batch, loss_fn, mbs)
 
-            with hosts.regularised(handle, target):
+            with hosts.regularised(handle, target) as training:
                 return super().train(data, loss_fn, eval_mode, gbs, mbs, **rest)
 
     return RegularisedWorker

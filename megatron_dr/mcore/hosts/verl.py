@@ -5,6 +5,8 @@ from typing import Any
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import hosts
+from megatron_dr.mcore.attach import attached
+from megatron_dr.mcore.hosts import state
 
 # (the engine, the general mini-batch) -> this rank's target mini-batch, in the same form
 TargetBatch = Callable[[Any, Any], Any]
@@ -27,7 +29,9 @@ def engine_class(dr: DRConfig, target_batch: TargetBatch) -> type:
     """verl's Megatron engine, whose training calls are regularised.
 
     One `forward_backward_batch` is one step: `train_batch` calls it once before `optimizer_step`.
-    Calls without gradients (log-probabilities, the reference policy) are verl's own.
+    Calls without gradients (log-probabilities, the reference policy) are verl's own. The handle's
+    state is in verl's checkpoints; where verl moves the model to the CPU, the rows' buffers are
+    freed until the next step.
     """
     from verl.workers.engine.megatron import MegatronEngineWithLMHead
 
@@ -35,7 +39,9 @@ def engine_class(dr: DRConfig, target_batch: TargetBatch) -> type:
         def initialize(self) -> None:
             super().initialize()
             if self.optimizer is not None:
-                hosts.attach(self.module, self.optimizer, dr)  # what is refused, is refused here
+                handle = hosts.attach(self.module, self.optimizer, dr)  # or refused here
+                if self._is_offload_param:
+                    handle.offload()
 
         def forward_backward_batch(
             self, data: Any, loss_function: Any, forward_only: bool = False
@@ -46,7 +52,10 @@ def engine_class(dr: DRConfig, target_batch: TargetBatch) -> type:
             handle = hosts.attach(self.module, self.optimizer, dr)
 
             def target() -> None:
-                call(target_batch(self, data), loss_function)
+                batch = target_batch(self, data)
+                if dr.alpha_style == "auto":
+                    training.samples = hosts.of_data_ranks(len(batch))
+                call(batch, loss_function)
 
             with hosts.regularised(handle, target) as training:
                 output = call(data, loss_function)
@@ -55,5 +64,25 @@ def engine_class(dr: DRConfig, target_batch: TargetBatch) -> type:
                 output["metrics"]["target loss"] = sum(losses)
                 output["metrics"].update({n: v.item() for n, v in handle.metrics.items()})
             return output
+
+        def to(
+            self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True
+        ) -> None:
+            super().to(device=device, model=model, optimizer=optimizer, grad=grad)
+            handle = attached(self.module)
+            if device == "cpu" and model and handle is not None:
+                handle.offload()
+
+        def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+            handle = attached(self.module)
+            if handle is not None:
+                state.save(handle, local_path)
+            super().save_checkpoint(local_path, *args, **kwargs)
+
+        def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+            handle = attached(self.module)
+            if handle is not None:  # before verl, which may delete the folder
+                state.load(handle, local_path)
+            super().load_checkpoint(local_path, *args, **kwargs)
 
     return RegularisedEngine

@@ -111,7 +111,7 @@ class Handle:
     def step(
         self, forward_backward_func: Callable[..., Any], *, target_data_iterator: Any = None,
         num_target_microbatches: int = 0, target_micro_batch_size: int | None = None,
-        domains: Sequence[int] = (), **schedule: Any,
+        target_samples: int | None = None, domains: Sequence[int] = (), **schedule: Any,
     ) -> Any:  # fmt: skip
         """`forward_backward_func(**schedule)` with the target's microbatches run first.
 
@@ -123,6 +123,8 @@ class Handle:
                 as general ones; 0 where no target is due.
             target_micro_batch_size: samples in a target microbatch; only with sample rows may
                 they differ from the general ones' number.
+            target_samples: of this step over all ranks, where microbatches are packs; none:
+                microbatches times their size. Only alpha's rule counts them.
             domains: with domain rows, the domain number of each general microbatch of this rank.
             schedule: the schedule's own arguments; `num_microbatches` counts the general ones.
                 With sample rows a microbatch is a dictionary of tensors [samples, ...], with
@@ -137,7 +139,7 @@ class Handle:
             return forward_backward_func(**schedule)  # off: Megatron's own, bit for bit
         size = target_micro_batch_size or schedule.get("micro_batch_size", 1)
         ranks = self.dr.target_ranks or parallel_state.get_data_parallel_world_size()
-        samples = num_target_microbatches * size * ranks
+        samples = target_samples or num_target_microbatches * size * ranks
         log = StepLog(self.rows.names, self.rows.device)
 
         def shares(gram_BRR: torch.Tensor | None, *more: Any) -> Shares:
