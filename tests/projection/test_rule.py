@@ -148,7 +148,7 @@ def by_hand(state: list[float], passes: float, now: Tensor, floor: float) -> tup
         g_, d_ = (1 - r) * beta, (1 - r) * (1 - beta)
         square = g_ * g_ + d_ * d_ + r * r + 2 * (g_ * d_ * gd + g_ * r * gt + d_ * r * dt)
         length = math.sqrt(max(square, 1e-12))
-        wear = r / length * passes / (2 * 7.5)
+        wear = r / length * passes / (2 * 5.0)
         gain = (r * m * (1 - wear) + (1 - r) * (beta * gt + (1 - beta) * D)) / length
         square = g_ * g_ + d_ * d_ + r * r + 2 * (g_ * d_ * gd_ + g_ * r * gt_ + d_ * r * dt_)
         keeps = (g_ * gk + d_ * dk + r * tk) / math.sqrt(max(square, 1e-12))
