@@ -55,7 +55,10 @@ def verl_batch(batches: list[dict[str, torch.Tensor]]) -> Any:
 
 
 def in_verl(layout: Layout, dr: DRConfig, folder: Path) -> Any:
-    from verl.utils.megatron_utils import register_megatron_training_hooks
+    from verl.utils.megatron_utils import (
+        load_megatron_model_to_gpu,
+        register_megatron_training_hooks,
+    )
     from verl.workers.config import McoreEngineConfig
     from verl.workers.utils.losses import sft_loss
 
@@ -94,6 +97,7 @@ def in_verl(layout: Layout, dr: DRConfig, folder: Path) -> Any:
             assert attached(engine.module).steps == 1
             engine.to("cpu", model=True, optimizer=False, grad=True)
             assert attached(engine.module).offload() == 0  # freed already
+            load_megatron_model_to_gpu(engine.module, load_frozen_params=False)
         with engine.eval_mode():
             engine.infer_batch(verl_batch(data), loss_function=None)
         with engine.train_mode():
@@ -107,7 +111,9 @@ def in_verl(layout: Layout, dr: DRConfig, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(dp=2, distributed_optimizer=True, targets=2), Layout(pp=2, targets=2)],
+    "layout",
+    [Layout(dp=2, distributed_optimizer=True, targets=2),
+     Layout(pp=2, distributed_optimizer=True, targets=2)],
     ids=["dp2", "pp2"],
 )  # fmt: skip
 def test_verls_own_engine(layout: Layout, tmp_path: Path) -> None:
