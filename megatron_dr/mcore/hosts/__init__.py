@@ -1,7 +1,8 @@
 """The plugin in RL systems that call Megatron's schedules themselves: verl, slime, NeMo-RL.
 
 `regularised` and `regularise_next` turn such a host's training call into `handle.step`; the modules
-`verl`, `slime` and `nemo_rl` put them at the host's own extension points. See docs/rl_systems.md.
+`verl`, `slime` and `nemo_rl` put them at the host's own extension points, and `bridge` is the same
+for a training loop, Megatron-Bridge's. See docs/rl_systems.md.
 
 Hosts take the schedule from `get_forward_backward_func()`, which looks its three functions up by
 name at each call. These names are replaced while a step is awaited, so a host that imported
@@ -61,7 +62,12 @@ class _Reached(BaseException):
         self.schedule = schedule
 
 
+# Runs a training call: (Megatron's own schedule, its arguments) -> reports
+Run = Callable[[Callable[..., Any], dict[str, Any]], Any]
+
 _awaited: dict[int, Training] = {}
+_always: dict[int, Run] = {}
+_holders: set[int] = set()  # who wants the names replaced before a step is awaited
 _stock: dict[str, Callable[..., Any]] = {}
 _reaching = False
 
@@ -93,9 +99,9 @@ def regularised(handle: Handle, target: Callable[[], Any]) -> Iterator[Training]
     try:
         yield training
         if training.steps == 0:
-            raise RuntimeError(_NOT_REACHED)
+            raise RuntimeError(NOT_REACHED)
     finally:
-        _forget(handle)
+        forget(handle)
         if outer is not None:
             _await(outer)
 
@@ -107,8 +113,8 @@ def regularise_next(handle: Handle, target: Callable[[], Any]) -> Training:
         RuntimeError: the step that was awaited before did not arrive.
     """
     if id(handle.model[0]) in _awaited:
-        _forget(handle)
-        raise RuntimeError(_NOT_REACHED)
+        forget(handle)
+        raise RuntimeError(NOT_REACHED)
     return _await(Training(handle, target, once=True))
 
 
@@ -124,7 +130,32 @@ def reaching() -> bool:
     return _reaching
 
 
-_NOT_REACHED = (
+def hold(holder: object) -> None:
+    """Replace the schedules' names from now on: for a host that takes its schedule early."""
+    _replace()
+    _holders.add(id(holder))
+
+
+def release(holder: object) -> None:
+    """Undo `hold`. Safe to call twice."""
+    _holders.discard(id(holder))
+    _restore()
+
+
+def always(handle: Handle, run: Run) -> None:
+    """Until `forget`, `run` does each training call on the handle's model."""
+    _replace()
+    _always[id(handle.model[0])] = run
+
+
+def forget(handle: Handle) -> None:
+    """No call on the handle's model is ours any more. Safe to call twice."""
+    _awaited.pop(id(handle.model[0]), None)
+    _always.pop(id(handle.model[0]), None)
+    _restore()
+
+
+NOT_REACHED = (
     "the host's training step did not call one of Megatron's schedules on the model that "
     "megatron_dr is attached to, so it was not regularised: attach to the model that is trained, "
     "and let the host take its schedule from get_forward_backward_func()."
@@ -145,17 +176,21 @@ def _check(dr: DRConfig) -> None:
 
 
 def _await(training: Training) -> Training:
-    if not _awaited:
-        for name in SCHEDULES:
-            _stock[name] = getattr(schedules, name)
-            setattr(schedules, name, _replacement(_stock[name]))
+    _replace()
     _awaited[id(training.handle.model[0])] = training
     return training
 
 
-def _forget(handle: Handle) -> None:
-    _awaited.pop(id(handle.model[0]), None)
-    if not _awaited:
+def _replace() -> None:
+    if not _stock:
+        for name in SCHEDULES:
+            _stock[name] = getattr(schedules, name)
+            setattr(schedules, name, _replacement(_stock[name]))
+
+
+def _restore() -> None:
+    """Megatron's own names, where nobody wants ours."""
+    if not (_awaited or _always or _holders):
         for name, function in _stock.items():
             setattr(schedules, name, function)
         _stock.clear()
@@ -166,15 +201,18 @@ def _replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         model = schedule["model"]
         first = model[0] if isinstance(model, (list, tuple)) else model
         training = _awaited.get(id(first))
-        if training is None or schedule.get("forward_only", False):
+        if schedule.get("forward_only", False):
             return stock(**schedule)
+        if training is None:
+            run = _always.get(id(first))
+            return stock(**schedule) if run is None else run(stock, schedule)
         if _reaching:
             raise _Reached(schedule)
         try:
             return _step(training, stock, schedule)
         finally:
             if training.once:
-                _forget(training.handle)
+                forget(training.handle)
 
     return schedule_of_host
 
@@ -182,7 +220,7 @@ def _replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _step(training: Training, stock: Callable[..., Any], schedule: dict[str, Any]) -> list[Any]:
     """One step of ours. Returns the general microbatches' reports, as the host made them."""
     target = _reach(training.target)
-    _check_shapes(training.handle, target, schedule)
+    check_shapes(training.handle, target, schedule)
     general, of_target = list[Any](), list[Any]()
 
     def forward_step(data: Any, module: Any, *rest: Any) -> Any:
@@ -245,7 +283,7 @@ def _reach(target: Callable[[], Any]) -> dict[str, Any]:
     )
 
 
-def _check_shapes(handle: Handle, target: dict[str, Any], general: dict[str, Any]) -> None:
+def check_shapes(handle: Handle, target: dict[str, Any], general: dict[str, Any]) -> None:
     """Stages exchange tensors of the general shape, unless their lengths may vary."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     if stages == 1 or getattr(handle.config, "variable_seq_lengths", False):

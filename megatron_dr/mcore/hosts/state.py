@@ -21,10 +21,13 @@ from megatron_dr.mcore.say import say
 FILE = "megatron_dr.json"
 
 
-def save(handle: Handle, folder: str | os.PathLike[str]) -> None:
+def save(handle: Handle, folder: str | os.PathLike[str], of: dict[str, Any] | None = None) -> None:
     """Write the handle's state; on every rank, before the host writes its own part.
 
     Rank 0 writes. A file that is there is replaced at once, never half written.
+
+    Args:
+        of: its `state_dict` of an earlier step; none: the present one.
 
     Raises:
         OSError: on rank 0: the folder can't be written to, as it could not for the host.
@@ -33,7 +36,7 @@ def save(handle: Handle, folder: str | os.PathLike[str]) -> None:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_name(f"{FILE}.{os.getpid()}")
-        written.write_text(json.dumps(packed(handle)))
+        written.write_text(json.dumps(packed(handle, of)))
         written.replace(path)
 
 
@@ -76,9 +79,9 @@ def of_first_rank(read: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def packed(handle: Handle) -> dict[str, Any]:
+def packed(handle: Handle, of: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `unpack` takes: numbers, names and lists of them alone."""
-    state = handle.state_dict()
+    state = handle.state_dict() if of is None else of
     gathered = None if state["dial"] is None else state["dial"]["averages"].tolist()
     return {"steps": state["steps"], "averages": gathered, "settings": _settings(handle)}
 
