@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from megatron_dr.config.fields import flag, must_be
 
 # fields with which alone nothing is projected: the run is only watched
-WATCHING = frozenset({"metrics", "target_valid_data", "target_test_data", "keep_best"})
+WATCHING = frozenset({
+    "metrics", "target_valid_data", "target_test_data", "keep_best", "generate",
+    "generate_metrics", "generate_tokens",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,19 @@ class TargetConfig:
     metrics: str | None = flag(
         None, "write one JSON line per training step and validation to this file", "path"
     )
+    generate: str | None = flag(
+        None,
+        "samples whose prompts the model answers at the end of the run, or with --skip-train once",
+        "path",
+    )
+    generate_metrics: str = flag(
+        "exact,f1",
+        "what the answers are scored by, with commas: exact, f1, rouge_l, or rewards as "
+        "module:function",
+        "names",
+    )
+    generate_tokens: int = flag(128, "length of an answer, at most", "tokens")
 
     def __post_init__(self) -> None:
-        size = self.target_batch_size
-        must_be("at least 1", size >= 1, "target_batch_size", size)
+        for name in ("target_batch_size", "generate_tokens"):
+            must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))

@@ -80,6 +80,16 @@ class Chat:
         self._checked(messages, tools)
         return np.asarray(self._texts.ids(self._render(messages, tools, prompt=True)), np.int32)
 
+    def end(self, messages: list[Message], tools: Any = None) -> int | None:
+        """The special token that the last turn, the assistant's, is trained to end with.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        part = self.encode(messages, tools, len(messages) - 1)
+        last = int(part.ids[part.mask.nonzero()[0][-1]])
+        return last if last in self._special else None
+
     def _template(self, tools: Any) -> str:
         return str(self.tokenizer.get_chat_template(tools=tools))
 

@@ -73,6 +73,11 @@ def _texts(content: Any) -> Iterator[tuple[int, str]]:
         yield from ((n, part[_key(part)]) for n, part in enumerate(content))
 
 
+def text_of(message: Message) -> str:
+    """Its content as one text; empty where it has none."""
+    return "".join(text for _, text in _texts(message.get("content")))
+
+
 def check_unicode(column: str, value: Any) -> None:
     """Refuse half of a surrogate pair, in any string of a value of JSON.
 

@@ -20,3 +20,8 @@ def raises_sometimes(prompt: str, completion: str, answer: Any) -> float:
     if len(completion) % 2:
         raise RuntimeError("an odd completion")
     return float(len(set(completion)))
+
+
+def wants(prompt: str, completion: str, answer: str) -> float:
+    """How long the reference is; it raises where the record has an answer that is no text."""
+    return float(len(answer + ""))

@@ -111,6 +111,9 @@ TARGET = {
     "target_test_data": "test.jsonl",
     "keep_best": True,
     "metrics": "metrics.jsonl",
+    "generate": "asked.jsonl",
+    "generate_metrics": "rouge_l",
+    "generate_tokens": 7,
 }
 SKETCHED = {
     "set": "greedy",
@@ -154,7 +157,7 @@ def test_round_trip(values: dict[str, Any]) -> None:
 
 # What a flag may be given beside: one of these gives each of them a meaning.
 BESIDE = ("", "--dr-set greedy", "--dr-set ball", "--dr-alpha-style linear", "--dr-rows sample",
-          "--dr-alpha-style auto")  # fmt: skip
+          "--dr-alpha-style auto", "--dr-generate a.jsonl")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -219,3 +222,9 @@ def test_watching_alone_leaves_the_step_to_megatron() -> None:
     )
     assert dr.set == "mean" and target.target_data is None
     assert (target.metrics, target.target_valid_data) == ("m.jsonl", "v.jsonl")
+
+
+@pytest.mark.parametrize("name", ["generate_metrics", "generate_tokens"])
+def test_what_is_of_answers_needs_them(name: str) -> None:
+    said = refusal(option(name), str(FIELDS[name].default))
+    assert said == f"{option(name)} needs --dr-generate: give it, or drop the flag."

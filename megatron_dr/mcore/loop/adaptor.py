@@ -26,6 +26,7 @@ What is wrapped, and who calls it:
                                   the target's test set
     megatron.training.training.checkpoint_and_decide_exit   train: --dr-keep-best
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
+    megatron.training.training.{train, maybe_finalize_async_save}   pretrain: --dr-generate
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
 Without the plugin's flags each wrapper calls Megatron's function and changes nothing of a run that
@@ -56,11 +57,13 @@ from megatron_dr.mcore.loop import (
 )  # fmt: skip
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.evaluations import Evaluations
+from megatron_dr.mcore.loop.generation import Generation
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.step import log
 
 _run: TrainingRun | None = None
 _evaluations: Evaluations | None = None
+_generation: Generation | None = None
 _packed = False  # --dr-pack
 _enabled = False
 
@@ -98,6 +101,8 @@ def enable() -> None:
     _wrap(training, "evaluate", _log_validation)
     _wrap(training, "checkpoint_and_decide_exit", _end_step)
     _wrap(training, "save_checkpoint", _save)
+    _wrap(training, "train", _train)
+    _wrap(training, "maybe_finalize_async_save", _finalize)
     for name in compat.SCHEDULES:
         _wrap(schedules, name, _schedule)
 
@@ -136,7 +141,7 @@ def _restore(stock: Callable[..., Any], checkpoint_args: Namespace, *rest: Any, 
 
 
 def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    global _run, _evaluations, _packed
+    global _run, _evaluations, _generation, _packed
     from megatron.core.utils import get_model_config
     from megatron.training import get_args, get_tokenizer
 
@@ -155,7 +160,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
             setattr(args, name, start)
     model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint
     begin.leave_if_complete(args)
-    _run = _evaluations = None
+    _run = _evaluations = _generation = None
     if configs is not None and optimizer is not None:
         with errors.refused(), errors.agreed():
             vocabulary.check(args, get_tokenizer())
@@ -167,6 +172,9 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
                 parts.step_target(args, dr, target), source, scheduler,
             )  # fmt: skip
             _evaluations = Evaluations.of(_run, target.keep_best)
+    if configs is not None and configs[1].generate is not None:
+        with errors.refused(), errors.agreed():
+            _generation = Generation(model, args, configs[1])
     return model, optimizer, scheduler
 
 
@@ -266,6 +274,18 @@ def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) 
     if _run is not None:
         _run.save(iteration)
     return stock(iteration, *rest, **kwargs)
+
+
+def _train(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    if _generation is None:
+        return stock(*rest, **kwargs)
+    return _generation.train(stock, *rest, **kwargs)
+
+
+def _finalize(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> None:
+    stock(*rest, **kwargs)
+    if _generation is not None and kwargs.get("terminate"):
+        _generation.all_is_saved()
 
 
 def _schedule(stock: Callable[..., Any], **schedule: Any) -> Any:

@@ -119,6 +119,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
     target = TargetConfig(**{k: v for k, v in given.items() if k in own})
     _check_together(given, dr, target, itself)
+    _check_generate(given)
     return dr, target
 
 
@@ -168,3 +169,11 @@ def _check_together(
             )
         if "alpha" in given and dr.alpha > 0:
             raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
+
+
+def _check_generate(given: dict[str, Any]) -> None:
+    for name in ("generate_metrics", "generate_tokens"):
+        if name in given and "generate" not in given:
+            raise ValueError(
+                f"--dr-{name.replace('_', '-')} needs --dr-generate: give it, or drop the flag."
+            )
