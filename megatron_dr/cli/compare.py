@@ -25,10 +25,11 @@ from rich.console import Console
 
 from megatron_dr.cli.main import parser_of
 from megatron_dr.compare import arms as arms_
-from megatron_dr.compare import budget, launch, results, splits, start
+from megatron_dr.compare import budget, generated, launch, results, splits, start
 from megatron_dr.compare.arms import Arm
 from megatron_dr.compare.jobs import Job
 from megatron_dr.compare.plan import BASE_STEPS, Plan, check_flags, data_ranks
+from megatron_dr.report import answers
 
 DEVICE = "MEGATRON_DR_DEVICE"
 ARMS = "general,target,mix:0.1,mix:0.3,topk,cone,auto"
@@ -52,6 +53,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--steps": {"type": int, "help": "training steps of a run, in place of --budget"},
     "--base-steps": {"type": int, "help": "of the model from scratch on the general data (default: "
                      f"{BASE_STEPS}, or what a quarter of --budget allows)"},
+    "--metrics": {"help": "with commas, of answers to the target's test prompts by each run's last "
+                  f"weights: {', '.join(answers.METRICS)}, or a reward as module:function "
+                  "(default: losses alone)"},
+    "--metrics-target": {"metavar": "FILE", "help": "samples to answer in place of the target's "
+                         "test records"},
     "--ranks": {"type": int, "default": 1, "help": "processes of a run (default: 1)"},
     "--split-seed": {"type": int, "default": 0, "help": "(default: 0)"},
     "--out": {"type": Path, "default": Path("runs/compare"),
@@ -83,6 +89,10 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     if args.model and (args.tokenizer or args.base_steps):
         flag = "--tokenizer" if args.tokenizer else "--base-steps"
         raise ValueError(f"{flag} is of a model from scratch, and --model has its own: drop one.")
+    if args.metrics is not None:
+        answers.parse("--metrics", args.metrics)
+    elif args.metrics_target is not None:
+        raise ValueError("--metrics-target needs --metrics: give it, or drop the flag.")
     budget.seconds(args.budget or BUDGET)
     check_flags(more)
     return args, more
@@ -96,13 +106,16 @@ def planned(args: argparse.Namespace, more: list[str], console: Console) -> Plan
         console.print(f"device: {device} (--dr-device says otherwise)", highlight=False)
     ranks = data_ranks(more, args.ranks)
     found = splits.make(args.target, args.general, out / "data", args.split_seed)
-    for line in found.said:
+    test, train = (found.files["target"][part] for part in ("test", "train"))
+    metrics = generated.metrics(args.metrics, args.metrics_target, test)
+    note = "" if metrics is None else generated.overlap(metrics, train)
+    for line in filter(None, (*found.said, note)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if args.model:
         begin = start.from_model(args.model, out, console)
     else:
         begin = start.from_scratch(args.tokenizer, out)
-    return Plan(out, begin, found, args.dr_target_batch_size, tuple(more), device, ranks)
+    return Plan(out, begin, found, args.dr_target_batch_size, tuple(more), device, ranks, metrics)
 
 
 def finish(
@@ -214,7 +227,8 @@ def run(args: argparse.Namespace, more: list[str], console: Console) -> None:
         f"Logs, metrics and checkpoints: {plan.out}", soft_wrap=True, highlight=False,
     )  # fmt: skip
     finish(runs if base is None else [base, *runs], plan, args, console, beside)
-    results.write(arms, runs, base or timed, plan.out, console)
+    names = () if plan.metrics is None else plan.metrics.names
+    results.write(arms, runs, base or timed, plan.out, console, names)
     console.print(f"{plan.out}: results.json, table.md, curves.png, pareto.png", soft_wrap=True)
 
 

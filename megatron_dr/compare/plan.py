@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_dr.compare.arms import Arm
 from megatron_dr.compare.budget import EVALUATIONS, SETS
+from megatron_dr.compare.generated import Metrics
 from megatron_dr.compare.jobs import Job, job
 from megatron_dr.compare.splits import Splits
 
@@ -41,7 +42,8 @@ OWN = set("""
     --no-load-rng --pretrained-checkpoint --eval-interval --eval-iters --eval-micro-batch-size
     --eval-global-batch-size --full-validation --multiple-validation-sets --validation-set-names
     --tokenizer-type --tokenizer-model --lr-warmup-iters --lr-warmup-samples --lr-warmup-fraction
-    --lr-decay-iters --skip-train --dr-dpo-beta --dr-rl-algorithm
+    --lr-decay-iters --skip-train --dr-dpo-beta --dr-rl-algorithm --dr-generate
+    --dr-generate-metrics
 """.split())  # fmt: skip
 
 
@@ -71,6 +73,7 @@ class Plan:
     more: tuple[str, ...]  # the user's flags
     device: str
     data_ranks: int
+    metrics: Metrics | None = None
 
     @property
     def batch(self) -> int:
@@ -118,7 +121,16 @@ class Plan:
             --train-iters {steps} --eval-interval {every} --eval-iters 1
             --eval-micro-batch-size 1 --eval-global-batch-size {self.data_ranks}
             --multiple-validation-sets --full-validation
-            --valid-data-path {" ".join(map(_q, sets))} --validation-set-names {" ".join(SETS)}"""
+            --valid-data-path {" ".join(map(_q, sets))} --validation-set-names {" ".join(SETS)}
+            {self._generate()}"""
+
+    def _generate(self) -> str:
+        """The base model's run has these, too, and none of the user's own."""
+        if self.metrics is None:
+            return ""
+        length = number(self.more, "--dr-generate-tokens", 0)
+        more = ("--dr-generate-tokens", str(length)) if length else ()
+        return shlex.join((*self.metrics.flags, *more))
 
     def _load(self) -> str:
         found = self.start.checkpoint

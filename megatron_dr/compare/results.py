@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_dr.compare import figures
+from megatron_dr.compare import figures, generated
 from megatron_dr.compare.arms import Arm, baseline
 from megatron_dr.compare.budget import SETS
 from megatron_dr.compare.jobs import Job
@@ -44,9 +44,10 @@ def curve(job: Job) -> Curve:
             for name in SETS}  # fmt: skip
 
 
-def failure(jobs: Sequence[Job]) -> str | None:
-    """Why an arm with these runs is not compared: a run failed, or a loss is not a number. None
-    where all came to their end: an arm of the seeds that went well would look better than it is."""
+def failure(jobs: Sequence[Job], metrics: Sequence[str] = ()) -> str | None:
+    """Why an arm with these runs is not compared: a run failed, or a loss or metric is not a
+    number. None where all came to their end: an arm of the seeds that went well would look better
+    than it is."""
     for job in jobs:
         if job.failure is not None:
             return f"seed {job.seed}: {job.failure}"
@@ -59,6 +60,9 @@ def failure(jobs: Sequence[Job]) -> str | None:
             if step is not None:
                 return (f"seed {job.seed}: the {name} loss is {found[step]} at step {step} "
                         f"({job.folder})")  # fmt: skip
+        unscored = generated.failure(job, metrics)
+        if unscored is not None:
+            return f"seed {job.seed}: {unscored}"
     return None
 
 
@@ -107,19 +111,20 @@ def _side(difference: float) -> str:
 
 
 def gather(
-    arms: Sequence[Arm], jobs: Sequence[Job], start: Job
+    arms: Sequence[Arm], jobs: Sequence[Job], start: Job, metrics: Sequence[str] = ()
 ) -> tuple[dict[str, list[Curve]], dict[str, Any]]:
     """(arm -> the curves of its seeds, all that results.json has).
 
     Args:
         jobs: the arms' runs.
         start: a run whose last evaluation is of what the arms begin from.
+        metrics: of the runs' answers.
 
     Raises:
         ValueError: every arm failed.
     """
     every = {arm.name: [job for job in jobs if job.arm == arm.name] for arm in arms}
-    reasons = {name: failure(own) for name, own in every.items()}
+    reasons = {name: failure(own, metrics) for name, own in every.items()}
     failed = {name: reason for name, reason in reasons.items() if reason is not None}
     arms = [arm for arm in arms if arm.name not in failed]
     jobs = [job for job in jobs if job.arm not in failed]
@@ -131,40 +136,49 @@ def gather(
     times = figures.step_times(jobs)
     mix = best(outcomes, [arm.name for arm in arms if arm.is_mix])
     base = baseline(arms, mix)
-    of_arms = {}
-    for name, own in outcomes.items():
-        of_arms[name] = {
-            "step": own.step, "target validation": figures.summary(own.valid),
-            "target test": figures.summary(own.target),
-            "general test": figures.summary(own.general),
-            "target test, difference": figures.paired(own.target, outcomes[base].target).as_json(),
-            "general test, difference":
-                figures.paired(own.general, outcomes[base].general).as_json(),
-            "step seconds": times[name],
-            "step time": times[name] / times.get("general", times[base]),
+    per_step = times.get("general", times[base])
+    of_arms = {
+        name: {
+            **_losses(own, outcomes[base]), "step seconds": times[name],
+            "step time": times[name] / per_step,
             "run seconds": statistics.mean(job.done["seconds"] for job in every[name]),
             "memory": max(job.done["memory"] for job in every[name]),
-        }  # fmt: skip
+            "metrics": generated.summary(every[name], metrics),
+        }
+        for name, own in outcomes.items()
+    }  # fmt: skip
     first = {name: list(values.values())[-1] for name, values in curve(start).items()}
     return curves, {
         "unit": UNIT, "seeds": sorted({job.seed for job in jobs}), "steps": jobs[0].steps,
-        "before": first, "compared with": base, "best mix on validation": mix,
+        "before": first, "before, metrics": generated.summary([start], metrics),
+        "compared with": base, "best mix on validation": mix,
         "arms": of_arms, "failed": failed, "advice": advice(outcomes, arms),
     }  # fmt: skip
 
 
+def _losses(own: Outcome, base: Outcome) -> dict[str, Any]:
+    """Of an arm, as results.json has it; differences are from `base`."""
+    return {
+        "step": own.step, "target validation": figures.summary(own.valid),
+        "target test": figures.summary(own.target), "general test": figures.summary(own.general),
+        "target test, difference": figures.paired(own.target, base.target).as_json(),
+        "general test, difference": figures.paired(own.general, base.general).as_json(),
+    }  # fmt: skip
+
+
 def write(
-    arms: Sequence[Arm], jobs: Sequence[Job], start: Job, out: Path, console: Console
-) -> dict[str, Any]:
+    arms: Sequence[Arm], jobs: Sequence[Job], start: Job, out: Path, console: Console,
+    metrics: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """results.json, table.md, curves.png and pareto.png in the output folder; the table, what
     failed and the advice on the screen."""
     from megatron_dr.compare import pictures
 
-    curves, found = gather(arms, jobs, start)
+    curves, found = gather(arms, jobs, start, metrics)
     (out / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    table(found, out / "table.md", console)
+    table(found, out / "table.md", console, metrics)
     said = [*(f"{name} failed: {reason}" for name, reason in found["failed"].items()),
-            found["advice"]]  # fmt: skip
+            *generated.unscored(found["arms"], metrics), found["advice"]]  # fmt: skip
     with (out / "table.md").open("a", encoding="utf-8") as file:
         file.writelines(f"\n{line}\n" for line in said)
     for line in said:
@@ -186,10 +200,15 @@ def write(
     return found
 
 
-def table(found: dict[str, Any], path: Path, console: Console) -> None:
+def table(found: dict[str, Any], path: Path, console: Console, metrics: Sequence[str] = ()) -> None:
     """A row for each arm; those that failed are the last."""
     base, before = found["compared with"], found["before"]
-    rows = [["before", f"{before['target-test']:.3f}", f"{before['general-test']:.3f}"]]
+
+    def scored(own: dict[str, Any]) -> list[str]:
+        return [figures.with_error(own[name]) if name in own else "" for name in metrics]
+
+    rows = [["before", f"{before['target-test']:.3f}", f"{before['general-test']:.3f}", "", "",
+             *scored(found["before, metrics"])]]  # fmt: skip
     for name, own in found["arms"].items():
         gap = figures.Difference(**own["target test, difference"])
         ratio = "" if gap.se is None or name == base else f"{figures.in_errors(gap):+.1f}"
@@ -197,16 +216,24 @@ def table(found: dict[str, Any], path: Path, console: Console) -> None:
             name + " (compared with)" * (name == base), figures.with_error(own["target test"]),
             figures.with_error(own["general test"]),
             "" if name == base else figures.with_error(gap.as_json(), "+.3f"), ratio,
-            str(own["step"]), f"{own['step time']:.2f}", f"{own['run seconds']:.0f}",
-            f"{own['memory'] / 2**30:.1f}",
+            *scored(own["metrics"]), str(own["step"]), f"{own['step time']:.2f}",
+            f"{own['run seconds']:.0f}", f"{own['memory'] / 2**30:.1f}",
         ])  # fmt: skip
-    header = ["arm", "target test", "general test", "target, difference", "in se", "at step",
-              "step time", "run, s", "GiB"]  # fmt: skip
+    header = ["arm", "target test", "general test", "target, difference", "in se", *metrics,
+              "at step", "step time", "run, s", "GiB"]  # fmt: skip
     rows += [[name, "failed"] for name in found["failed"]]
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
+    title, caption = _said(found, metrics)
+    figures.table(title, header, rows, path, console, caption, bold="(compared with)")
+
+
+def _said(found: dict[str, Any], metrics: Sequence[str]) -> tuple[str, str]:
+    """What is above the table and below it."""
+    base = found["compared with"]
     title = (f"Test loss, {UNIT}, mean ± standard error of {len(found['seeds'])} seed(s), at the "
              "step that was best on the target's validation")  # fmt: skip
+    if metrics:
+        title += f"; {', '.join(metrics)} of answers by the weights at the run's end"
     reference = "general" if "general" in found["arms"] else base
-    caption = (f"difference: paired over seeds, from {base}; step time: median, relative to "
-               f"{reference}; GiB: of main memory, the most of one process")  # fmt: skip
-    figures.table(title, header, rows, path, console, caption, bold="(compared with)")
+    return title, (f"difference: paired over seeds, from {base}; step time: median, relative to "
+                   f"{reference}; GiB: of main memory, the most of one process")  # fmt: skip

@@ -1,10 +1,13 @@
 """Arms as text, and the flags of the runs."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron_dr.compare.arms import Arm, parse
+from megatron_dr.compare.generated import Metrics, metrics, overlap
 from megatron_dr.compare.plan import Plan, Start, check_flags, data_ranks
 from megatron_dr.compare.splits import PARTS, Splits
 
@@ -120,3 +123,40 @@ def test_another_content_is_another_run(tmp_path: Path) -> None:
     base = made.base(10)
     assert base.fingerprint == first[0]  # it never sees the target's training records
     assert made.arm(cone, 1, 10, base).fingerprint != first[1]
+
+
+def asked(path: Path, *prompts: str) -> Path:
+    lines = [{"prompt": prompt, "response": "b"} for prompt in prompts]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_every_run_answers(tmp_path: Path) -> None:
+    """The base model's too, with as many tokens as the others."""
+    own = Metrics(("f1", "exact"), asked(tmp_path / "asked.jsonl", "a"), "asked.jsonl")
+    made = plan(tmp_path, "--dr-generate-tokens", "9", "--lr", "1")
+    made = dataclasses.replace(made, metrics=own)
+    (cone,) = parse("cone")
+    for job in (made.timed(cone), made.base(10), made.arm(cone, 1, 10, None)):
+        assert value(job.flags, "--dr-generate") == str(own.samples)
+        assert value(job.flags, "--dr-generate-metrics") == "f1,exact"
+        assert value(job.flags, "--dr-generate-tokens") == "9"
+    assert "--dr-generate" not in plan(tmp_path).base(10).flags
+
+
+def test_what_is_answered(tmp_path: Path) -> None:
+    """The target's test records, or a file, of which it is said what is trained on, too."""
+    test, train = asked(tmp_path / "test.jsonl", "c"), asked(tmp_path / "train.jsonl", "a", "b")
+    other = asked(tmp_path / "other.jsonl", "a", "d", "e")
+    assert metrics(None, None, test) is None
+    found = metrics("f1", None, test)
+    assert found == Metrics(("f1",), test, "the target's test records")
+    assert overlap(found, train) == ""
+    found = metrics("f1", str(other), test)
+    assert found is not None and found.samples == other
+    assert overlap(found, train).startswith("note: 1 of 3 samples of ")
+    other.write_text('{"prompt": "a", "response": "b"}\n{"text": "c"}\n')
+    with pytest.raises(ValueError, match=f"answers to .*: {other}:2: a sample whose answer"):
+        metrics("f1", str(other), test)
+    with pytest.raises(ValueError, match="give one file of samples, not a folder"):
+        metrics("f1", str(tmp_path), test)

@@ -118,3 +118,38 @@ def test_an_arm_that_failed_is_in_the_table_and_the_others_are_compared(tmp_path
     assert "| topk | failed |" in table and f"topk failed: {found['failed']['topk']}\n" in table
     with pytest.raises(ValueError, match="all arms failed; cone, seed 1: CUDA out of memory"):
         results.gather(parse("topk,cone")[::-1], jobs, start)
+
+
+def with_metrics(job: Job, **values: float) -> Job:
+    with (job.folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "generation", "iteration": 10, **values}) + "\n")
+    return job
+
+
+def test_metrics_of_answers_are_columns(tmp_path: Path) -> None:
+    """A metric that is no number fails its arm; answers without a score are said."""
+    of_seeds = {"mix:0.1": (0.5, 0.7), "cone": (0.6, 0.9), "topk": (0.5, float("nan"))}
+    jobs = [
+        with_metrics(run(tmp_path, arm, seed, LOSSES), f1=values[seed - 1], truncated=0.25)
+        for arm, values in of_seeds.items() for seed in (1, 2)
+    ]  # fmt: skip
+    with_metrics(jobs[2], **{"f1": 0.8, "truncated": 0.75, "failed f1": 3})
+    jobs.append(run(tmp_path, "auto", 1, LOSSES))
+    start = with_metrics(run(tmp_path, "base", 0, LOSSES), f1=0.1, truncated=1.0)
+    arms = parse("mix:0.1,cone,topk,auto")
+    results.write(arms, jobs, start, tmp_path, Console(quiet=True), ("f1",))
+    found = json.loads((tmp_path / "results.json").read_text())
+    own = found["arms"]["cone"]["metrics"]
+    assert own["f1"]["values"] == [0.8, 0.9] and own["f1"]["mean"] == pytest.approx(0.85)
+    assert own["f1"]["se"] == pytest.approx(scipy.stats.sem([0.8, 0.9]))
+    assert own["f1"]["failed"] == 3 and own["truncated"] == 0.5
+    assert found["failed"] == {
+        "topk": f"seed 2: f1 could score no answer ({jobs[5].folder})",
+        "auto": f"seed 1: no answers were generated ({jobs[6].folder})",
+    }
+    table = (tmp_path / "table.md").read_text()
+    assert "; f1 of answers by the weights at the run's end" in table
+    assert "| in se | f1 | at step |" in table and "| 0.850 ± 0.050 | " in table
+    before = next(line for line in table.splitlines() if line.startswith("| before"))
+    assert before.startswith("| before | 1.900 | 1.900 |  |  | 0.100 |")
+    assert "cone: 3 answers could not be scored by f1 and are left out of its mean." in table

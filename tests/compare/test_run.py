@@ -38,6 +38,12 @@ def write(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
+def write_asked(path: Path, answer: str) -> None:
+    """Sixteen samples that ask for an answer."""
+    lines = [{"prompt": "el", "response": f"{n} {answer}"} for n in range(16)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def under(out: Path) -> list[str]:
     """Command lines of the processes that have to do with a folder."""
     lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
@@ -69,8 +75,9 @@ def test_a_comparison(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """An arm whose weights become NaN fails, and the others are compared. Then it alone is left to
-    do, and the results are the same."""
-    argv = [*given, "--arms", f"cone,{BAD},mix:0.1"]
+    do, and the results are the same. Answers to the target's test are scored, too."""
+    write_asked(tmp_path / "t.jsonl", "n")
+    argv = [*given, "--arms", f"cone,{BAD},mix:0.1", "--metrics", "exact,f1"]
     assert main(argv) == 0, capsys.readouterr()
     said = capsys.readouterr().out
     assert "target: 16 records, 8 to train on, 4 for validation, 4 for the test" in said
@@ -82,6 +89,12 @@ def test_a_comparison(
     values = {name: own["target test"]["values"] for name, own in found["arms"].items()}
     assert values.keys() == {"mix:0.1", "cone"} and found["failed"].keys() == {BAD}
     assert all(0 < loss < 10 for losses in values.values() for loss in losses)
+    for of_run in (found["before, metrics"], *(own["metrics"] for own in found["arms"].values())):
+        assert of_run.keys() == {"exact", "f1", "truncated"} and 0 <= of_run["f1"]["mean"] <= 1
+    answers = tmp_path / "out" / "cone-seed-1" / "metrics.generated.jsonl"
+    assert len(answers.read_text().splitlines()) == 4
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "exact, f1 of answers by the weights at the run's end" in table
 
     def never(jobs: list[Job], *_: object) -> None:
         assert [job.arm for job in jobs] == [BAD], "a finished run is run again"
@@ -90,7 +103,7 @@ def test_a_comparison(
     assert main(argv) == 0
     assert "3 of 4 runs are finished; 1 to do" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
-    write(tmp_path / "t.jsonl", [f"la {n}" for n in range(16)])  # other data
+    write_asked(tmp_path / "t.jsonl", "m")  # other data
     with pytest.raises(AssertionError, match="run again"):
         main(argv)
     assert "0 of 1 runs are finished; 1 to do, 1 of them anew" in capsys.readouterr().out
@@ -215,6 +228,10 @@ def test_a_finished_run_is_known_by_its_fingerprint(tmp_path: Path) -> None:
         ("--seed 3", "--seed: compare gives"), ("--model m --base-steps 3", "--base-steps is of"),
         ("--ranks 3 --tensor-model-parallel-size 2", "--ranks 3 must be"),
         ("--tokenizer nowhere", "--tokenizer nowhere: no folder"), ("", "few.jsonl: 1 different"),
+        ("--metrics bleu", "--metrics bleu: no such metric"),
+        ("--metrics f1", "--metrics asks for answers to the target's test records: "),
+        ("--metrics-target few.jsonl", "--metrics-target needs --metrics"),
+        ("--dr-generate few.jsonl", "--dr-generate: compare gives"),
     ],
 )  # fmt: skip
 def test_refused(tmp_path: Path, more: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
