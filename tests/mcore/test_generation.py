@@ -14,6 +14,7 @@ from megatron_dr.report import metrics
 from ._train import flags, run
 
 STEPS = 40  # in which it learns to say one thing to all prompts
+FEW = "--micro-batch-size 4 --eval-interval 100"  # passes of the model
 MORE = "--dr-generate-metrics exact,f1,tests.mcore._rewards:wants --dr-generate-tokens 8"
 Line = dict[str, Any]
 
@@ -40,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def trained(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One rank trains, saves and answers: its folder, its line of metrics, answers and log."""
     folder = tmp_path_factory.mktemp("trained")
-    more = f"""--dr-generate {data["asked"]} {MORE} --save {folder} --save-interval 100
+    more = f"""{FEW} --dr-generate {data["asked"]} {MORE} --save {folder} --save-interval 100
         --dr-metrics {folder}/m.jsonl --tensorboard-dir {folder}/board"""
     code, out, error = run(flags(data, more, STEPS), 1)[0]
     assert code == 0, error
@@ -107,7 +108,7 @@ def test_every_layout_has_the_same(
 @pytest.mark.soak
 def test_two_ranks_train_and_answer(data: dict[str, str], tmp_path: Path) -> None:
     """Without held-out data, into --save. A run that is stopped before its end answers nothing."""
-    argv = flags(data, f"--dr-generate {data['asked']} --save {tmp_path}/a", STEPS)
+    argv = flags(data, f"{FEW} --dr-generate {data['asked']} --save {tmp_path}/a", STEPS)
     at = argv.index("--valid-data-path")
     del argv[at : at + 2]
     for code, _, error in run(argv):
