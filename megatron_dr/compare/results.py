@@ -133,20 +133,13 @@ def gather(
         raise ValueError(f"all arms failed; {name}, {reason}")
     curves = {arm.name: [curve(job) for job in jobs if job.arm == arm.name] for arm in arms}
     outcomes = {name: outcome(found) for name, found in curves.items()}
-    times = figures.step_times(jobs)
     mix = best(outcomes, [arm.name for arm in arms if arm.is_mix])
     base = baseline(arms, mix)
-    per_step = times.get("general", times[base])
+    timed = _times(figures.step_times(jobs), base)
     of_arms = {
-        name: {
-            **_losses(own, outcomes[base]), "step seconds": times[name],
-            "step time": times[name] / per_step,
-            "run seconds": statistics.mean(job.done["seconds"] for job in every[name]),
-            "memory": max(job.done["memory"] for job in every[name]),
-            "metrics": generated.summary(every[name], metrics),
-        }
+        name: {**_losses(own, outcomes[base]), **timed[name], **_runs(every[name], metrics)}
         for name, own in outcomes.items()
-    }  # fmt: skip
+    }
     first = {name: list(values.values())[-1] for name, values in curve(start).items()}
     return curves, {
         "unit": UNIT, "seeds": sorted({job.seed for job in jobs}), "steps": jobs[0].steps,
@@ -164,6 +157,21 @@ def _losses(own: Outcome, base: Outcome) -> dict[str, Any]:
         "target test, difference": figures.paired(own.target, base.target).as_json(),
         "general test, difference": figures.paired(own.general, base.general).as_json(),
     }  # fmt: skip
+
+
+def _times(seconds: Mapping[str, float], base: str) -> dict[str, dict[str, float]]:
+    """Of each arm's training step, as results.json has it; relative to `general`, if it is one."""
+    of = seconds.get("general", seconds[base])
+    return {name: {"step seconds": own, "step time": own / of} for name, own in seconds.items()}
+
+
+def _runs(own: Sequence[Job], metrics: Sequence[str]) -> dict[str, Any]:
+    """Of an arm's runs as wholes, as results.json has it."""
+    return {
+        "run seconds": statistics.mean(job.done["seconds"] for job in own),
+        "memory": max(job.done["memory"] for job in own),
+        "metrics": generated.summary(own, metrics),
+    }
 
 
 def write(
