@@ -28,7 +28,7 @@ from megatron_dr.compare import arms as arms_
 from megatron_dr.compare import budget, generated, launch, results, splits, start
 from megatron_dr.compare.arms import Arm
 from megatron_dr.compare.jobs import Job
-from megatron_dr.compare.plan import BASE_STEPS, Plan, check_flags, data_ranks
+from megatron_dr.compare.plan import BASE_STEPS, TOKENS, Plan, check_flags, data_ranks, number
 from megatron_dr.report import answers
 
 DEVICE = "MEGATRON_DR_DEVICE"
@@ -91,8 +91,10 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
         raise ValueError(f"{flag} is of a model from scratch, and --model has its own: drop one.")
     if args.metrics is not None:
         answers.parse("--metrics", args.metrics)
-    elif args.metrics_target is not None:
-        raise ValueError("--metrics-target needs --metrics: give it, or drop the flag.")
+    else:
+        given = {"--metrics-target": args.metrics_target, TOKENS: number(more, TOKENS, 0)}
+        for flag in (flag for flag, value in given.items() if value):
+            raise ValueError(f"{flag} needs --metrics: give it, or drop the flag.")
     budget.seconds(args.budget or BUDGET)
     check_flags(more)
     return args, more

@@ -54,11 +54,12 @@ def metrics(names: str | None, given: str | None, test: Path) -> Metrics | None:
         test: the target's test records, in place of a file that is not given.
 
     Raises:
-        ValueError: a folder, or as `answers.parse` and `Metrics`.
+        ValueError: a folder, a reward that can't be loaded, or as `answers.parse` and `Metrics`.
     """
     if names is None:
         return None
     parsed = answers.parse("--metrics", names)
+    answers.check_rewards(parsed)
     if given is None:
         return Metrics(parsed, test, "the target's test records")
     if Path(given).is_dir():  # a finished run is known by the content of the files it is given

@@ -24,6 +24,7 @@ SMALL = """
 """
 LOADED = "--seq-length 512 --hidden-dropout 0 --attention-dropout 0 --lr 1e-5"
 BATCH = 16
+TOKENS = "--dr-generate-tokens"
 COMMON = f"""
     --use-distributed-optimizer --log-interval 20 --micro-batch-size 1 --global-batch-size {BATCH}
     --lr-decay-style linear --min-lr 0
@@ -128,8 +129,8 @@ class Plan:
         """The base model's run has these, too, and none of the user's own."""
         if self.metrics is None:
             return ""
-        length = number(self.more, "--dr-generate-tokens", 0)
-        more = ("--dr-generate-tokens", str(length)) if length else ()
+        length = number(self.more, TOKENS, 0)
+        more = (TOKENS, str(length)) if length else ()
         return shlex.join((*self.metrics.flags, *more))
 
     def _load(self) -> str:

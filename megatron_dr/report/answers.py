@@ -9,9 +9,12 @@ import functools
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
+
+from megatron_dr.config.rl import RLConfig
+from megatron_dr.rl.reward_pool import RewardPool
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -63,6 +66,26 @@ class _Words:
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {"exact": exact, "f1": f1, "rouge_l": rouge_l}
+
+
+def open_reward(name: str) -> RewardPool:
+    """A process that scores by a reward function, module:function, as in training by rewards.
+
+    Raises:
+        ValueError: it can't be loaded or used here.
+    """
+    return RewardPool(name, RLConfig.reward_workers, RLConfig.reward_timeout)
+
+
+def check_rewards(names: Sequence[str]) -> None:
+    """Load each reward among these metrics once: tells a wrong name now, not at a run's end.
+
+    Raises:
+        ValueError: as `open_reward`.
+    """
+    for name in names:
+        if name not in METRICS:
+            open_reward(name).close()
 
 
 def parse(flag: str, text: str) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class RewardModel:
                 texts[number] = self._text(sample)
             except Exception as error:  # a template refuses what it likes
                 failures["raised"] += 1
-                self._warn(number, first_line(error))
+                self._warn(sample.named(number), first_line(error))
         reward_N = self._forward(list(texts.values()))
         for number, reward, finite in zip(
             texts, reward_N.tolist(), reward_N.isfinite().tolist(), strict=True
@@ -93,15 +93,16 @@ class RewardModel:
                 rewards[number] = reward
             else:
                 failures["invalid"] += 1
-                self._warn(number, f"the score is {reward}, not a finite number")
+                name = samples[number].named(number)
+                self._warn(name, f"the score is {reward}, not a finite number")
         return Scores(rewards, failures)
 
     def close(self) -> None:
         """Let the model's memory go."""
         self._model = None
 
-    def _warn(self, number: int, message: str) -> None:
-        _log.warning("reward model %s, sample %d: %s", self._folder, number, message)
+    def _warn(self, name: str, message: str) -> None:
+        _log.warning("reward model %s, %s: %s", self._folder, name, message)
 
     def _text(self, sample: Sample) -> str:
         if self._tokenizer.chat_template is None:

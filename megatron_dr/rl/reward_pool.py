@@ -20,11 +20,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """What a reward function sees; the answer must be JSON."""
+    """What a reward function sees; the answer must be JSON. `origin`, for messages: where the
+    prompt is from."""
 
     prompt: Any
     completion: str
     answer: Any
+    origin: str = ""
+
+    def named(self, number: int) -> str:
+        """In a message, as one of a batch."""
+        return self.origin or f"sample {number}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class RewardPool:
         finally:
             self._idle.put(process)
         if isinstance(result, RewardFailure):
-            _log.warning("reward %s, sample %d: %s", self.name, number, result.message)
+            _log.warning("reward %s, %s: %s", self.name, sample.named(number), result.message)
         return result
 
     def close(self) -> None:

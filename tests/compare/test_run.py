@@ -230,7 +230,9 @@ def test_a_finished_run_is_known_by_its_fingerprint(tmp_path: Path) -> None:
         ("--tokenizer nowhere", "--tokenizer nowhere: no folder"), ("", "few.jsonl: 1 different"),
         ("--metrics bleu", "--metrics bleu: no such metric"),
         ("--metrics f1", "--metrics asks for answers to the target's test records: "),
+        ("--metrics tests.nowhere:f", "reward 'tests.nowhere:f' can't be loaded: No module"),
         ("--metrics-target few.jsonl", "--metrics-target needs --metrics"),
+        ("--dr-generate-tokens=4", "--dr-generate-tokens needs --metrics"),
         ("--dr-generate few.jsonl", "--dr-generate: compare gives"),
     ],
 )  # fmt: skip

@@ -119,5 +119,10 @@ def test_a_run_with_nothing_left_to_train(
     with pytest.raises(SystemExit) as left:
         begin.leave_if_complete(args)
     assert left.value.code == 0 and "runs/a is complete" in sentences[0] and said in sentences[0]
+    assert "--dr-generate" not in sentences[0]
+    args.dr_generate = "asked.jsonl"
+    with pytest.raises(SystemExit):
+        begin.leave_if_complete(args)
+    assert sentences[1] == f"{sentences[0]}; with --skip-train it answers --dr-generate"
     args.skip_train = True  # to validate it
     begin.leave_if_complete(args)

@@ -10,6 +10,7 @@ import pytest
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.loop import generation
 from megatron_dr.report import metrics
+from megatron_dr.rl.rollouts import Completion
 
 from ._train import flags, run
 
@@ -45,7 +46,7 @@ def trained(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
         --dr-metrics {folder}/m.jsonl --tensorboard-dir {folder}/board"""
     code, out, error = run(flags(data, more, STEPS), 1)[0]
     assert code == 0, error
-    return {"folder": folder, "out": out, **left(folder / "m.jsonl")}
+    return {"folder": folder, "out": out, "error": error, **left(folder / "m.jsonl")}
 
 
 def left(path: Path) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def test_answers_are_scored_and_kept(trained: dict[str, Any], data: dict[str, st
     assert line["kind"] == "generation" and line["iteration"] == STEPS and line["truncated"] == 0
     assert line["exact"] == 0.4 and line["f1"] == pytest.approx((2 + 2 / 3) / 5)
     assert line[reward] == 22 / 4 and line[f"failed {reward}"] == 1  # of those that it scored
+    assert f"{reward}, {data['asked']}:5: TypeError: " in trained["error"]
     out = trained["out"]
     said = f" generation at iteration {STEPS} | exact: 4.000000E-01 | f1: 5.333333E-01 | "
     assert 0 < out.rindex("validation loss at iteration") < out.index(said), "it comes last"
@@ -160,6 +162,14 @@ def test_refused(args: dict[str, Any], own: dict[str, Any], sentence: str) -> No
     generation.check(Namespace(**{**ARGS, **args}), TargetConfig())  # off
     with pytest.raises(ValueError, match=sentence):
         generation.check(Namespace(**{**ARGS, **args}), TargetConfig(generate="a.jsonl", **own))
+
+
+def test_an_answer_of_no_tokens_is_no_text() -> None:
+    """Whatever a tokenizer makes of an empty list."""
+    at_once, cut = Completion((0,), (-1.0,), "stop"), Completion((7, 0), (-1.0, -1.0), "length")
+    own = Namespace(tokenizer=Namespace(detokenize=lambda ids: f"{ids[0]}, {len(ids)} in all"))
+    assert generation.Generation._text(own, at_once) == ""
+    assert generation.Generation._text(own, cut) == "7, 2 in all"
 
 
 def test_of_no_score_there_is_no_mean() -> None:

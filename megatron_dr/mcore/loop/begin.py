@@ -91,11 +91,13 @@ def leave_if_complete(args: Namespace) -> None:
     """End a run that has nothing left to train with exit code 0; its checkpoint is loaded."""
     if args.skip_train or not args.train_iters or args.iteration < args.train_iters:
         return
+    asks = bool(getattr(args, "dr_generate", None))
+    answers = "; with --skip-train it answers --dr-generate" * asks
     say(
         f"{args.load} is complete: it has {args.iteration} iterations of {args.train_iters}; raise "
-        f"--train-iters to go on, with {rate.OVERRIDE}"
+        f"--train-iters to go on, with {rate.OVERRIDE}{answers}"
         if args.train_samples is None else
         f"{args.load} is complete: it has all of --train-samples {args.train_samples}; raise it to "
-        f"go on, with {rate.OVERRIDE}"
+        f"go on, with {rate.OVERRIDE}{answers}"
     )  # fmt: skip
     raise SystemExit(0)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dr.config.rl import RLConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.data.samples import chat_of, note_passed_over
@@ -35,7 +34,7 @@ from megatron_dr.mcore.say import log
 from megatron_dr.report import answers
 from megatron_dr.report.metrics import MetricsFile
 from megatron_dr.rl.prompts import read_asked
-from megatron_dr.rl.reward_pool import RewardPool, Sample
+from megatron_dr.rl.reward_pool import Sample
 from megatron_dr.rl.rollouts import Completion, SamplingParams
 
 Scores = dict[str, list[float | None]]  # by metric, in the order of the samples
@@ -77,9 +76,7 @@ class Generation:
         note_passed_over(own.generate)
         chat = chat_of(self.tokenizer)
         self.asked = read_asked(own.generate, self.tokenizer, args.seq_length, chat)
-        for name in self.names:
-            if name not in answers.METRICS:
-                _pool(name).close()  # tells a wrong name now, not at the end
+        answers.check_rewards(self.names)
         ends = {one.end for one in self.asked if one.end is not None} | {self.tokenizer.eod}
         self.rollouts = MegatronRollouts(model, largest_id(self.tokenizer) + 1, ends)
         self.rollouts.context = min(self.rollouts.context, args.seq_length)
@@ -118,7 +115,7 @@ class Generation:
         ids = list(completion.ids)
         if completion.finish_reason == "stop":
             ids.pop()  # the token that ends it
-        text: str = self.tokenizer.detokenize(ids)
+        text: str = self.tokenizer.detokenize(ids) if ids else ""
         return text
 
     def _scores(self, name: str, texts: Sequence[str]) -> list[float | None]:
@@ -126,9 +123,12 @@ class Generation:
         pairs = list(zip(self.asked, texts, strict=True))
         if name in answers.METRICS:
             return [answers.METRICS[name](text, one.reference) for one, text in pairs]
-        samples = [Sample(one.prompt.content, text, one.prompt.answer) for one, text in pairs]
+        samples = [
+            Sample(one.prompt.content, text, one.prompt.answer, one.prompt.origin)
+            for one, text in pairs
+        ]
         with errors.agreed():
-            pool = _pool(name)
+            pool = answers.open_reward(name)
         with contextlib.closing(pool):
             reward_N, _ = score(pool, samples)
         return [None if math.isnan(value) else value for value in reward_N.tolist()]
@@ -162,10 +162,6 @@ class Generation:
                 "lost")  # fmt: skip
         else:
             log(f"megatron_dr: {len(lines)} answers are in {path}")
-
-
-def _pool(name: str) -> RewardPool:
-    return RewardPool(name, RLConfig.reward_workers, RLConfig.reward_timeout)
 
 
 def _path(args: Namespace) -> Path:

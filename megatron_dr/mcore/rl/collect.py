@@ -113,7 +113,7 @@ class Collector:
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], role: str
     ) -> tuple[torch.Tensor, dict[str, float]]:
         samples = [
-            Sample(p.content, self._text(c), p.answer)
+            Sample(p.content, self._text(c), p.answer, p.origin)
             for p, c in zip(prompts, completions, strict=True)
         ]
         reward_N, failures = score(self.scorers[role], samples)
