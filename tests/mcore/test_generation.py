@@ -110,7 +110,8 @@ def test_every_layout_has_the_same(
 @pytest.mark.soak
 def test_two_ranks_train_and_answer(data: dict[str, str], tmp_path: Path) -> None:
     """Without held-out data, into --save. A run that is stopped before its end answers nothing."""
-    argv = flags(data, f"{FEW} --dr-generate {data['asked']} --save {tmp_path}/a", STEPS)
+    common = f"{FEW} --dr-generate {data['asked']} --save-interval 100 --save"
+    argv = flags(data, f"{common} {tmp_path}/a", STEPS)
     at = argv.index("--valid-data-path")
     del argv[at : at + 2]
     for code, _, error in run(argv):
@@ -118,8 +119,7 @@ def test_two_ranks_train_and_answer(data: dict[str, str], tmp_path: Path) -> Non
     text = (tmp_path / "a" / "generated.jsonl").read_text()
     scores = [json.loads(line)["scores"] for line in text.splitlines()]
     assert [one["exact"] for one in scores] == [1, 1, 0, 0, 0]
-    more = f"--dr-generate {data['asked']} --save {tmp_path}/b --exit-interval 2"
-    assert run(flags(data, more))[0][0] == 0
+    assert run(flags(data, f"{common} {tmp_path}/b --exit-interval 2"))[0][0] == 0
     assert not (tmp_path / "b" / "generated.jsonl").exists()
 
 
