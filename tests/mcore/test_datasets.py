@@ -1,7 +1,9 @@
 """Both roles' data, through Megatron's own flags and dataset builder, on real ranks."""
 
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,37 @@ def test_split_parts_the_samples(tmp_path: Path) -> None:
     (parts,) = on_ranks(1, general, flags, [5, 3, 2])
     assert [len(part) for part in parts] == [5, 3, 2]
     assert sorted(sum(parts, [])) == [f"a {n}" for n in range(SAMPLES)]
+
+
+OTHERWISE = "is evaluated as the general validation set is, but there is none: give"
+
+
+@pytest.mark.parametrize(
+    "given, test, said",
+    [
+        ({}, "a test set", f"^a test set {OTHERWISE} --valid-data-path, or --eval-iters 0.$"),
+        ({"dr_target_valid_data": "a"}, None, f"^--dr-target-valid-data {OTHERWISE} .* 0.$"),
+        ({"dr_target_test_data": "a"}, None, f"^--dr-target-test-data {OTHERWISE} .* drop it.$"),
+        ({"full_validation": True, "eval_iters": 0}, None, f"^--full-valida.* {OTHERWISE} .* it.$"),
+        ({"eval_iters": 0, "dr_target_valid_data": "a"}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_without_a_validation_set(
+    given: dict[str, Any], test: str | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be evaluated with it, or all of it, is refused; else nothing is evaluated."""
+    monkeypatch.setattr(datasets.torch.distributed, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(datasets.torch.cuda, "current_device", lambda: "cpu")
+    args = Namespace(**{"eval_iters": 7, "full_validation": False} | given)
+    datasets.settle_validation(args, "a validation set", test)
+    assert args.eval_iters == given.get("eval_iters", 7)
+    if said is None:
+        datasets.settle_validation(args, None, test)
+        assert args.eval_iters == 0
+    else:
+        with pytest.raises(ValueError, match=said):
+            datasets.settle_validation(args, None, test)
 
 
 def test_data_parallel_ranks_build_the_same(tmp_path: Path) -> None:

@@ -108,31 +108,35 @@ def general_datasets(
         kind, num_samples, lambda: _has_data(vp_stage, config.packed), config
     )
     train, valid, test = (part if part is None or len(part) else None for part in builder.build())
-    _settle_validation(args, valid, test)
+    settle_validation(args, valid, test)
     return train, valid, test
 
 
-def _settle_validation(args: argparse.Namespace, valid: Any, test: Any) -> None:
-    """Without a validation set there is no validation (collective).
+def settle_validation(args: argparse.Namespace, valid: Any, test: Any) -> None:
+    """Without a general validation set there is no validation (collective).
 
     Megatron 0.19 begins one wherever --eval-iters is above 0, and its default is 100.
 
     Raises:
-        ValueError: something else was to be evaluated with it.
+        ValueError: something else was to be evaluated with it, or all of it.
     """
     here = [valid is not None, test is not None]
     found = torch.tensor(here, dtype=torch.int, device=torch.cuda.current_device())
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    if found[0] or not args.eval_iters:
+    if found[0] or not (args.eval_iters or args.full_validation):
         return
-    names = ("dr_target_valid_data", "dr_target_test_data")
-    given = [name for name in names if getattr(args, name, None)]
-    flag = "--" + given[0].replace("_", "-") if given else None
-    flag = "a test set" if found[1] else flag
-    if flag is not None:
+    test_data = getattr(args, "dr_target_test_data", None)
+    otherwise = "drop it" if args.full_validation or test_data else "--eval-iters 0"
+    wanted = {
+        "a test set": found[1],
+        "--dr-target-test-data": test_data,
+        "--dr-target-valid-data": getattr(args, "dr_target_valid_data", None),
+        "--full-validation": args.full_validation,
+    }
+    for what in (what for what, given in wanted.items() if given):
         raise ValueError(
-            f"{flag} is evaluated as the general validation set is, but there is none: give "
-            "--valid-data-path, or --eval-iters 0."
+            f"{what} is evaluated as the general validation set is, but there is none: give "
+            f"--valid-data-path, or {otherwise}."
         )
     args.eval_iters = 0
 

@@ -102,11 +102,12 @@ def general_datasets(
         pairs: by path.
 
     Raises:
-        ValueError: a split without pairs.
+        ValueError: a split without pairs, or what `datasets.settle_validation` refuses.
     """
     config = datasets.dataset_config(args)
     config.samples = pairs
     datasets.check_splits(config, num_samples)
     builder = BlendedMegatronDatasetBuilder(SampleDataset, num_samples, lambda: True, config)
     train, valid, test = (part if part is None or len(part) else None for part in builder.build())
+    datasets.settle_validation(args, valid, test)
     return train, valid, test
