@@ -27,6 +27,7 @@ def test_folders_for_checkpoints(tmp_path: Path) -> None:
     good, bad = tmp_path / "new" / "folder", tmp_path / "file" / "folder"
     names = ("save", "non_persistent_global_ckpt_dir", "non_persistent_local_ckpt_dir")
     nothing = dict.fromkeys((*names, "load", "pretrained_checkpoint", "ckpt_step"))
+    nothing["skip_train"] = None
     begin.check_folders(Namespace(**nothing, non_persistent_ckpt_type=None))
     begin.check_folders(Namespace(**{**nothing, "save": str(good)}, non_persistent_ckpt_type=None))
     assert good.is_dir() and not list(good.iterdir())
@@ -75,7 +76,7 @@ def test_a_last_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     args = Namespace(
         save=None, non_persistent_global_ckpt_dir=None, non_persistent_local_ckpt_dir=None,
-        load=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None,
+        load=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, skip_train=False,
     )  # fmt: skip
     with pytest.raises(ValueError, match="it says '7', and there is no such checkpoint, where"):
         begin.check_folders(args)
@@ -83,6 +84,21 @@ def test_a_last_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     begin.check_folders(args)
     args.ckpt_step = None
     (tmp_path / "iter_0000007").mkdir()
+    begin.check_folders(args)
+
+
+def test_nothing_but_a_checkpoint_is_evaluated(tmp_path: Path) -> None:
+    """Of random weights there is nothing to tell; a run that trains begins with them."""
+    names = ("save", "non_persistent_global_ckpt_dir", "non_persistent_local_ckpt_dir")
+    nothing = dict.fromkeys((*names, "pretrained_checkpoint", "ckpt_step"))
+    args = Namespace(
+        **nothing, load=str(tmp_path), non_persistent_ckpt_type=None, skip_train=True
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"--load {tmp_path}: no checkpoint is there .* random"):
+        begin.check_folders(args)
+    args.skip_train = False
+    begin.check_folders(args)
+    args.skip_train, args.pretrained_checkpoint = True, str(tmp_path)
     begin.check_folders(args)
 
 

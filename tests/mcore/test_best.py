@@ -102,7 +102,16 @@ REFUSED = [
     ({"target_valid_data": None}, {}, "--dr-keep-best needs --dr-target-valid-data, by which"),
     ({}, {"eval_interval": None}, "--dr-keep-best needs --eval-interval"),
     ({}, {"eval_iters": 0}, "--dr-keep-best needs validation"),
-    ({}, {"skip_train": True}, "--dr-keep-best is of a run that trains"),
+    ({}, {"full_validation": True}, "--full-validation needs --multiple-validation-sets"),
+    ({}, {"skip_train": True}, "--dr-keep-best is of a run that trains: drop it, or --skip-train."),
+    (
+        {"keep_best": False}, {"skip_train": True},
+        "--dr-target-valid-data is of a run that trains: .* give its data as --valid-data-path",
+    ),
+    (
+        {"keep_best": False, "target_valid_data": None, "metrics": "m.jsonl"}, {"skip_train": True},
+        "--dr-metrics is of a run that trains: .* or have answers to write with --dr-generate",
+    ),
     (
         {"keep_best": False, "target_test_data": "test.jsonl"}, {"eval_iters": 0},
         "--dr-target-test-data needs validation",
@@ -114,7 +123,7 @@ REFUSED = [
 def test_without_what_it_needs_it_is_refused(
     changed: dict[str, Any], args: dict[str, Any], sentence: str
 ) -> None:
-    options = Namespace(**{**ARGS, "full_validation": False})
+    options = Namespace(**{**ARGS, "full_validation": False, "multiple_validation_sets": False})
     best.check(options, TargetConfig(**GIVEN))
     vars(options).update(args)
     with pytest.raises(ValueError, match=sentence):

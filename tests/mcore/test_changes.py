@@ -64,6 +64,32 @@ def test_what_can_not_go_on_is_refused_unless_it_is_meant(
         changes.check(now, then, speak=False)
 
 
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        ("{plugin} --dr-pack", "--dr-generate {target}", None),
+        ("--dr-target-data {target} --dr-dpo-beta 1", "", None),
+        ("--dr-set mean --dr-meso-size 8", "", None),
+        ("--dr-lora-rank 4", "--dr-lora-rank 4", None),
+        ("--dr-lora-rank 4", "", "had the plugin on, and this one has off, but what is evaluated"),
+        ("{plugin} --dr-lora-rank 4", "--dr-generate {target}", "dr-lora-rank 4, and this one has"),
+        ("--dr-lora-rank 4", "--dr-lora-rank 4 --dr-lora-alpha 2", "--dr-lora-alpha 16.0, and"),
+    ],
+)
+def test_without_training_the_model_alone_has_to_be_the_same(
+    target: str, before: str, after: str, said: str | None
+) -> None:
+    then, now = (
+        started(*line.format(plugin=PLUGIN.format(target=target), target=target).split(), *more)
+        for line, more in ((before, ()), (after, ("--skip-train",)))
+    )
+    if said is None:
+        changes.check(now, then, speak=True)
+    else:
+        with pytest.raises(ValueError, match=said):
+            changes.check(now, then, speak=True)
+
+
 def test_what_has_not_changed_is_not_refused(target: str, tmp_path: Path) -> None:
     """Data that lie elsewhere, and a checkpoint before the first step."""
     other = tmp_path / "moved.jsonl"

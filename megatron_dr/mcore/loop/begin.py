@@ -29,6 +29,20 @@ def check_folders(args: Namespace) -> None:
         tracker = Path(folder or "") / _TRACKER
         if folder and not args.ckpt_step and tracker.is_file():
             _check_tracker(tracker, is_loaded=True)
+    _check_evaluated(args)
+
+
+def _check_evaluated(args: Namespace) -> None:
+    """Megatron begins with random weights where --load has none, for a run's first start; there is
+    no such start where nothing is trained."""
+    if not args.skip_train or not args.load:
+        return
+    elsewhere = (args.ckpt_step, args.pretrained_checkpoint, args.non_persistent_ckpt_type)
+    if not any(elsewhere) and not (Path(args.load) / _TRACKER).is_file():
+        raise ValueError(
+            f"--load {args.load}: no checkpoint is there (it has no {_TRACKER}), and with "
+            "--skip-train random weights would be evaluated: name a folder that has one."
+        )
 
 
 def _check_written(flag: str, folder: Path) -> None:

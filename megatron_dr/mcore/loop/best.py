@@ -35,9 +35,14 @@ def check(args: Namespace, target: TargetConfig) -> None:
     """Raise ValueError where there is nothing to judge by, or nowhere to keep it; after Megatron's
     own checks of its arguments."""
     wanted = {"--dr-keep-best": target.keep_best, "--dr-target-test-data": target.target_test_data}
+    if args.full_validation and not args.multiple_validation_sets:
+        raise ValueError(
+            "--full-validation needs --multiple-validation-sets, of one set too: without it "
+            "Megatron fails at the first evaluation: give both, or --eval-iters."
+        )
+    if args.skip_train:
+        _check_alone(target, wanted)
     for flag in (flag for flag, given in wanted.items() if given):
-        if args.skip_train:
-            raise ValueError(f"{flag} is of a run that trains: drop it, or --skip-train.")
         if not args.eval_iters and not args.full_validation:
             raise ValueError(
                 f"{flag} needs validation: give held-out data, and --eval-iters above 0."
@@ -52,6 +57,23 @@ def check(args: Namespace, target: TargetConfig) -> None:
     for what, value in missing.items():
         if not value:
             raise ValueError(f"--dr-keep-best needs {what}: give it, or drop the flag.")
+
+
+def _check_alone(target: TargetConfig, wanted: dict[str, Any]) -> None:
+    """Without training nothing is evaluated but Megatron's own sets, and nothing written."""
+    wanted = {
+        **wanted,
+        "--dr-target-valid-data": target.target_valid_data,
+        "--dr-metrics": target.metrics and not target.generate,
+    }
+    instead = {
+        "--dr-target-valid-data": ", or give its data as --valid-data-path",
+        "--dr-metrics": ", or have answers to write with --dr-generate",
+    }
+    for flag in (flag for flag, given in wanted.items() if given):
+        raise ValueError(
+            f"{flag} is of a run that trains: drop it, or --skip-train{instead.get(flag, '')}."
+        )
 
 
 class Best:

@@ -1,7 +1,8 @@
 """What a resumed run has otherwise than the run of its checkpoint: said, or refused.
 
 Each step's own dials may change. What may not, unless it is named by --dr-changed-ok, are features
-switched off, and what the checkpoint's state belongs to: places in data, rollouts under way.
+switched off, and what the checkpoint's state belongs to: places in data, rollouts under way. A run
+with --skip-train takes no step, and needs of these only what adds weights to the model.
 """
 
 from argparse import Namespace
@@ -12,6 +13,7 @@ from megatron_dr.mcore.loop.agreement import said
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.loop.record import PACKAGE, PLUGIN, Record
 from megatron_dr.mcore.say import say
+from megatron_dr.mcore.seams.part import Part
 
 ATTRIBUTE = "megatron_dr_record"
 _PLACE = "its place in that data is of no use in other data"
@@ -41,6 +43,7 @@ def check(args: Namespace, before: Namespace, speak: bool) -> None:
             f"--dr-changed-ok {unknown[0]}: no flag of this run or the checkpoint's has that name, "
             "which is said without dashes in front: mend it or drop it."
         )
+    speak = speak and not args.skip_train
     for name, (old, new) in changed.items():
         if name in refused and name not in allowed:
             raise ValueError(
@@ -79,17 +82,33 @@ def _changed(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
 
 def _switches() -> list[str]:
     """Names that a record has where a feature is on."""
-    own = [f"dr-{part.name}-{part.switch.replace('_', '-')}" for part in parts.PARTS if part.switch]
+    own = [_switch(part) for part in parts.PARTS if part.switch]
     return ["dr-set", *own, *(flag.removeprefix("--") for p in parts.PARTS for flag in p.flags)]
+
+
+def _switch(part: Part) -> str:
+    return f"dr-{part.name}-{part.switch.replace('_', '-')}"
 
 
 def _refused(args: Namespace, before: Namespace, then: Record, now: Record) -> dict[str, str]:
     """Names that must be as they were, and why."""
+    if args.skip_train:
+        return _of_the_model(args, before, then, now)
     found = {} if then.get("dr-target-data") is None else {"dr-target-data": _PLACE}
     for part, own in parts.on(args):
         found |= part.kept(own, before)
     found |= {name: _OFF for name in _switches() if name in then and name not in now}
     return found | ({PLUGIN: _OFF} if now[PLUGIN] == "off" else {})
+
+
+def _of_the_model(args: Namespace, before: Namespace, then: Record, now: Record) -> dict[str, str]:
+    """As `_refused`, of what the loaded weights are of."""
+    why = "what is evaluated would be the model without it"
+    own = [part for part in parts.PARTS if part.switch and part.adds_weights]
+    off = {name: why for name in map(_switch, own) if name in then and name not in now}
+    kept = {name: reason for part, given in parts.on(args) if part.adds_weights
+            for name, reason in part.kept(given, before).items()}  # fmt: skip
+    return off | kept | ({PLUGIN: why} if off and now[PLUGIN] == "off" else {})
 
 
 def _named(name: str) -> str:

@@ -33,7 +33,7 @@ class LoRAPart(Part):
     """--dr-lora-rank: adapters on a frozen model."""
 
     name, config, switch, flag = "lora", LoRAConfig, "rank", "--dr-lora-rank"
-    who, refused = compat.WHO, compat.REFUSED
+    who, refused, adds_weights = compat.WHO, compat.REFUSED, True
 
     def on_model(self, own: LoRAConfig, args: Namespace) -> Callable[[list[Any]], list[Any]]:
         lora = dataclasses.replace(own, seed=args.seed)

@@ -21,6 +21,7 @@ class Part:
         flag: what switches it on, as sentences say it.
         flags: more flags, with what `add_argument` needs.
         who: how its refusals begin.
+        adds_weights: whether a model is another one without it, also where nothing is trained.
         refused: what it does not go with, before Megatron's own checks and after them, which switch
             flags on.
     """
@@ -31,6 +32,7 @@ class Part:
     flag = ""
     flags: dict[str, dict[str, Any]] = {}
     who = ""
+    adds_weights = False
     refused: tuple[Rule, ...] = ()
 
     def of(self, args: Namespace) -> Any:
