@@ -19,6 +19,13 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"kl": -0.1}, "--dr-rl-kl must be finite and at least 0"),
     ({"top_p": 0.0}, r"--dr-rl-top-p must be in \(0, 1\]"),
     ({"stop": ""}, "--dr-rl-stop must not be empty"),
+    ({"top_k": -1}, "--dr-rl-top-k must be at least 0"),
+    ({"min_tokens": -1}, "--dr-rl-min-tokens must be from 0 to --dr-rl-max-tokens 256, not -1"),
+    ({"max_tokens": 4, "min_tokens": 5}, "from 0 to --dr-rl-max-tokens 4, not 5"),
+    (
+        {"min_tokens": 1, "stop": "x"},
+        "can't keep a text from being written: drop it, or --dr-rl-st",
+    ),
     ({"discount": 0.9}, "--dr-rl-discount has no meaning with --dr-rl-algorithm grpo"),
     ({"kl_target": 6.0}, "--dr-rl-kl-target has no meaning with --dr-rl-algorithm grpo"),
     (PPO | {"discount": 1.1}, r"--dr-rl-discount must be in \[0, 1\]"),

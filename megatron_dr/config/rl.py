@@ -50,7 +50,13 @@ class RLConfig:
     epochs: int = flag(1, "passes over a rollout", "count")
     temperature: float = flag(1.0, "of sampling", "factor, > 0")
     top_p: float = flag(1.0, "probability of the tokens to choose from", "share, 0 < p <= 1")
+    top_k: int = flag(
+        0, "tokens to choose from, the likeliest, before --dr-rl-top-p; 0: all", "count"
+    )
     max_tokens: int = flag(256, "length of a completion, at most", "tokens")
+    min_tokens: int = flag(
+        0, "length of a completion before its end of text, at least; held-out ones too", "tokens"
+    )
     stop: str | None = flag(None, "text that ends a completion", "text")
     clip: float = flag(0.2, "how far the ratio may move from 1", "factor, > 0")
     kl: float = flag(
@@ -116,13 +122,25 @@ class RLConfig:
             value = getattr(self, name)
             must_be("finite and above 0", 0.0 < value < float("inf"), _flag(name), value)
         must_be("finite and at least 0", 0.0 <= self.kl < float("inf"), _flag("kl"), self.kl)
-        must_be("in (0, 1]", 0.0 < self.top_p <= 1.0, _flag("top_p"), self.top_p)
-        if self.stop == "":
-            raise ValueError(f"{_flag('stop')} must not be empty.")
+        self._check_sampling()
         if self.algorithm == "ppo":
             self._check_ppo()
         else:
             self._check_grpo()
+
+    def _check_sampling(self) -> None:
+        must_be("in (0, 1]", 0.0 < self.top_p <= 1.0, _flag("top_p"), self.top_p)
+        must_be("at least 0", self.top_k >= 0, _flag("top_k"), self.top_k)
+        if self.stop == "":
+            raise ValueError(f"{_flag('stop')} must not be empty.")
+        most = f"from 0 to {_flag('max_tokens')} {self.max_tokens}"
+        is_possible = 0 <= self.min_tokens <= self.max_tokens
+        must_be(most, is_possible, _flag("min_tokens"), self.min_tokens)
+        if self.min_tokens and self.stop is not None:
+            raise ValueError(
+                f"{_flag('min_tokens')} keeps the end of text from being drawn, and can't keep a "
+                f"text from being written: drop it, or {_flag('stop')}."
+            )
 
     def _check_grpo(self) -> None:
         if self.group == 1:

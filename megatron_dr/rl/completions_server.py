@@ -5,7 +5,8 @@ The contract. One POST to URL/completions for each prompt, with JSON
     {"model", "prompt": [ids], "max_tokens", "temperature", "top_p", "stop", "seed", "n": 1,
      "logprobs": 1, "return_token_ids": true, "return_tokens_as_token_ids": true}
 
-and an answer 200 with JSON, of which these fields are read:
+with "top_k" and "min_tokens" where they are asked for, and an answer 200 with JSON, of which these
+fields are read:
 
     {"choices": [{"finish_reason": "stop" | "length",
                   "token_ids": [ids],
@@ -13,7 +14,7 @@ and an answer 200 with JSON, of which these fields are read:
 
 Without `token_ids` the ids are read from `tokens`; servers that send neither can't be used, since
 text does not tell the tokens. The log-probabilities must be those of what is sampled: after
-temperature and top-p (vLLM: `--logprobs-mode processed_logprobs`), or use temperature and top_p 1.
+temperature, top-k and top-p (vLLM: `--logprobs-mode processed_logprobs`), or sample without these.
 Statuses 408, 429 and 5xx and broken connections are tried again, with a pause that doubles up to a
 minute; another status ends the call with the server's message. The server's weights are its own
 affair: load the policy's weights into it before each rollout.
@@ -105,6 +106,8 @@ class CompletionsServer:
             "seed": sample_seed(seed, number), "n": 1, "logprobs": 1,
             "return_token_ids": True, "return_tokens_as_token_ids": True,
         }  # fmt: skip
+        further = {"top_k": params.top_k, "min_tokens": params.min_tokens}  # not OpenAI's own
+        body |= {name: value for name, value in further.items() if value}
         return json.dumps(body).encode()
 
     def _one(self, number: int, body: bytes, most: int) -> Completion:

@@ -21,6 +21,8 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p: sample among the likeliest tokens of this total probability, in (0, 1].
         stop: texts that end a completion.
+        top_k: sample among so many of the likeliest tokens, before top_p; 0: among all.
+        min_tokens: of a completion, before the token that ends it; 0: it may be that alone.
 
     Raises:
         ValueError: one is out of its range.
@@ -30,6 +32,8 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -38,6 +42,17 @@ class SamplingParams:
             raise ValueError(f"temperature must be at least 0, not {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, not {self.top_k}.")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be from 0 to max_tokens {self.max_tokens}, not {self.min_tokens}."
+            )
+        if self.min_tokens and self.stop:
+            raise ValueError(
+                "min_tokens keeps tokens from being sampled, and can't keep a text of stop: "
+                "drop one of them."
+            )
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,10 @@ def choose(values: torch.Tensor, draw: float, sampling: SamplingParams) -> int:
         return max(range(VOCAB), key=lambda k: float(values[k]))
     probabilities = (values / sampling.temperature).softmax(0).tolist()
     kept: list[int] = []
-    for k in sorted(range(VOCAB), key=lambda k: -probabilities[k]):
-        if sum(probabilities[j] for j in kept) < sampling.top_p:
+    ranked = sorted(range(VOCAB), key=lambda k: -probabilities[k])[: sampling.top_k or VOCAB]
+    among = sum(probabilities[k] for k in ranked)
+    for k in ranked:
+        if sum(probabilities[j] for j in kept) / among < sampling.top_p:
             kept.append(k)
     total, below = sum(probabilities[k] for k in kept), 0.0
     for k in sorted(kept):
@@ -61,17 +63,22 @@ def choose(values: torch.Tensor, draw: float, sampling: SamplingParams) -> int:
 
 
 def complete(
-    p: dict[str, torch.Tensor], number: int, sampling: SamplingParams
+    p: dict[str, torch.Tensor], number: int, sampling: SamplingParams, ends: tuple[int, ...] = ()
 ) -> tuple[list[int], list[float], str]:
     """Tokens, log-probabilities and finish of a prompt's completion."""
     sequence, tokens, found = list(PROMPTS[number]), [], []
     while len(tokens) < sampling.max_tokens and len(sequence) < CONTEXT:
         values = logits(p, sequence)
         draw = uniform(sample_seed(SEED, number), number, len(tokens))
-        token = choose(values[:VOCAB], draw, sampling)
+        allowed = values[:VOCAB].clone()
+        if len(tokens) < sampling.min_tokens:
+            allowed[list(ends)] = -torch.inf
+        token = choose(allowed, draw, sampling)
         found.append(float(values.log_softmax(0)[token]))
         tokens.append(token)
         sequence.append(token)
+        if token in ends:
+            return tokens, found, "stop"
     return tokens, found, "length"
 
 

@@ -47,7 +47,9 @@ def test_a_server_that_is_not_there_ends_the_run_on_every_rank(data: dict[str, s
         assert f"megatron_dr: error: {sentence}" in ended[0][2] and "Traceback" not in ended[0][2]
 
 
-def _answers(ids: tuple[int, ...], max_tokens: int = 9) -> tuple[Completion, int]:
+def _answers(
+    ids: tuple[int, ...], max_tokens: int = 9, min_tokens: int = 0
+) -> tuple[Completion, int]:
     class Fixed:
         loads = 0
 
@@ -58,7 +60,8 @@ def _answers(ids: tuple[int, ...], max_tokens: int = 9) -> tuple[Completion, int
             return [Completion(ids, (0.0,) * len(ids), "stop")]
 
     engine = Fixed()
-    (found,) = EngineRollouts(engine, 5, 10).generate([[1, 2]], SamplingParams(max_tokens), 0)
+    params = SamplingParams(max_tokens, min_tokens=min_tokens)
+    (found,) = EngineRollouts(engine, 5, 10).generate([[1, 2]], params, 0)
     return found, engine.loads
 
 
@@ -68,3 +71,6 @@ def test_what_an_engine_gives_is_checked_and_cut() -> None:
             assert found == Completion((3, 4, 5)[:room], (0.0,) * room, "length") and loads == 1
     with pytest.raises(Exception, match="completion 0 has ids outside of the vocabulary of 10"):
         run_ranks(2, _answers, (3, 10))
+    with pytest.raises(Exception, match="completion 0 ends after 2 tokens, .* the 2 asked for"):
+        run_ranks(1, _answers, (3, 4), 9, 2)
+    assert run_ranks(1, _answers, (3, 4), 9, 1)[0][0].ids == (3, 4)

@@ -26,6 +26,30 @@ def test_even_draws_give_each_token_its_share(temperature: float, top_p: float) 
     assert (torch.bincount(tokens, minlength=50) - expected).abs().max() <= 1
 
 
+@pytest.mark.parametrize("top_k", [1, 7, 50, 99])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_top_k_leaves_the_likeliest_and_top_p_counts_among_them(top_k: int, top_p: float) -> None:
+    count, logits = 4000, random_logits(1)
+    draws = (torch.arange(count) + 0.5).double() / count
+    tokens = choose(logits.expand(count, -1), draws, 1.5, top_p, top_k)
+    p = (logits[0].double() / 1.5).softmax(0)
+    ranked = p.argsort(descending=True)[:top_k]
+    share = p[ranked] / p[ranked].sum()
+    ranked = ranked[: int((share.cumsum(0) < top_p - 1e-12).sum()) + 1]
+    kept = torch.zeros_like(p)
+    kept[ranked] = p[ranked]
+    expected = count * kept / kept.sum()
+    assert (torch.bincount(tokens, minlength=50) - expected).abs().max() <= 1
+
+
+def test_equal_tokens_are_all_among_the_likeliest() -> None:
+    """Rounding does not decide which of three equal tokens is the second of top-k 2."""
+    logits = torch.tensor([1.0, 0.0, 0.0, 0.0, -1.0]) + 1e-6 * random_logits(1000, 5)
+    draws = (torch.arange(1000) + 0.5).double() / 1000
+    found = torch.bincount(choose(logits, draws, 1.0, 1.0, 2), minlength=5)
+    assert found[4] == 0 and (found[1:4] - found[1]).abs().max() <= 2 and found[1] > 100
+
+
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     logits = random_logits(64)
     logits[:, 9] = logits[:, 20] = logits.max() + 1

@@ -48,6 +48,9 @@ def test_the_request_is_the_contract(server: Server) -> None:
         "return_token_ids": True, "return_tokens_as_token_ids": True,
     }  # fmt: skip
     assert server.requests[1][2]["seed"] == sample_seed(5, 1) != sample_seed(5, 0)
+    further = SamplingParams(max_tokens=3, top_k=7, min_tokens=2)
+    client(server).generate([[3]], further, seed=5)
+    assert (server.requests[2][2]["top_k"], server.requests[2][2]["min_tokens"]) == (7, 2)
 
 
 def test_ids_may_come_as_tokens_alone(server: Server) -> None:
@@ -244,6 +247,7 @@ def test_bad_arguments_are_refused(server: Server) -> None:
         CompletionsServer(server.url, "policy", timeout=float("inf"))
     with pytest.raises(ValueError, match="retries"):
         CompletionsServer(server.url, "policy", retries=-1)
-    for bad in ({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}):
+    for bad in ({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1},
+                {"min_tokens": 9}, {"min_tokens": 1, "stop": ("x",)}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             SamplingParams(**{"max_tokens": 1} | bad)

@@ -65,7 +65,10 @@ class Collector:
         """
         group = self.rl.group
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        sampling = SamplingParams(self.rl.max_tokens, self.rl.temperature, self.rl.top_p, self.stop)
+        rl = self.rl
+        sampling = SamplingParams(
+            rl.max_tokens, rl.temperature, rl.top_p, self.stop, rl.top_k, rl.min_tokens
+        )
         completions = self._complete(repeated, sampling, draw(self.args.seed, role, number))
         reward_N, statistics = self._rewards(repeated, completions, role)
         if by_reward:
@@ -91,7 +94,9 @@ class Collector:
 
     def greedy_reward(self, prompts: Sequence[Prompt], role: str) -> float:
         """Mean reward, by the role's, of the likeliest completions; failed ones are left out."""
-        sampling = SamplingParams(self.rl.max_tokens, temperature=0.0, stop=self.stop)
+        sampling = SamplingParams(
+            self.rl.max_tokens, temperature=0.0, stop=self.stop, min_tokens=self.rl.min_tokens
+        )
         completions = self._complete(prompts, sampling, 0)
         return self._rewards(prompts, completions, role)[1]["reward"]
 

@@ -50,7 +50,7 @@ class EngineRollouts:
         if dist.get_rank() == 0:
             try:
                 answer[0] = self.engine.generate(prompts, params, seed)
-                self._check(answer[0], len(prompts))
+                self._check(answer[0], len(prompts), params)
             except Exception as error:  # the others wait for an answer
                 answer[1] = f"{type(error).__name__}: {error}"
         dist.broadcast_object_list(answer, 0)
@@ -63,7 +63,9 @@ class EngineRollouts:
             for c, room in zip(completions, rooms, strict=True)
         ]
 
-    def _check(self, completions: Sequence[Completion], wanted: int) -> None:
+    def _check(
+        self, completions: Sequence[Completion], wanted: int, params: SamplingParams
+    ) -> None:
         if len(completions) != wanted:
             raise ValueError(f"{len(completions)} completions of {wanted} prompts.")
         for number, completion in enumerate(completions):
@@ -71,6 +73,12 @@ class EngineRollouts:
                 raise ValueError(
                     f"completion {number} has ids outside of the vocabulary of {self.vocab_size}: "
                     "the engine has another tokenizer."
+                )
+            if completion.finish_reason == "stop" and len(completion.ids) <= params.min_tokens:
+                raise ValueError(
+                    f"completion {number} ends after {len(completion.ids)} tokens, its end among "
+                    f"them, before the {params.min_tokens} asked for: the engine does not keep "
+                    "min_tokens."
                 )
 
 

@@ -38,8 +38,9 @@ class MegatronRollouts:
     """`Rollouts` by the policy that is being trained, between its training steps.
 
     A completion's log-probabilities are the policy's as training computes them, whatever the
-    sampling: at temperature 1, without top-p, over the padded vocabulary. In bfloat16 a cached pass
-    rounds differently from training's; there take old log-probabilities from `log_probs`.
+    sampling: at temperature 1, without top-k and top-p, over the padded vocabulary, with the tokens
+    that end a completion. In bfloat16 a cached pass rounds differently from training's; there take
+    old log-probabilities from `log_probs`.
 
     Args:
         model: Megatron's list of model chunks.
@@ -162,8 +163,8 @@ class MegatronRollouts:
         if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
             draws = [uniform(sample_seed(seed, r.number), r.number, len(r.tokens)) for r in rows]
             draw_b = torch.tensor(draws, dtype=torch.float64, device=device)
-            known = logits[:, : self.vocab_size]
-            tokens = choose(known, draw_b, params.temperature, params.top_p)
+            known = self._allowed(logits[:, : self.vocab_size], rows, params.min_tokens)
+            tokens = choose(known, draw_b, params.temperature, params.top_p, params.top_k)
             tokens = tokens.clamp(max=self.vocab_size - 1)  # beyond it where logits are NaN
             chosen[0] = tokens
             chosen[1] = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
@@ -182,6 +183,15 @@ class MegatronRollouts:
                 row.finish = "stop"
             elif len(row.tokens) == row.limit:
                 row.finish = "length"
+
+    def _allowed(self, logits: torch.Tensor, rows: list[_Row], min_tokens: int) -> torch.Tensor:
+        """Logits [b, v], -inf for the tokens that would end a row too early."""
+        short = [n for n, row in enumerate(rows) if len(row.tokens) < min_tokens]
+        ends = [token for token in self.stop_tokens if token < self.vocab_size]
+        if short and ends:
+            logits = logits.clone()
+            logits[torch.tensor(short)[:, None], torch.tensor(ends)] = -torch.inf
+        return logits
 
 
 def check_layout() -> None:

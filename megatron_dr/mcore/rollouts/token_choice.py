@@ -19,13 +19,13 @@ def uniform(seed: int, prompt: int, position: int) -> float:
 
 
 def choose(
-    logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_p: float
+    logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_p: float, top_k: int = 0
 ) -> torch.Tensor:
     """Token ids [b] for logits [b, v] and draws [b] in [0, 1).
 
     Temperature 0 takes the best token: of those within TIE of the maximum, the lowest id.
     Otherwise token k is taken where C_{k-1} <= u < C_k for the cumulative probabilities C of
-    softmax(logits / temperature), after top-p, in float64 and in the order of ids.
+    softmax(logits / temperature), after top-k and then top-p, in float64 and in the order of ids.
 
     A different layout of the model changes logits by rounding, about 1e-6. The token then changes
     only if the draw lies within that distance of a C_k, so about once in a million tokens; equal
@@ -34,11 +34,24 @@ def choose(
     if temperature == 0.0:
         best = logits.max(-1, keepdim=True).values
         return (logits >= best - TIE).int().argmax(-1)
-    weights = _nucleus(torch.softmax(logits.double() / temperature, -1), top_p)
+    likeliest = _likeliest(torch.softmax(logits.double() / temperature, -1), top_k)
+    weights = _nucleus(likeliest, top_p)
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1]
     point = torch.minimum(draws.double() * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, point[:, None], right=True).squeeze(-1)
+
+
+def _likeliest(probabilities: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Probabilities [b, v], 0 but for the top_k largest, which sum to 1; all with 0.
+
+    Tokens as likely as the last one of them belong to them.
+    """
+    if not 0 < top_k < probabilities.shape[-1]:
+        return probabilities
+    smallest = probabilities.topk(top_k, -1).values[:, -1:]
+    kept = probabilities.masked_fill(probabilities < smallest * (1 - TIE), 0.0)
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
