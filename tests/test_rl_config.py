@@ -28,6 +28,11 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ),
     ({"discount": 0.9}, "--dr-rl-discount has no meaning with --dr-rl-algorithm grpo"),
     ({"kl_target": 6.0}, "--dr-rl-kl-target has no meaning with --dr-rl-algorithm grpo"),
+    (
+        {"kl_estimator": "k1"},
+        "k1 has on average no gradient, .* loss of --dr-rl-algorithm grpo: gi",
+    ),
+    (PPO | {"kl_estimator": "k2", "kl": 0.0}, "has no meaning with --dr-rl-kl 0: drop it"),
     (PPO | {"discount": 1.1}, r"--dr-rl-discount must be in \[0, 1\]"),
     (PPO | {"gae_decay": float("nan")}, r"--dr-rl-gae-decay must be in \[0, 1\]"),
     (PPO | {"value_weight": 0.0}, "--dr-rl-value-weight must be finite and above 0"),

@@ -65,6 +65,12 @@ class RLConfig:
         "rewards (ppo); 0: none",
         "factor, >= 0",
     )
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = flag(
+        "auto",
+        "estimate of that KL by token: log-ratio, half its square, or GRPO's; auto: k1 with ppo, "
+        "k3 with grpo",
+        "name",
+    )
     kl_target: float | None = flag(
         None, "ppo: KL that --dr-rl-kl is steered to after each rollout", "nats per completion, > 0"
     )
@@ -123,6 +129,7 @@ class RLConfig:
             must_be("finite and above 0", 0.0 < value < float("inf"), _flag(name), value)
         must_be("finite and at least 0", 0.0 <= self.kl < float("inf"), _flag("kl"), self.kl)
         self._check_sampling()
+        self._check_estimator()
         if self.algorithm == "ppo":
             self._check_ppo()
         else:
@@ -140,6 +147,19 @@ class RLConfig:
             raise ValueError(
                 f"{_flag('min_tokens')} keeps the end of text from being drawn, and can't keep a "
                 f"text from being written: drop it, or {_flag('stop')}."
+            )
+
+    def _check_estimator(self) -> None:
+        if self.kl_estimator == "auto":
+            return
+        if self.kl == 0:
+            raise ValueError(
+                f"{_flag('kl_estimator')} has no meaning with {_flag('kl')} 0: drop it."
+            )
+        if self.algorithm == "grpo" and self.kl_estimator == "k1":
+            raise ValueError(
+                f"{_flag('kl_estimator')} k1 has on average no gradient, and so no effect in the "
+                "loss of --dr-rl-algorithm grpo: give k2 or k3."
             )
 
     def _check_grpo(self) -> None:
@@ -172,6 +192,13 @@ class RLConfig:
     def kl_of_loss(self) -> float:
         """Weight of the KL in the loss; PPO has it in the rewards."""
         return self.kl if self.algorithm == "grpo" else 0.0
+
+    @property
+    def estimator(self) -> Literal["k1", "k2", "k3"]:
+        """Of the KL that `kl` weighs."""
+        if self.kl_estimator != "auto":
+            return self.kl_estimator
+        return "k1" if self.algorithm == "ppo" else "k3"
 
     @property
     def completions(self) -> int:

@@ -6,6 +6,8 @@ Shape suffixes: B completions, T tokens (right-padded), G groups.
 import torch
 from torch import Tensor
 
+from megatron_dr.rl.losses import KLEstimator, kl_estimates
+
 _FLOOR = 1e-4  # added to a standard deviation: rewards that differ by rounding stay small
 
 
@@ -42,17 +44,19 @@ def normalised(reward_B: Tensor) -> Tensor:
 
 def token_rewards(
     reward_B: Tensor, log_prob_BT: Tensor, reference_log_prob_BT: Tensor, mask_BT: Tensor,
-    kl_weight: float,
+    kl_weight: float, kl_estimator: KLEstimator = "k1",
 ) -> Tensor:  # fmt: skip
     """RLHF's rewards by token [B, T]: the reward at the last token, less the KL's terms.
 
-        r_t = [t is last] r - kl_weight (log_prob_t - reference_log_prob_t)
+        r_t = [t is last] r - kl_weight k_t,   k1_t = log_prob_t - reference_log_prob_t
 
-    D. M. Ziegler et al., arXiv 1909.08593, eq. 2. A completion without tokens gets no reward.
+    D. M. Ziegler et al., arXiv 1909.08593, eq. 2; k2 and k3 in `losses.kl_estimates`. A completion
+    without tokens gets no reward.
     """
     mask_BT = mask_BT.bool()
-    difference_BT = (log_prob_BT - reference_log_prob_BT).detach()
-    penalty_BT = torch.where(mask_BT, difference_BT, torch.zeros_like(difference_BT))
+    d_BT = (reference_log_prob_BT - log_prob_BT).detach()
+    d_BT = torch.where(mask_BT, d_BT, torch.zeros_like(d_BT))  # an estimate of 0 is 0
+    penalty_BT = kl_estimates(d_BT, kl_estimator)
     following_BT = torch.cat([mask_BT[:, 1:], torch.zeros_like(mask_BT[:, :1])], 1)
     is_last_BT = mask_BT & ~following_BT
     score_BT = torch.where(is_last_BT, reward_B[:, None], torch.zeros_like(penalty_BT))

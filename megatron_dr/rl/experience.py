@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.rl.advantages import normalised
+from megatron_dr.rl.losses import KLEstimator, kl_estimates
 from megatron_dr.rl.weights import Aggregation, token_weights
 
 
@@ -53,10 +54,10 @@ class Experience:
         """The same for `reward_loss`: with rewards that are normalised in the whole rollout."""
         return replace(self, advantage_NA=normalised(self.reward_N)[:, None])
 
-    def kl_N(self) -> Tensor:
-        """log p - log p_reference of each completion, in nats: an estimate of the KL."""
-        difference_NT = (self.old_NT - self.reference_NT).double()
-        return torch.where(self.mask_NT.bool(), difference_NT, 0.0).sum(1)
+    def kl_N(self, estimator: KLEstimator) -> Tensor:
+        """The estimate of the KL to the reference of each completion, in nats."""
+        d_NT = (self.reference_NT - self.old_NT).double()
+        return kl_estimates(torch.where(self.mask_NT.bool(), d_NT, 0.0), estimator).sum(1)
 
     def without_returns(self) -> "Experience":
         """The same for a target: its loss has no value part."""

@@ -6,10 +6,14 @@ microbatches and ranks by the counts over them. A count of 0 comes with a sum of
 Shape suffixes: B completions, T tokens. Advantages may be [B, 1]: one for a completion.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from megatron_dr.rl.weights import TokenWeights
+
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def policy_loss(
@@ -35,17 +39,36 @@ def policy_loss(
     return weights.total(-torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT))
 
 
-def kl_loss(
-    log_prob_BT: Tensor, reference_log_prob_BT: Tensor, weights: TokenWeights
-) -> tuple[Tensor, Tensor]:
-    """The k3 estimate of KL(policy | reference) on the policy's samples; at least 0 per token.
+def kl_estimates(d_BT: Tensor, estimator: KLEstimator) -> Tensor:
+    """Estimates of KL(p | q) by samples of p, with d = log q - log p at each.
 
-        k3 = exp(d) - d - 1,   d = reference_log_prob - log_prob
+        k1 = -d,   k2 = d^2 / 2,   k3 = exp(d) - d - 1
 
-    J. Schulman, "Approximating KL divergence" (2020); GRPO, arXiv 2402.03300, eq. 4.
+    The means of k1 and k3 over p are the KL, that of k2 is near it where p and q are; k2 and k3
+    are at least 0. As a loss, k2 has on average the gradient of KL(p | q), k3 that of KL(q | p),
+    and k1 none.
+
+    J. Schulman, "Approximating KL divergence" (2020); k3 in GRPO, arXiv 2402.03300, eq. 4.
+
+    Raises:
+        ValueError: an unknown estimator.
     """
+    if estimator == "k1":
+        return -d_BT
+    if estimator == "k2":
+        return 0.5 * d_BT.square()
+    if estimator == "k3":
+        return torch.expm1(d_BT) - d_BT
+    raise ValueError(f"a KL estimator is 'k1', 'k2' or 'k3', not {estimator!r}.")
+
+
+def kl_loss(
+    log_prob_BT: Tensor, reference_log_prob_BT: Tensor, weights: TokenWeights,
+    estimator: KLEstimator = "k3",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The estimate of KL(policy | reference) on the policy's samples, see `kl_estimates`."""
     d_BT = weights.keep(reference_log_prob_BT.detach() - log_prob_BT)
-    return weights.total(torch.expm1(d_BT) - d_BT)
+    return weights.total(kl_estimates(d_BT, estimator))
 
 
 def value_loss(

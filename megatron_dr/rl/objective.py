@@ -38,7 +38,8 @@ def objective(
     if rl.kl > 0:
         reference_BT = batch["reference_log_prob"]
         if rl.kl_of_loss > 0:
-            loss = loss + rl.kl_of_loss * kl_loss(log_prob_BT, reference_BT, by_policy)[0]
+            kl, _ = kl_loss(log_prob_BT, reference_BT, by_policy, rl.estimator)
+            loss = loss + rl.kl_of_loss * kl
         report["kl"] = kl_loss(log_prob_BT.detach(), reference_BT, weights)[0]
     if value_BT is not None:
         return_BT = batch["return"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.rl.advantages import gae, normalised, token_rewards
 from megatron_dr.rl.experience import Experience
+from megatron_dr.rl.losses import KLEstimator
 
 _MAX_ERROR = 0.2
 
@@ -36,6 +37,7 @@ class Estimator:
         advantage_NT, return_NT = estimates(
             rollout.reward_N, rollout.old_NT, rollout.reference_NT, value_NT, rollout.mask_NT,
             kl_weight=self.kl_weight, discount=self.rl.discount, decay=self.rl.gae_decay,
+            kl_estimator=self.rl.estimator,
         )  # fmt: skip
         is_token_NT = rollout.mask_NT.bool()
         scored_NT = is_token_NT & ~rollout.reward_N.isnan()[:, None]
@@ -43,7 +45,7 @@ class Estimator:
             "value": _mean(value_NT[is_token_NT]), "return": _mean(return_NT[scored_NT]),
         }  # fmt: skip
         if self.rl.kl > 0:
-            kl = float(rollout.kl_N().mean())
+            kl = float(rollout.kl_N(self.rl.estimator).mean())
             statistics |= {"kl weight": self.kl_weight, "kl of a completion": kl}
         return replace(
             rollout, advantage_NA=rollout.advantage_NA if by_reward else advantage_NT,
@@ -58,7 +60,7 @@ class Estimator:
         """
         if self.rl.kl_target is not None:
             self.kl_weight = steered(
-                self.kl_weight, float(rollout.kl_N().mean()), len(rollout),
+                self.kl_weight, float(rollout.kl_N(self.rl.estimator).mean()), len(rollout),
                 self.rl.kl_target, self.rl.kl_horizon,
             )  # fmt: skip
 
@@ -89,7 +91,7 @@ def _mean(values: Tensor) -> float:
 
 def estimates(
     reward_N: Tensor, old_NT: Tensor, reference_NT: Tensor, value_NT: Tensor, mask_NT: Tensor, *,
-    kl_weight: float, discount: float, decay: float,
+    kl_weight: float, discount: float, decay: float, kl_estimator: KLEstimator = "k1",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Advantages and returns [N, T], 0 where the mask is 0; from `token_rewards` and `gae`.
 
@@ -111,7 +113,9 @@ def estimates(
     moved = [x.gather(1, place_NT) for x in (old_NT, reference_NT, value_NT)]
     old, reference, value = (x.double() for x in moved)
     mask = mask_NT.gather(1, place_NT)
-    reward = token_rewards(reward_N.nan_to_num(0.0).double(), old, reference, mask, kl_weight)
+    reward = token_rewards(
+        reward_N.nan_to_num(0.0).double(), old, reference, mask, kl_weight, kl_estimator
+    )
     advantage, returns = gae(reward, value, mask, discount, decay)
     advantage = torch.where(mask & scored_N1, advantage, torch.nan)
     advantage = normalised(advantage.flatten()).view_as(advantage)

@@ -82,7 +82,7 @@ def test_a_rollout_gets_estimates_and_their_means() -> None:
     assert found.statistics == pytest.approx({
         "reward": 0.5, "value": float(value[made.mask_NT == 1].mean()), "kl weight": KL,
         "return": float(returns[scored].mean()),
-        "kl of a completion": float(made.kl_N().sum() / 6),
+        "kl of a completion": float(made.kl_N("k1").sum() / 6),
     })  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_nan_is_a_number_in_no_value_of_the_log() -> None:
 def test_the_weight_is_steered_where_it_has_a_target(target: float | None, factor: float) -> None:
     made, _ = rollout()
     made = dataclasses.replace(made, reference_NT=made.old_NT - 0.5)
-    assert made.kl_N().tolist() == pytest.approx([0.5 * length for _, length, _ in ROWS])
+    assert made.kl_N("k1").tolist() == pytest.approx([0.5 * length for _, length, _ in ROWS])
     rl = RLConfig(algorithm="ppo", reward="a:b", kl=KL, kl_target=target, kl_horizon=10)
     estimator = Estimator(rl)
     estimator.steer(made)
