@@ -91,8 +91,11 @@ class RLConfig:
     target: Literal["prompts", "self"] = flag(
         "prompts", "the target's completions: of --dr-target-data, or the whole rollout", "name"
     )
-    target_loss: Literal["reward", "train-loss"] = flag(
-        "reward", "the target's loss: -(normalised reward) x log-prob, or that of training", "name"
+    target_loss: Literal["reward", "token-pg", "train-loss"] = flag(
+        "reward",
+        "the target's loss: -(normalised reward) x log-prob, -(advantage) x log-prob with "
+        "training's advantages, or that of training",
+        "name",
     )
     target_reward: str | None = flag(
         None, "the target's own reward function, as --dr-rl-reward; by default the same", "name"
@@ -199,6 +202,16 @@ class RLConfig:
         if self.kl_estimator != "auto":
             return self.kl_estimator
         return "k1" if self.algorithm == "ppo" else "k3"
+
+    @property
+    def target_by_reward(self) -> bool:
+        """Whether the target's log-probabilities are multiplied by rewards, not by advantages."""
+        return self.target_loss == "reward"
+
+    @property
+    def target_has_ratio(self) -> bool:
+        """Whether the target's loss is training's, with its ratio and clip."""
+        return self.target_loss == "train-loss"
 
     @property
     def completions(self) -> int:

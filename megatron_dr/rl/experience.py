@@ -51,7 +51,7 @@ class Experience:
     return_NT: Tensor | None = None
 
     def by_reward(self) -> "Experience":
-        """The same for `reward_loss`: with rewards that are normalised in the whole rollout."""
+        """The same with rewards, normalised in the whole rollout, in the advantages' place."""
         return replace(self, advantage_NA=normalised(self.reward_N)[:, None])
 
     def kl_N(self, estimator: KLEstimator) -> Tensor:
@@ -69,7 +69,7 @@ class Experience:
         return len(self.tokens_NT)
 
     def batch(
-        self, numbers: Sequence[int], aggregation: Aggregation, by_reward: bool
+        self, numbers: Sequence[int], aggregation: Aggregation, plain: bool
     ) -> dict[str, Tensor]:
         """A microbatch: [B, T] each, or [B, 1] for what belongs to a completion.
 
@@ -77,7 +77,7 @@ class Experience:
         PPO's values there are `value` and `return`, too.
 
         Args:
-            by_reward: whether the loss is `reward_loss`, not the policy's.
+            plain: whether the loss is `gradient_loss`, not the policy's with its ratio.
         """
         rows = torch.tensor(list(numbers))
         tokens_BT = self.tokens_NT[rows].long()
@@ -90,7 +90,7 @@ class Experience:
             "loss_mask": weights.count_BT, "weight": weights.weight_BT,
             "old_log_prob": self.old_NT[rows], "reference_log_prob": self.reference_NT[rows],
             "advantage": self.advantage_NA[rows].expand(-1, length).contiguous(),
-            "by_reward": torch.full((len(rows), 1), by_reward),
+            "plain": torch.full((len(rows), 1), plain),
             **{name: value_NT[rows] for name, value_NT in values.items() if value_NT is not None},
         }  # fmt: skip
 
@@ -114,11 +114,11 @@ class ExperienceStream:
 
     def __init__(
         self, *, micro_batch_size: int, rank: int, size: int, batch_size: int,
-        aggregation: Aggregation, by_reward: bool,
+        aggregation: Aggregation, plain: bool,
     ) -> None:  # fmt: skip
         self.micro_batch_size, self.rank, self.size = micro_batch_size, rank, size
         self.batch_size = batch_size
-        self.aggregation, self.by_reward = aggregation, by_reward
+        self.aggregation, self.plain = aggregation, plain
         self.consumed = 0
         self._experience: Experience | None = None
         self._units: dict[int, float] = {}  # by the first sequence of a step
@@ -138,7 +138,7 @@ class ExperienceStream:
         assert self._experience is not None
         first = self.consumed + self.rank * self.micro_batch_size
         numbers = [self._order[first + n] for n in range(self.micro_batch_size)]
-        batch = self._experience.batch(numbers, self.aggregation, self.by_reward)
+        batch = self._experience.batch(numbers, self.aggregation, self.plain)
         unit = self._unit(self.consumed - self.consumed % self.batch_size)
         self.consumed += self.micro_batch_size * self.size
         return batch | {name: batch[name] * unit for name in ("weight", "loss_mask")}

@@ -94,22 +94,23 @@ def value_loss(
     return weights.total(0.5 * squares_BT)
 
 
-def reward_loss(
-    log_prob_BT: Tensor, reward_BT: Tensor, weights: TokenWeights
+def gradient_loss(
+    log_prob_BT: Tensor, signal_BT: Tensor, weights: TokenWeights
 ) -> tuple[Tensor, Tensor]:
-    """The target loss `reward`: l = -R log_prob, R the normalised reward of the completion.
+    """The target losses `reward` and `token-pg`: l = -S log_prob.
 
-    Its gradient is that of -E[R] by the policy gradient theorem (Dr. Post-Training,
-    arXiv 2605.07063, `reward`).
+    S is the normalised reward of the completion, or the advantage of the token that training has.
+    Its gradient is that of -E[S] by the policy gradient theorem (Dr. Post-Training,
+    arXiv 2605.07063).
 
     Args:
-        reward_BT: from `advantages.normalised`, at each token; may be [B, 1], as advantages may.
+        signal_BT: from `advantages.normalised`, or advantages; may be [B, 1].
 
     Raises:
         ValueError: the rewards have one dimension.
     """
-    reward_BT = weights.keep(_by_token(reward_BT, log_prob_BT))
-    return weights.total(-reward_BT * weights.keep(log_prob_BT))
+    signal_BT = weights.keep(_by_token(signal_BT, log_prob_BT))
+    return weights.total(-signal_BT * weights.keep(log_prob_BT))
 
 
 def _by_token(signal_BT: Tensor, like_BT: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_dr.config.rl import RLConfig
-from megatron_dr.rl.losses import kl_loss, policy_loss, reward_loss, value_loss
+from megatron_dr.rl.losses import gradient_loss, kl_loss, policy_loss, value_loss
 from megatron_dr.rl.weights import TokenWeights
 
 
@@ -17,8 +17,9 @@ def objective(
     of experts multiply their auxiliary losses with. `ExperienceStream` has the weights in that
     unit.
 
-    Completions with `by_reward` have `reward_loss`, the others `policy_loss` with GRPO's KL or,
-    with values, PPO's `value_loss`. Completions whose return is NaN have no value loss.
+    Completions with `plain` have `gradient_loss`, the others `policy_loss` with GRPO's KL or,
+    with values, PPO's `value_loss`. Completions whose return is NaN have no value loss. The log's
+    `kl` is k3, whatever the estimator.
 
     Args:
         log_prob_BT: log-probability of the next token.
@@ -26,13 +27,13 @@ def objective(
         batch: from `Experience.batch`.
     """
     weights = TokenWeights(batch["weight"], batch["loss_mask"])
-    by_reward_B1 = batch["by_reward"]
-    by_policy = weights.map(lambda x_BT: x_BT * ~by_reward_B1)
-    by_reward = weights.map(lambda x_BT: x_BT * by_reward_B1)
+    plain_B1 = batch["plain"]
+    by_policy = weights.map(lambda x_BT: x_BT * ~plain_B1)
+    plain = weights.map(lambda x_BT: x_BT * plain_B1)
     old_BT, advantage_BT = batch["old_log_prob"], batch["advantage"]
     policy, _ = policy_loss(log_prob_BT, old_BT, advantage_BT, by_policy, rl.clip)
-    reward, _ = reward_loss(log_prob_BT, advantage_BT, by_reward)
-    loss, count = policy + reward, weights.count_BT.sum()
+    gradient, _ = gradient_loss(log_prob_BT, advantage_BT, plain)
+    loss, count = policy + gradient, weights.count_BT.sum()
     report = {"policy loss": loss.detach(), "clipped": _clipped(
         log_prob_BT, old_BT, advantage_BT, by_policy, rl.clip)}  # fmt: skip
     if rl.kl > 0:

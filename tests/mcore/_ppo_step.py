@@ -77,13 +77,13 @@ TARGET = BY_POLICY.by_reward()
 
 
 # -- the oracle ----------------------------------------------------------------------------------
-def losses(p: Parameters, known: Experience, n: int, by_reward: bool) -> dict[str, list[Any]]:
+def losses(p: Parameters, known: Experience, n: int, plain: bool) -> dict[str, list[Any]]:
     """Of each token of completion n, by kind."""
     (log_prob,), (value,) = predictions(p, known.tokens_NT[n : n + 1])
     out: dict[str, list[Any]] = {"policy loss": [], "value loss": [], "kl": [], "clipped": []}
     for t in known.mask_NT[n].nonzero().flatten().tolist():
         a = float(known.advantage_NA[n].expand(LENGTH)[t])
-        if by_reward:
+        if plain:
             out["policy loss"].append(-a * log_prob[t])
             continue
         ratio = (log_prob[t] - float(known.old_NT[n, t])).exp()
@@ -101,11 +101,11 @@ def losses(p: Parameters, known: Experience, n: int, by_reward: bool) -> dict[st
 
 
 def gradient(
-    p: Parameters, known: Experience, rows: list[int], by_reward: bool, count: float
+    p: Parameters, known: Experience, rows: list[int], plain: bool, count: float
 ) -> Parameters:
     loss = torch.zeros([], dtype=torch.float64)
     for n in rows:
-        found = losses(p, known, n, by_reward)
+        found = losses(p, known, n, plain)
         loss = loss + sum(found["policy loss"]) + RL.value_weight * sum(found["value loss"])
     if not loss.requires_grad:
         return {name: torch.zeros_like(v) for name, v in p.items()}
@@ -159,18 +159,21 @@ def with_head() -> None:
     _megatron.load, _data.LENGTH = load, LENGTH
 
 
-def stream(known: Experience, by_reward: bool, size: int = 1) -> ExperienceStream:
+def stream(known: Experience, plain: bool, size: int = 1) -> ExperienceStream:
     out = ExperienceStream(
         micro_batch_size=size, rank=parallel_state.get_data_parallel_rank(),
         size=parallel_state.get_data_parallel_world_size(), batch_size=len(known),
-        aggregation="token", by_reward=by_reward,
+        aggregation="token", plain=plain,
     )  # fmt: skip
     out.show(known, 3)
     return out
 
 
-def train(layout: Layout, dr: DRConfig, steps: int, size: int = 1, by_reward: bool = True) -> Any:
-    """On a rank: first predictions, reports, the gradient of the first step and the parameters."""
+def train(layout: Layout, dr: DRConfig, steps: int, size: int = 1, loss: str = "reward") -> Any:
+    """On a rank: first predictions, reports, the gradient of the first step and the parameters.
+
+    `loss` is the target's.
+    """
     _megatron.initialize(layout)
     model, optimizer, config = _megatron.build(layout, initial())
     dp = parallel_state.get_data_parallel_world_size()
@@ -178,7 +181,8 @@ def train(layout: Layout, dr: DRConfig, steps: int, size: int = 1, by_reward: bo
     found = log_probs_and_values(model, GENERAL.tokens_NT.long(), mask, 2)
     handle = attach(model, optimizer, config, dr)
     general = [stream(GENERAL, False, size) for _ in model]
-    target = [stream(TARGET if by_reward else BY_POLICY, by_reward) for _ in model]
+    known = TARGET if loss == "reward" else BY_POLICY
+    target = [stream(known, loss != "train-loss") for _ in model]
     for step in range(steps):
         for chunk in model:
             chunk.zero_grad_buffer()

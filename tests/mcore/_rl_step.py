@@ -86,7 +86,7 @@ def step(layout: Layout, aggregation: Any, by_reward: bool) -> Any:
     size = parallel_state.get_data_parallel_world_size()
     stream = ExperienceStream(
         micro_batch_size=2, rank=parallel_state.get_data_parallel_rank(), size=size,
-        batch_size=len(ROWS), aggregation=aggregation, by_reward=by_reward,
+        batch_size=len(ROWS), aggregation=aggregation, plain=by_reward,
     )  # fmt: skip
     stream.show(experience({k: v.double() for k, v in initial.items()}), 3)
     reports = get_forward_backward_func()(

@@ -46,7 +46,7 @@ def stream(seed: int, aggregation: Any) -> ExperienceStream:
                                 parallel_state.get_data_parallel_world_size))  # fmt: skip
     out = ExperienceStream(
         micro_batch_size=SIZE, rank=rank, size=size, batch_size=ROWS, aggregation=aggregation,
-        by_reward=False,
+        plain=False,
     )  # fmt: skip
     out.show(experience(seed), 3)
     return out

@@ -12,6 +12,7 @@ from . import _megatron
 from ._data import Layout
 from ._oracle import Parameters
 from ._ppo_step import (
+    BY_POLICY,
     GENERAL,
     HEAD,
     ROWS,
@@ -72,6 +73,31 @@ def close(found: Parameters, wanted: Parameters, rtol: float, atol: float, where
         )
 
 
+def by_token(chosen: dict[str, Layout]) -> dict[str, Any]:
+    """On a rank: the gradient of a step that is the target's alone, of its loss `token-pg`."""
+    with_head()
+    out = {}
+    for name, layout in chosen.items():
+        dr = dataclasses.replace(DR, set="target", slots=len(ROWS) // layout.dp)
+        layout = dataclasses.replace(layout, per_token=True)
+        out[name] = train(layout, dr, 1, loss="token-pg")[2]
+    return out
+
+
+def test_a_targets_token_pg_is_advantages_by_token_times_log_probabilities() -> None:
+    """The dense gradient, in every layout; advantages of tokens of a completion differ."""
+    p = {k: v.double().requires_grad_() for k, v in initial().items()}
+    every, tokens = [*range(len(BY_POLICY))], int(BY_POLICY.mask_NT.sum())
+    assert BY_POLICY.advantage_NA[0, BY_POLICY.mask_NT[0].bool()].unique().numel() == 3
+    wanted = gradient(p, BY_POLICY, every, True, tokens)
+    wanted = {name: v for name, v in wanted.items() if not name.startswith(HEAD)}
+    chosen = {name: layout for name, layout in TWO.items() if not name.endswith("sharded")}
+    for ranks in (run_ranks(1, by_token, {"one": Layout()}), run_ranks(2, by_token, chosen)):
+        for name in ranks[0]:
+            found = _megatron.whole([rank[name] for rank in ranks])
+            close({k: found[k] for k in wanted}, wanted, 1e-3, 3e-6, name)
+
+
 SAMPLES = [
     DRConfig(set="mean", blocks="matrix", rows="sample", alpha=0.0, norm="none"),
     DRConfig(set="cone", blocks="matrix", rows="sample"),
@@ -83,7 +109,7 @@ SAMPLES = [
 
 def samples(layout: Layout) -> list[Any]:
     with_head()
-    return [train(layout, dr, 1, size=2, by_reward=False)[2] for dr in SAMPLES]
+    return [train(layout, dr, 1, size=2, loss="train-loss")[2] for dr in SAMPLES]
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(**_SP)], ids=["one", "tp2 sp"])

@@ -90,7 +90,7 @@ def schedule(model: list[Any], known: Experience, rl: RLConfig) -> dict[str, Any
                                 parallel_state.get_data_parallel_world_size))  # fmt: skip
     streams = [
         ExperienceStream(micro_batch_size=2, rank=rank, size=size, batch_size=ROWS,
-                         by_reward=False, aggregation=rl.aggregation) for _ in model
+                         plain=False, aggregation=rl.aggregation) for _ in model
     ]  # fmt: skip
     for stream in streams:
         stream.show(known, 3)

@@ -27,11 +27,11 @@ def made(rows: int = 6, length: int = 5, number: int = 4, ppo: bool = False) -> 
 
 
 def test_a_batch_has_labels_weights_and_counts() -> None:
-    batch = made().batch([3, 0], "sequence", by_reward=True)
+    batch = made().batch([3, 0], "sequence", plain=True)
     assert batch["labels"][0, :4].tolist() == [31, 32, 33, 34]
     assert batch["weight"][0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
     assert batch["loss_mask"].sum() == 1 and not batch["weight"][1].any()
-    assert batch["advantage"].tolist() == [[1.0] * 5, [-2.0] * 5] and batch["by_reward"].all()
+    assert batch["advantage"].tolist() == [[1.0] * 5, [-2.0] * 5] and batch["plain"].all()
     assert "value" not in batch
     assert made().batch([3], "token", False)["loss_mask"].sum() == 3
 
@@ -45,7 +45,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks(size: int) -> None:
         for rank in range(size):
             stream = ExperienceStream(
                 micro_batch_size=1, rank=rank, size=size, batch_size=6, aggregation="token",
-                by_reward=False,
+                plain=False,
             )  # fmt: skip
             stream.show(made(), seed=9)
             stream.consumed = consumed
@@ -54,7 +54,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks(size: int) -> None:
 
     assert rows(0) == rows(6) == list(range(6))
     one = ExperienceStream(
-        micro_batch_size=6, rank=0, size=1, batch_size=6, aggregation="token", by_reward=False
+        micro_batch_size=6, rank=0, size=1, batch_size=6, aggregation="token", plain=False
     )
     one.show(made(), seed=9)
     first, second = next(one)["tokens"], next(one)["tokens"]
@@ -70,7 +70,7 @@ def test_a_steps_counts_add_up_to_all_its_tokens(aggregation: Aggregation) -> No
     streams = [
         ExperienceStream(
             micro_batch_size=1, rank=rank, size=2, batch_size=4, aggregation=aggregation,
-            by_reward=False,
+            plain=False,
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_steps_counts_add_up_to_all_its_tokens(aggregation: Aggregation) -> No
 def test_a_step_in_which_nothing_counts_has_no_weights() -> None:
     known = dataclasses.replace(made(), mask_NT=torch.zeros(6, 5, dtype=torch.uint8))
     stream = ExperienceStream(
-        micro_batch_size=6, rank=0, size=1, batch_size=6, aggregation="token", by_reward=False
+        micro_batch_size=6, rank=0, size=1, batch_size=6, aggregation="token", plain=False
     )
     stream.show(known, seed=9)
     batch = next(stream)
@@ -119,12 +119,12 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
 
 def test_values_travel_with_their_tokens_and_a_target_learns_none() -> None:
     known = made(ppo=True)
-    batch = known.batch([4, 1], "token", by_reward=False)
+    batch = known.batch([4, 1], "token", plain=False)
     assert known.value_NT is not None and known.return_NT is not None
     for name, of_all in (("advantage", known.advantage_NA), ("value", known.value_NT),
                          ("return", known.return_NT)):  # fmt: skip
         assert torch.equal(batch[name], of_all[[4, 1]])
-    target = known.by_reward().without_returns().batch([4, 1], "token", by_reward=True)
+    target = known.by_reward().without_returns().batch([4, 1], "token", plain=True)
     assert target["return"].isnan().all() and torch.equal(target["value"], batch["value"])
 
 

@@ -89,7 +89,7 @@ def test_grpos_loss_has_the_estimate_and_the_log_has_k3() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     new, reference = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(4)).double()
     made = Experience(0, mask, mask, new, reference, torch.ones(2), torch.zeros(2, 1), {})
-    batch = made.batch([0, 1], "token", by_reward=False)
+    batch = made.batch([0, 1], "token", plain=False)
     for estimator in ("k2", "k3"):
         rl = RLConfig(reward="a:b", kl=0.5, kl_estimator=estimator)
         loss, _, pairs = objective(new, None, batch, rl)

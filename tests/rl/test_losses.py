@@ -40,7 +40,7 @@ def loss(kind: str, tensors: Inputs, weights: TokenWeights) -> tuple[Tensor, Ten
         return losses.kl_loss(new, other, weights)
     if kind == "value":
         return losses.value_loss(new, old, other, weights, CLIP)
-    return losses.reward_loss(new, signal, weights)
+    return losses.gradient_loss(new, signal, weights)
 
 
 def dense(kind: str, tensors: Inputs, aggregation: str) -> Tensor:
@@ -185,8 +185,8 @@ def test_a_signal_by_completion_has_two_dimensions() -> None:
     with pytest.raises(ValueError, match=r"\[B, T\] or \[B, 1\], not \[6\]"):
         losses.policy_loss(new, old, signal[:, 0], weights, CLIP)
     with pytest.raises(ValueError, match=r"\[B, T\] or \[B, 1\], not \[6\]"):
-        losses.reward_loss(new, signal[:, 0], weights)
-    one, each = (losses.reward_loss(new, x, weights)[0] for x in (signal[:, :1], signal))
+        losses.gradient_loss(new, signal[:, 0], weights)
+    one, each = (losses.gradient_loss(new, x, weights)[0] for x in (signal[:, :1], signal))
     assert_close(one, each)
 
 

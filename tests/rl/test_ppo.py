@@ -95,7 +95,7 @@ def test_nan_is_a_number_in_no_value_of_the_log() -> None:
     assert math.isnan(statistics["value"]) and math.isnan(statistics["return"])
     made, value = rollout()
     complete = Estimator(rl).complete(made, value, by_reward=False)
-    batch = complete.batch(range(len(ROWS)), "token", by_reward=False)
+    batch = complete.batch(range(len(ROWS)), "token", plain=False)
     bad = torch.full_like(batch["old_log_prob"], torch.nan)
     report = objective(bad, torch.full_like(bad, torch.nan), batch, rl)[2]
     assert report.keys() == {"policy loss", "clipped", "kl", "value loss"}

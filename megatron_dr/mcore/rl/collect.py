@@ -60,8 +60,8 @@ class Collector:
 
         Args:
             number: of the rollout, and with the role the seed of its draws.
-            by_reward: whether the loss is `reward_loss`, of rewards normalised in the whole batch;
-                else advantages are normalised in each prompt's group, or PPO's.
+            by_reward: whether the loss is of rewards, normalised in the whole batch; else
+                advantages are normalised in each prompt's group, or PPO's.
         """
         group = self.rl.group
         repeated = [prompt for prompt in prompts for _ in range(group)]

@@ -67,12 +67,13 @@ def scores(
     time of the call there is one more copy of them.
 
     Args:
-        target: for `reward_loss` where `rl.target_loss` says so.
+        target: with what the loss that `rl.target_loss` names multiplies log-probabilities by.
         function, schedule: a schedule of Megatron and the arguments of a training step.
     """
     schedule = {**schedule, "forward_step_func": partial(policy_step, rl)}
     with _apart(model):
-        share = _Share(target, rl, schedule["micro_batch_size"], rl.target_loss == "reward", model)
+        plain = not rl.target_has_ratio
+        share = _Share(target, rl, schedule["micro_batch_size"], plain, model)
         _run(MicrobatchRouter(model, 0, len(share), None), share, model, function, schedule)
         owned = owned_parameters(model, get_model_config(model[0]))
         target_flats = _target(model, owned, target, rl)
@@ -173,10 +174,10 @@ class _Share:
     """
 
     def __init__(
-        self, experience: Experience, rl: RLConfig, size: int, by_reward: bool, model: list[Any]
+        self, experience: Experience, rl: RLConfig, size: int, plain: bool, model: list[Any]
     ) -> None:
         self.experience, self.aggregation = experience.without_returns(), rl.aggregation
-        self.size, self.by_reward = size, by_reward
+        self.size, self.plain = size, plain
         group = parallel_state.get_data_parallel_group()
         self.numbers = list(range(len(experience)))[group.rank() :: group.size()]
         together = size * group_size(model)
@@ -189,7 +190,7 @@ class _Share:
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.filled), self.size):
             rows = self.filled[start : start + self.size]
-            batch = self.experience.batch(rows, self.aggregation, self.by_reward)
+            batch = self.experience.batch(rows, self.aggregation, self.plain)
             for name in ("weight", "loss_mask"):
                 batch[name][max(len(self.numbers) - start, 0) :] = 0
             yield batch

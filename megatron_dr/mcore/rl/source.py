@@ -52,7 +52,6 @@ class RolloutSource(Source):
         path = target.target_test_data
         self.tested = [] if path is None else self._read([path])
         self.tests = bool(self.tested)
-        self._by_reward = rl.target_loss == "reward"  # of the target
         self.experiences: dict[str, Experience] = {}
         self._target: list[ExperienceStream] = []
 
@@ -69,8 +68,8 @@ class RolloutSource(Source):
         """The target's; what they give is shown to them at each rollout."""
         whole = self.rl.completions if self.target.target_data is None else None
         batch = whole or self.target.target_batch_size
-        self._target = [self._stream(micro_batch_size, batch, self._by_reward)
-                        for _ in range(chunks)]  # fmt: skip
+        plain = not self.rl.target_has_ratio
+        self._target = [self._stream(micro_batch_size, batch, plain) for _ in range(chunks)]
         return self._target
 
     def begin(self, handle: Handle) -> None:
@@ -157,14 +156,14 @@ class RolloutSource(Source):
         self._refresh(GENERAL, cycle, by_reward=False, count=self.rl.prompts)
         refresh = cycle // self.rl.target_refresh
         if TARGET in self.prompts:
-            self._refresh(TARGET, refresh, self._by_reward, self.rl.target_prompts)
+            self._refresh(TARGET, refresh, self.rl.target_by_reward, self.rl.target_prompts)
         elif self._target and self._number(TARGET) != cycle:
             self._show(TARGET, self._itself())
 
     def _itself(self) -> Experience:
         """The rollout as its own target."""
         general = self.experiences[GENERAL]
-        return general.by_reward() if self._by_reward else general
+        return general.by_reward() if self.rl.target_by_reward else general
 
     def _number(self, role: str) -> int | None:
         return self.experiences[role].number if role in self.experiences else None
@@ -194,11 +193,11 @@ class RolloutSource(Source):
         kept = filter_once.filtered(general, target, self.rl, self.model, stock, schedule)
         self._show(GENERAL, kept)
 
-    def _stream(self, size: int, batch: int, by_reward: bool) -> ExperienceStream:
+    def _stream(self, size: int, batch: int, plain: bool) -> ExperienceStream:
         return ExperienceStream(
             micro_batch_size=size, rank=mpu.get_data_parallel_rank(),
             size=self.args.data_parallel_size, batch_size=batch, aggregation=self.rl.aggregation,
-            by_reward=by_reward,
+            plain=plain,
         )  # fmt: skip
 
     def _values(self) -> dict[str, float]:
