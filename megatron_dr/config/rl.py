@@ -32,6 +32,14 @@ class RLConfig:
         "in place of --dr-rl-reward: a Hugging Face sequence-classification checkpoint",
         "folder",
     )
+    reward_label: str | None = flag(
+        None,
+        "of a reward model with several labels, the one whose logit is the reward: name or number",
+        "name",
+    )
+    reward_text: Literal["whole", "completion"] = flag(
+        "whole", "what a reward model reads: prompt and completion, or the completion alone", "name"
+    )
     reward_workers: int = flag(1, "processes that evaluate rewards, on each rank", "count")
     reward_timeout: float = flag(10.0, "time for a completion's reward", "seconds, > 0")
     unsafe_sandbox: bool = flag(
@@ -119,6 +127,13 @@ class RLConfig:
                 "--dr-rl-algorithm needs --dr-rl-reward module:function, such as "
                 "megatron_dr.rl.rewards:numeric, or --dr-rl-reward-model DIR, and not both."
             )
+        if self.reward_model is None:
+            for name, default in (("reward_label", None), ("reward_text", "whole")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{_flag(name)} is of a reward model, and --dr-rl-reward is a function: "
+                        "drop it."
+                    )
         if self.target_reward is not None and self.target == "self":
             raise ValueError(
                 f"{_flag('target_reward')} needs completions of the target's own: drop "

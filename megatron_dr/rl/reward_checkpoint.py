@@ -1,4 +1,4 @@
-"""Loads a reward model: a Hugging Face sequence-classification checkpoint with one label.
+"""Loads a reward model: a Hugging Face sequence-classification checkpoint.
 
 Only a local folder is read, weights only as safetensors, and no code of the folder runs.
 """
@@ -10,8 +10,11 @@ _HEAD = "ForSequenceClassification"
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """transformers' model, for evaluation and on the host, and its tokenizer.
+def load(folder: Path, label: str | None) -> tuple[Any, Any, int]:
+    """transformers' model, for evaluation and on the host, its tokenizer, and the label's number.
+
+    Args:
+        label: name or number of the one whose logit is the reward; None: the only one.
 
     Raises:
         ValueError: transformers is not installed, or what is wrong with the folder.
@@ -25,6 +28,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = _loaded(folder, transformers.AutoConfig)
     _check_config(folder, config)
+    number = _label(folder, config, label)
     tokenizer = _loaded(folder, transformers.AutoTokenizer)
     model, report = _loaded(
         folder, transformers.AutoModelForSequenceClassification, config=config,
@@ -33,7 +37,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     if report["missing_keys"]:
         raise ValueError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys']))}.")
     _check_vocabulary(folder, model, tokenizer)
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), tokenizer, number
 
 
 def first_line(error: Exception) -> str:
@@ -71,8 +75,27 @@ def _check_config(folder: Path, config: Any) -> None:
             f"{folder}: config.json names the architecture {', '.join(named) or None}; a reward "
             f"model is one that ends in {_HEAD}."
         )
-    if config.num_labels != 1:
-        raise ValueError(f"{folder}: the model has {config.num_labels} labels; a reward is one.")
+
+
+def _label(folder: Path, config: Any, label: str | None) -> int:
+    """The number of the label whose logit is the reward."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    known = f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+    if label is None:
+        if len(names) == 1:
+            return 0
+        raise ValueError(
+            f"{folder}: the model has {len(names)} labels ({known}), and a reward is one: name it "
+            "with --dr-rl-reward-label."
+        )
+    if names.count(label) == 1:
+        return names.index(label)
+    if label.isdecimal() and int(label) < len(names):
+        return int(label)
+    raise ValueError(
+        f"{folder}: --dr-rl-reward-label {label} is none of the model's labels ({known}), nor a "
+        f"number below {len(names)}."
+    )
 
 
 def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:

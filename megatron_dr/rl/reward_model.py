@@ -1,6 +1,6 @@
-"""Rewards by a reward model: a Hugging Face sequence-classification checkpoint with one label.
+"""Rewards by a reward model: one logit of a Hugging Face sequence-classification checkpoint.
 
-Shape suffixes: N samples, B samples of a batch, T tokens.
+Shape suffixes: N samples, B samples of a batch, T tokens, L labels.
 """
 
 import itertools
@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class RewardModel:
     Its input is the prompt (messages, or a text as a user's turn) and an assistant's turn, the
     completion, by the tokenizer's chat template. Without a template it is prompt and completion as
     one text, with the special tokens that the tokenizer puts around texts; those that the text has
-    there itself, as one rendered by a template, are not put twice. A text longer than the model's
+    there itself, as one rendered by a template, are not put twice. With `text` completion it is the
+    completion as such a text, whatever the template. A text longer than the model's
     context is scored on its last tokens, and counted in a warning. Rows are right-padded and
     masked, so that a score depends neither on the padding nor on the batch, but for rounding.
 
@@ -36,6 +37,8 @@ class RewardModel:
     Args:
         folder: config.json, safetensors and the tokenizer (see `reward_checkpoint`).
         device: keeps the whole model, in the checkpoint's dtype.
+        label: whose logit is the reward, by name or number; of a model with one label None.
+        text: what it reads; a classifier of texts reads the completion.
         batch_size: samples in a forward pass.
 
     Raises:
@@ -43,20 +46,23 @@ class RewardModel:
     """
 
     def __init__(
-        self, folder: str | Path, device: torch.device | int | str, batch_size: int = 8
-    ) -> None:
+        self, folder: str | Path, device: torch.device | int | str, label: str | None = None,
+        text: Literal["whole", "completion"] = "whole", batch_size: int = 8,
+    ) -> None:  # fmt: skip
         self._folder, self._device, self._batch_size = Path(folder), device, batch_size
-        self._model, self._tokenizer = load(self._folder)
+        self._model, self._tokenizer, self._label = load(self._folder, label)
+        self._whole = text == "whole"
+        self._templated = self._whole and self._tokenizer.chat_template is not None
         self._model.to(device)
         self._config = self._model.config.get_text_config()
         self._config.use_cache = False
         # the id by which the model itself tells padding; None where it knows none that it embeds
         pad, embedded = self._config.pad_token_id, self._model.get_input_embeddings().num_embeddings
         self._pad = pad if pad is not None and 0 <= pad < embedded else None
-        self._context = _context(self._config, self._tokenizer)
+        self._context = _context(self._model, self._config, self._tokenizer)
         self._around: tuple[list[int], list[int]] = [], []
         try:
-            if self._tokenizer.chat_template is None:  # which would write special tokens itself
+            if not self._templated:  # a template would write special tokens itself
                 self._around = _around(self._tokenizer)
             self._forward([self._text(_TRIAL)])
         except Exception as error:  # templates and models raise what they like
@@ -70,7 +76,7 @@ class RewardModel:
         Raises:
             ValueError: a prompt is messages, and the tokenizer has no chat template.
         """
-        texts_alone = self._tokenizer.chat_template is None
+        texts_alone = self._whole and not self._templated
         if texts_alone and not all(isinstance(sample.prompt, str) for sample in samples):
             raise ValueError(
                 f"{self._folder}: the reward model's tokenizer has no chat template, which "
@@ -105,7 +111,9 @@ class RewardModel:
         _log.warning("reward model %s, %s: %s", self._folder, name, message)
 
     def _text(self, sample: Sample) -> str:
-        if self._tokenizer.chat_template is None:
+        if not self._whole:
+            return sample.completion
+        if not self._templated:
             return f"{sample.prompt}{sample.completion}"
         asked = sample.prompt
         if isinstance(asked, str):
@@ -156,15 +164,21 @@ class RewardModel:
             ids_BT[number, : len(row)] = torch.tensor(row)
             mask_BT[number, : len(row)] = 1
         ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
-        scores_B1: Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
-        return scores_B1[:, 0].float()
+        scores_BL: Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
+        return scores_BL[:, self._label].float()
 
 
-def _context(config: Any, tokenizer: Any) -> int:
+def _context(model: Any, config: Any, tokenizer: Any) -> int:
     """The longest text, in tokens; that of the tokenizer is huge where it does not know it."""
     longest: int = tokenizer.model_max_length
     positions = getattr(config, "max_position_embeddings", None)
-    return min(longest, positions) if positions and positions > 0 else longest
+    if not positions or positions < 0:
+        return longest
+    for name, module in model.named_modules():  # RoBERTa's begin behind that of padding
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            positions -= padding + 1
+    return min(longest, positions)
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -53,10 +53,33 @@ def bert(folder: Path) -> Any:
     return _save(folder, transformers.BertForSequenceClassification(about).eval(), tokenizer(True))
 
 
+def roberta(folder: Path, longest: int | None = None) -> Any:
+    """An encoder with two labels, as classifiers of toxic texts have."""
+    torch.manual_seed(3)
+    about = transformers.RobertaConfig(
+        **SIZES, pad_token_id=0, id2label={0: "nothate", 1: "hate"},
+        label2id={"nothate": 0, "hate": 1},
+    )  # fmt: skip
+    own = tokenizer(True)
+    if longest is not None:
+        own.model_max_length = longest
+    return _save(folder, transformers.RobertaForSequenceClassification(about).eval(), own)
+
+
 def _save(folder: Path, model: Any, saved: Any) -> Any:
     model.save_pretrained(folder)
     saved.save_pretrained(folder)
     return model
+
+
+@torch.no_grad()
+def logits(model: Any, ids: list[int]) -> list[float]:
+    """RoBERTa's logits of one text, from its last hidden state by its head's own matrices."""
+    hidden = model.roberta(torch.tensor([ids])).last_hidden_state[0, 0]
+    head = model.classifier
+    middle = (head.dense.weight @ hidden + head.dense.bias).tanh()
+    found: list[float] = (head.out_proj.weight @ middle + head.out_proj.bias).tolist()
+    return found
 
 
 @torch.no_grad()

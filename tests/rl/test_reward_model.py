@@ -49,7 +49,7 @@ def test_scores_are_those_of_single_texts(
     assert max(expected) - min(expected) > 0.1  # they differ, so that a mix-up shows
     state = torch.get_rng_state()
     for batch_size in (1, 3, 64):
-        reward = RewardModel(tmp_path, "cpu", batch_size)
+        reward = RewardModel(tmp_path, "cpu", batch_size=batch_size)
         found = reward.score(SAMPLES)
         assert found.rewards == pytest.approx(expected, abs=1e-5) and not found.failures
     for rank in range(3):  # shares of ranks
@@ -149,7 +149,10 @@ BAD: dict[str, tuple[Any, str]] = {
         "architecture LlamaForCausalLM; a reward model is one that ends in ForSequenceClass",
     ),
     "no architecture": (lambda f: edit(f, architectures=None), "names the architecture None"),
-    "labels": (lambda f: made.llama(f, labels=3), "the model has 3 labels; a reward is one"),
+    "labels": (
+        lambda f: made.llama(f, labels=3),
+        "the model has 3 labels (LABEL_0, LABEL_1, LABEL_2), and a reward is one: name it with",
+    ),
     "pickle": (pickled, "no weights in safetensors; other formats, which are pickles"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer; save the reward"),
     "no head": (headless, "the weights lack score.weight"),

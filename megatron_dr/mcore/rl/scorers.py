@@ -32,7 +32,9 @@ def open_scorers(rl: RLConfig) -> dict[str, Scorer]:
     with errors.agreed():
         general: Scorer
         if rl.reward_model is not None:
-            general = RewardModel(rl.reward_model, torch.cuda.current_device())
+            general = RewardModel(
+                rl.reward_model, torch.cuda.current_device(), rl.reward_label, rl.reward_text
+            )
         else:
             assert rl.reward is not None
             general = pool(rl.reward)
