@@ -122,7 +122,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         if not options.small and (given is None or not given.is_dir()):
             parser.error(f"{flag} must be a folder, or give --small.")
     for name in ("seeds", "steps"):
-        if (getattr(options, name) or 1) < 1:
+        number = getattr(options, name)
+        if number is not None and number < 1:
             parser.error(f"--{name} must be at least 1.")
     return options
 

@@ -85,9 +85,7 @@ def test_the_last_of_a_flag_counts_and_no_part_is_left() -> None:
         assert "{" not in whole and whole.endswith(f"{recipe.read(setting, False).steps}")
     words = recipe.read("sft", True).flags("FullTraining-LoRA", known, 3).split()
     assert words[len(words) - words[::-1].index("--lr")] == "2e-3" and words[-1] == "3"
-    with pytest.raises(
-        ValueError, match="--arms Mean: there are FullTraining-Full, "
-    ):
+    with pytest.raises(ValueError, match="--arms Mean: there are FullTraining-Full, "):
         recipe.read("sft", False).check("Mean")
 
 

@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    _get_param_groups,
+    get_standard_config_overrides,
+)
 
 from megatron_dr.config.dr import DRConfig
 
@@ -96,6 +101,25 @@ def test_a_targets_token_pg_is_advantages_by_token_times_log_probabilities() -> 
         for name in ranks[0]:
             found = _megatron.whole([rank[name] for rank in ranks])
             close({k: found[k] for k in wanted}, wanted, 1e-3, 3e-6, name)
+
+
+def rates() -> dict[str, list[float]]:
+    """On a rank: greatest and least learning rate of each parameter of a model with a head."""
+    with_head()
+    _megatron.initialize(Layout())
+    model = _megatron.build(Layout(), initial())[0]
+    config = OptimizerConfig(lr=1e-5, min_lr=1e-6, decoupled_lr=5e-4, decoupled_min_lr=2e-4)
+    groups = _get_param_groups(model, config, get_standard_config_overrides(config))
+    name_of = {id(p): name for name, p in model[0].module.named_parameters()}
+    return {name_of[id(p)]: [g["max_lr"], g["min_lr"]] for g in groups for p in g["params"]}
+
+
+def test_the_head_has_the_output_layers_rate() -> None:
+    (found,) = run_ranks(1, rates)
+    apart = {f"{HEAD}weight", f"{HEAD}bias", "output_layer.weight",
+             "embedding.word_embeddings.weight"}  # fmt: skip
+    assert {name for name, rate in found.items() if rate == [5e-4, 2e-4]} == apart
+    assert all(rate == [1e-5, 1e-6] for name, rate in found.items() if name not in apart)
 
 
 SAMPLES = [

@@ -27,7 +27,8 @@ class ValueHead(torch.nn.Module):
     """A value for each token; replicated over tensor-parallel ranks.
 
     Under sequence parallelism a rank has a share of the tokens alone: its gradient is then partial,
-    and is marked as Megatron marks that of norms.
+    and is marked as Megatron marks that of norms. It is marked as an output layer, too: so it has
+    --decoupled-lr.
     """
 
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
@@ -37,7 +38,9 @@ class ValueHead(torch.nn.Module):
         self.bias = torch.nn.Parameter(zeros(1))
         self.sequence_parallel = config.sequence_parallel
         for parameter in self.parameters():
-            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+            marked: Any = parameter
+            marked.sequence_parallel = self.sequence_parallel
+            marked.is_embedding_or_output_parameter = True
 
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """[B, S] of all tokens, fp32, on every tensor-parallel rank."""
