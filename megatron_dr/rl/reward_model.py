@@ -178,7 +178,7 @@ def _context(model: Any, config: Any, tokenizer: Any) -> int:
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
             positions -= padding + 1
-    return min(longest, positions)
+    return min(longest, int(positions))
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
