@@ -93,7 +93,7 @@ def table(jobs: Sequence[Job], out: Path, console: Console) -> None:
         if each.arm != "base":
             arms.setdefault(each.arm, []).append(each)
     lines = {arm: [each.lines("validation")[-1] for each in runs] for arm, runs in arms.items()}
-    names = [name for name in ("target loss", "target reward", "reward")
+    names = [name for name in ("lm loss", "reward")
              if all(name in line for found in lines.values() for line in found)]  # fmt: skip
     rows = [[arm, *(figures.spread([line[name] for line in found]) for name in names)]
             for arm, found in lines.items()]  # fmt: skip

@@ -45,9 +45,8 @@ def tokenizer(out: Path) -> Any:
     return found
 
 
-def files(made: Path, setting: str, is_small: bool) -> dict[str, Path]:
-    wanted = recipe.read(setting, is_small).data
-    out = made / f"{setting}-{is_small}"
+def files(made: Path, setting: str) -> dict[str, Path]:
+    wanted, out = recipe.read(setting, True).data, made / f"{setting}-prepared"
     return prepare.PREPARE[setting](made / setting, out, wanted, tokenizer(made), 2)
 
 
@@ -65,13 +64,12 @@ def checked(argv: list[str]) -> tuple[int, str]:
     return code, error
 
 
-@pytest.mark.parametrize("is_small", [False, True], ids=["whole", "small"])
 @pytest.mark.parametrize("setting", recipe.SETTINGS)
-def test_megatron_takes_the_flags(made: Path, setting: str, is_small: bool) -> None:
-    """Its own parser and checks, and ours, up to the loop's beginning: of every arm."""
-    found = recipe.read(setting, is_small)
+def test_megatron_takes_the_flags(made: Path, setting: str) -> None:
+    """Its own parser and checks, and ours, up to the loop's beginning: of every arm as a whole."""
+    found = recipe.read(setting, False)
     begun = start.from_scratch(made / "tokenizer", made)
-    known = {**files(made, setting, is_small), "reward": made}
+    known = {**files(made, setting), "reward": made}
     for arm in found.arms:
         flags = f"{begun.flags} --dr-device cpu {found.flags(arm, known)} --seed 2"
         ((code, error),) = run_ranks(1, checked, flags.split())
@@ -92,7 +90,7 @@ def test_the_last_of_a_flag_counts_and_no_part_is_left() -> None:
 # -- data ----------------------------------------------------------------------------------------
 def test_samples_are_chosen_by_the_authors_draws(made: Path) -> None:
     wanted = recipe.read("sft", True).data
-    found = files(made, "sft", True)
+    found = files(made, "sft")
     general = lines(made / "sft" / wanted["general"])
     torch.manual_seed(3)  # the run's seed and one
     order = torch.randperm(len(general))[: int(len(general) * wanted["share"])].tolist()
@@ -110,7 +108,7 @@ def test_samples_are_chosen_by_the_authors_draws(made: Path) -> None:
 
 def test_prompts_are_beginnings_of_what_is_toxic_enough(made: Path) -> None:
     wanted = recipe.read("rlhf", True).data
-    found = files(made, "rlhf", True)
+    found = files(made, "rlhf")
     records = lines(made / "rlhf" / wanted["prompts"])
     above = [r["prompt"]["text"] + r["continuation"]["text"] for r in records
              if r["prompt"]["toxicity"] > wanted["above"]]  # fmt: skip

@@ -281,6 +281,7 @@ def test_contradictions_are_refused(more: str, sentence: str) -> None:
 
 def test_the_set_is_mean() -> None:
     for more in ("--dr-target-data t.jsonl", "--dr-rl-target self --dr-set mean"):
-        assert configs("--dr-rl-filter once " + more)[0].set == "mean"
+        dr, _ = configs("--dr-rl-filter once " + more)
+        assert (dr.set, dr.alpha_style, dr.needs_target) == ("mean", "constant", False)
     with pytest.raises(ValueError, match="does not go with --num-experts"):
         parts.prepare(argparse.Namespace(**vars(parsed("--dr-rl-filter once")), num_experts=4))

@@ -68,14 +68,15 @@ class RLPart(Part):
 
     def defaults(self, own: RLConfig, given: dict[str, Any]) -> None:
         """The set of the paper (arXiv 2605.07063) where there is a target; a constant alpha, as the
-        rule that chooses it counts passes over samples, and rollouts are new at each."""
+        rule that chooses it counts passes over samples, and rollouts are new at each; steps on a
+        filtered rollout have no target in them at all."""
         if own.target == "self":
             names = ("target_data", "target_batch_size")
             _refuse_given(names, given, "--dr-rl-target self: drop one of them.")
         if own.filter == "once":
             _add_filter_defaults(own, given)
         has_target = own.target == "self" or "target_data" in given
-        if has_target and own.filter != "once":
+        if has_target:
             given.setdefault("alpha_style", DRConfig.alpha_style)
         if "set" in given:
             return
