@@ -36,6 +36,10 @@ def attach(model: Any, optimizer: Any, config: Any, dr: "DRConfig | None" = None
 
 def enable() -> None:
     """Add the plugin and its flags to Megatron's loop: see `megatron_dr.mcore.loop.adaptor`."""
+    from megatron_dr.mcore import compat, errors
+
+    with errors.refused():
+        compat.check_loop()
     from megatron_dr.mcore.loop.adaptor import enable as enable_
 
     enable_()

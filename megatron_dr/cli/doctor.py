@@ -88,11 +88,18 @@ _MEGATRON = """
 from importlib.metadata import version
 found = version("megatron-core")
 print(found, flush=True)
-import megatron.core, megatron.training.arguments
-from megatron_dr.mcore.compat import NEWEST, OLDEST
-if not OLDEST <= tuple(map(int, found.split(".")[:2])) <= NEWEST:
-    known = [".".join(map(str, v)) for v in (OLDEST, NEWEST)]
+import megatron.core
+from megatron_dr.mcore.compat import versions
+installed, oldest, loop, newest = (
+    tuple(map(int, found.split(".")[:2])), versions.OLDEST, versions.OLDEST_LOOP, versions.NEWEST
+)
+if not oldest <= installed <= newest:
+    known = [".".join(map(str, v)) for v in (oldest, newest)]
     raise SystemExit(f"{found} was not tested; tested are {known[0]} to {known[1]}")
+if installed < loop:
+    print(f"{found}; attach and hosts alone: megatron_dr.train needs {loop[0]}.{loop[1]}")
+else:
+    import megatron.training.arguments
 """
 
 CHECKS = (
@@ -101,7 +108,7 @@ CHECKS = (
           "install NVIDIA's driver, and a torch that is built for its CUDA version"),
     Check("NCCL", "torch", False, _NCCL, "pip install --force-reinstall torch"),
     Check("megatron-core", "megatron", True, _MEGATRON,
-          "pip install 'megatron-core[training]>=0.19,<0.20'"),
+          "pip install 'megatron-core[training]>=0.16,<0.21'"),
     Check("Transformer Engine", "transformer_engine", False,
           _installed("transformer_engine.pytorch", "transformer-engine"),
           "pip uninstall transformer-engine   (with a GPU, then: pip install "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import megatron.training.models.gpt  # noqa: F401  (here, and not in every rank)
+import megatron.training.argument_utils  # noqa: F401  (here, and not in every rank)
 import torch
 import transformers.models.auto  # noqa: F401
 from megatron.core import parallel_state

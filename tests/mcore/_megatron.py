@@ -18,8 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_dr.mcore import compat
 from megatron_dr.mcore.cpu.layers import layer_spec
 from megatron_dr.mcore.ownership import owned_parameters
 
@@ -212,7 +212,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable
     batch = {k: v[None] for k, v in next(data_iterator).items()}
     batch["attention_mask"] = None
     group = parallel_state.get_context_parallel_group()
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    batch = compat.batch_on_cp_ranks(batch, group)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(loss_func, batch["loss_mask"])
 

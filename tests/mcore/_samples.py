@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 import megatron_dr
 from megatron_dr import DRConfig
+from megatron_dr.mcore import compat
 from megatron_dr.mcore.data import packed
 
 from . import _data, _megatron
@@ -62,7 +62,7 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
         return output, partial(_megatron.loss_func, data["loss_mask"])
     data["attention_mask"] = None
     group = parallel_state.get_context_parallel_group()
-    data = get_batch_on_this_cp_rank(data, is_hybrid_cp=False, cp_group=group)
+    data = compat.batch_on_cp_ranks(data, group)
     output = model(data["tokens"], data["position_ids"], None, labels=data["labels"])
     return output, partial(_megatron.loss_func, data["loss_mask"])
 

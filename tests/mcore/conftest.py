@@ -15,7 +15,10 @@ import transformers  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402, F401
 from megatron.core.tokenizers.text.libraries import huggingface_tokenizer  # noqa: E402, F401
 
-from megatron_dr.mcore.loop import adaptor  # noqa: E402, F401
+from megatron_dr.mcore.compat import versions  # noqa: E402
+
+if versions.INSTALLED >= versions.OLDEST_LOOP:
+    from megatron_dr.mcore.loop import adaptor  # noqa: F401
 
 transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018 - imported when named
 

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore import compat
+from megatron_dr.mcore.compat import refusals
 from megatron_dr.mcore.refuse import refuse
 
 from . import _megatron, _oracle, _sample_check, test_wire
@@ -159,9 +159,9 @@ def test_refused(layout: Layout, dr: DRConfig, words: str) -> None:
 
 
 def test_without_einops_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "find_spec", lambda name: None)
+    monkeypatch.setattr(refusals, "find_spec", lambda name: None)
     args = SimpleNamespace(num_distributed_optimizer_instances=2)
     with pytest.raises(ValueError, match="^--num-distributed-optimizer-instances 2 needs the pack"):
-        refuse(compat.WHO, [compat._EINOPS], args)
+        refuse(refusals.WHO, [refusals.EINOPS], args)
     args.num_distributed_optimizer_instances = 1
-    refuse(compat.WHO, [compat._EINOPS], args)
+    refuse(refusals.WHO, [refusals.EINOPS], args)

@@ -10,6 +10,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dr.config.fields import flag as field_
+from megatron_dr.mcore.compat import newest
 from megatron_dr.mcore.loop import adaptor, parts, validation
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.refuse import rules
@@ -78,10 +79,14 @@ def test_what_it_refuses_ends_the_run(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_it_changes_the_model() -> None:
-    container = SimpleNamespace(model=SimpleNamespace(pre_wrap_hooks=[]))
-    adaptor._adapt(parse("--dr-echo-times", "2"), container)
-    (hook,) = container.model.pre_wrap_hooks
+    seen: list[object] = []
+    model = SimpleNamespace(pre_wrap_hooks=[])
+    named = {"cfg_container": SimpleNamespace(model=model)}
+    change = newest.change_model
+    assert change((), named, seen.append, adaptor._hooks(parse("--dr-echo-times", "2"))) == ()
+    assert seen == [model]
+    (hook,) = model.pre_wrap_hooks
     assert hook(["chunk"]) == ["chunk", "again", "again"]
-    adaptor._adapt(parse(), SimpleNamespace())
+    assert adaptor._hooks(parse()) == []
     with pytest.raises(ValueError, match="--dr-echo-times needs a training script that gives"):
-        adaptor._adapt(parse("--dr-echo-times", "2"), SimpleNamespace())
+        change((), {}, seen.append, adaptor._hooks(parse("--dr-echo-times", "2")))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dr.mcore import cpu
+from megatron_dr.mcore import compat, cpu
 from megatron_dr.mcore.loop import adaptor, forward
 
 from ._ranks import run_ranks
@@ -23,8 +23,6 @@ LAYOUTS = {
 
 def script(argv: list[str]) -> int:
     """As Megatron's pretrain_gpt.py goes about it. How often its own forward step was called."""
-    from megatron.core.enums import ModelType
-    from megatron.training import argument_utils, pretrain
     from megatron.training.arguments import parse_and_validate_args
 
     calls = []
@@ -41,9 +39,7 @@ def script(argv: list[str]) -> int:
     cpu.enable_if_asked()
     adaptor.enable()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    model = argument_utils.gpt_config_from_args(args)
-    container = argument_utils.pretrain_cfg_container_from_args(args, model)
-    pretrain(container, own_datasets, ModelType.encoder_or_decoder, own_step)
+    compat.pretrain(args, compat.model_config(args), own_datasets, own_step)
     return len(calls)
 
 

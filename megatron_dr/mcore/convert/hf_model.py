@@ -13,13 +13,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.argument_utils import _apply_yarn_config_from_args
 
 from megatron_dr.config.lora import LoRAConfig
 from megatron_dr.hf.adapters import Adapters
 from megatron_dr.hf.config import megatron_arguments
 from megatron_dr.hf.model import Model
-from megatron_dr.mcore import unpickling
+from megatron_dr.mcore import compat, unpickling
 from megatron_dr.mcore.cpu.layers import layer_spec
 from megatron_dr.mcore.model.lora import add_lora
 
@@ -43,7 +42,7 @@ def transformer_config(arguments: dict[str, Any]) -> TransformerConfig:
         persist_layer_norm=False, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
         bias_dropout_fusion=False, apply_rope_fusion=False,
     )  # fmt: skip
-    _apply_yarn_config_from_args(config, Namespace(**arguments))
+    compat.set_yarn(config, Namespace(**arguments))
     return config
 
 

@@ -154,7 +154,8 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
             unpickling.check_loaded(args)
     begin.carry_assets(args)
     with errors.refused():
-        _adapt(args, kwargs.get("cfg_container"))
+        mend = functools.partial(model_config.mend, args=args)
+        rest = compat.change_model(rest, kwargs, mend, _hooks(args))
     if configs is not None:
         for name, start in START.items():
             setattr(args, name, start)
@@ -178,20 +179,10 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     return model, optimizer, scheduler
 
 
-def _adapt(args: Namespace, container: Any) -> None:
-    """Have Megatron change the model that it builds as the parts want it."""
-    model_config.mend(getattr(container, "model", None), args)
-    for part, own in parts.on(args):
-        hook = part.on_model(own, args)
-        if hook is None:
-            continue
-        if getattr(container, "model", None) is None:
-            raise ValueError(
-                f"{part.flag} needs a training script that gives pretrain the model's "
-                "configuration, as Megatron's pretrain_gpt.py does, not a function that builds "
-                "the model."
-            )
-        container.model.pre_wrap_hooks.append(hook)
+def _hooks(args: Namespace) -> list[tuple[str, Callable[..., Any]]]:
+    """What changes the model that Megatron builds, each with the part's flag."""
+    hooks = [(part.flag, part.on_model(own, args)) for part, own in parts.on(args)]
+    return [(flag, hook) for flag, hook in hooks if hook is not None]
 
 
 def _build_iterators(stock: Callable[..., Any], provider: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -48,7 +48,7 @@ class Evaluations:
             self.best.see(iteration, self._found)
         if prefix.endswith(_END):
             self._keep(iteration)
-            groups = {name: groups.get(name) for name in ("pg_collection", "p2p_communicator")}
+            groups = {n: groups[n] for n in ("pg_collection", "p2p_communicator") if n in groups}
             self._test(iteration, forward_step, model, config, groups)
 
     def of_one(self, stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:

@@ -80,10 +80,10 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable
 def _batch(data_iterator: Any, vp_stage: int | None, training: bool) -> dict[str, Any]:
     """The microbatch on this rank: read on tensor-parallel rank 0, split over context ranks."""
     from megatron.core import mpu
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
+    from megatron_dr.mcore import compat
     from megatron_dr.mcore.data import packed
 
     args = get_args()
@@ -96,7 +96,7 @@ def _batch(data_iterator: Any, vp_stage: int | None, training: bool) -> dict[str
     if mpu.get_tensor_model_parallel_rank() == 0:
         data = next(data_iterator)
         batch = {n: data[n].cuda(non_blocking=True) if n in data else None for n in names}
-    batch = get_batch_on_this_tp_rank(
+    batch = compat.batch_on_tp_ranks(
         batch, has_cu_seqlens=packs, is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -110,9 +110,8 @@ def _batch(data_iterator: Any, vp_stage: int | None, training: bool) -> dict[str
     )  # fmt: skip
     if packs:
         return {**batch, "packed_seq_params": packed.parameters(batch)}
-    group = mpu.get_context_parallel_group()
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
-    return batch
+    cut: dict[str, Any] = compat.batch_on_cp_ranks(batch, mpu.get_context_parallel_group())
+    return cut
 
 
 def loss_func(

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from megatron_dr.mcore import cpu
+from megatron_dr.mcore import cpu, errors
 
 
 def main(store: torch.distributed.Store | None = None) -> None:  # type: ignore[name-defined]
@@ -21,13 +21,16 @@ def main(store: torch.distributed.Store | None = None) -> None:  # type: ignore[
     """
     warnings.filterwarnings("ignore", module="megatron")
     cpu.enable_if_asked()  # before Megatron is imported
+    from megatron_dr.mcore import compat
+
+    with errors.refused():
+        compat.check_loop()
     _run(store)
 
 
 def import_megatron() -> None:
     """Import what a run needs, so that forks of this process don't: after `cpu.enable()`."""
     import megatron.training  # noqa: F401
-    import megatron.training.models.gpt  # noqa: F401
 
     import megatron_dr.mcore.data.source  # noqa: F401
     import megatron_dr.mcore.dpo.source  # noqa: F401
@@ -36,10 +39,10 @@ def import_megatron() -> None:
 
 
 def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-defined]
-    from megatron.core.enums import ModelType
-    from megatron.training import argument_utils, pretrain, training
+    from megatron.training import training
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron_dr.mcore import compat
     from megatron_dr.mcore.loop import (
         adaptor,
         agreement,
@@ -57,11 +60,10 @@ def _run(store: torch.distributed.Store | None) -> None:  # type: ignore[name-de
     validation.of_script[:] = [script_flags.refuse_values]
     defaults = {"tokenizer_type": "GPT2BPETokenizer", "eval_interval": 1000}
     args = parse_and_validate_args(args_defaults=defaults)
-    model = validation.early(validation.of_megatron, argument_utils.gpt_config_from_args, args)
+    model = validation.early(validation.of_megatron, compat.model_config, args)
     model_config.mend(model, args)
-    pretrain(
-        argument_utils.pretrain_cfg_container_from_args(args, model), adaptor.datasets_provider,
-        ModelType.encoder_or_decoder, forward.forward_step, store=store,
+    compat.pretrain(
+        args, model, adaptor.datasets_provider, forward.forward_step, store=store,
         get_embedding_ranks=partial(_embedding_ranks, not args.untie_embeddings_and_output_weights),
     )  # fmt: skip
     if torch.distributed.is_initialized():

@@ -64,6 +64,7 @@ def of_megatron(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _prepare(args: Namespace) -> Configs:
     configs = configs_from_args(args)
+    refuse(compat.WHO, compat.OF_LOOP, args)
     if configs is not None:
         refuse(compat.WHO, compat.REFUSED, args)
     parts.prepare(args)

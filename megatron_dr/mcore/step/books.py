@@ -26,17 +26,16 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
-from megatron.core.transformer.moe import moe_logging
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from megatron_dr.mcore import collectives, random_state
+from megatron_dr.mcore import collectives, compat, random_state
 from megatron_dr.mcore.step.roles import MicrobatchRouter
 
 _COUNTS, _QUANTILES, _QUANTILE_COUNT = "local_tokens_per_expert", "qb_beta_accum", "qb_beta_count"
 _BUFFERS = (_COUNTS, _QUANTILES, _QUANTILE_COUNT, "global_tokens_per_expert", "ga_steps")
 _LARGEST = "current_max_attn_logits"
 _TRACKERS = (
-    (moe_logging, "_MOE_METRICS_TRACKER"), (DSAIndexerLossLoggingHelper, "tracker"),
+    compat.moe_losses(), (DSAIndexerLossLoggingHelper, "tracker"),
     (MTPLossLoggingHelper, "tracker"),
 )  # fmt: skip
 
@@ -180,9 +179,16 @@ class Books:
                 place.put(target)
             entries = getattr(place.value, "metrics", place.value) or {}
             for entry in entries.values():
-                value = entry.values if isinstance(entry, moe_logging.MetricEntry) else entry
+                value = _values(entry)
                 if isinstance(value, torch.Tensor):
                     value.copy_(value * ranks if general else torch.zeros_like(value))
+
+
+def _values(entry: Any) -> Any:
+    """The tensor of an entry of a tracker: it is one, has one, or says how one is reduced."""
+    if isinstance(entry, torch.Tensor):
+        return entry
+    return entry.get("values") if isinstance(entry, dict) else getattr(entry, "values", None)
 
 
 def _largest(general: Any, target: Any, trained: bool) -> Any:

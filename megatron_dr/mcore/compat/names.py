@@ -1,18 +1,13 @@
-"""Every Megatron name the plugin relies on, which versions it was tested with, what it refuses."""
+"""Every name of Megatron's model, buffers and ranks that the plugin relies on."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from megatron.core import __version__ as megatron_version
 from megatron.core import num_microbatches_calculator, parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.core.utils import get_attr_wrapped_model
 from torch.distributed import ProcessGroup
-
-from megatron_dr.mcore.refuse import SWITCH_OFF, Rule, refuse, rules, single
 
 # what get_forward_backward_func() chooses from, in megatron.core.pipeline_parallel.schedules
 SCHEDULES = (
@@ -20,61 +15,6 @@ SCHEDULES = (
     "forward_backward_pipelining_without_interleaving",
     "forward_backward_pipelining_with_interleaving",
 )
-
-OLDEST, NEWEST = (0, 19), (0, 19)  # minor versions that the tests ran with
-
-# Configuration that no test of ours covers: refused at attach, with what to change.
-WHO = "megatron_dr does not support"
-_MODEL = rules({
-    "overlap_moe_expert_parallel_comm": "its combined schedule runs two microbatches at once",
-    "defer_embedding_wgrad_compute": "it computes weight gradients after the microbatch",
-    "delay_wgrad_compute": "it computes weight gradients after the microbatch",
-    "hybrid_context_parallel": "its schedule regroups ranks in every microbatch",
-    "mtp_num_layers": "multi-token prediction ties the embedding on more than two stages",
-    "moe_paged_stash": "it reruns steps",
-    "flextron": "its routers are reduced over pipeline stages",
-})  # fmt: skip
-_DDP = rules({
-    "use_megatron_fsdp": "Megatron-FSDP keeps gradients in its own sharded buffers",
-    "reuse_grad_buf_for_mxfp8_param_ag": "parameters and gradients share a buffer",
-    "param_name_patterns_for_fp32_local_accumulation": "it keeps gradients beside the buffers",
-})  # fmt: skip
-_FLAGS = rules({
-    "use_torch_fsdp2": "torch FSDP2 reduces gradients by itself",
-    "sft": "JSONL with 'prompt' and 'response' goes to --data-path as it is, and --dr-pack packs "
-    "both roles' samples",
-    "fim_data": "the target's text would not be filled in",
-    "dataloader_inter_document_masking": "the target's documents would see one another",
-    "logits_load_dir": "the target's tokens have no teacher's logits",
-    "logits_save_dir": "the target's logits would be saved among the general ones",
-})  # fmt: skip
-_BATCHES = tuple(
-    Rule(
-        name,
-        when=lambda value, args: value and not _rows_of_ranks(args),
-        says="{who} {flag} but with rows of ranks: other rows need the same number of "
-        "microbatches in every step; give --dr-rows rank, or drop it.",
-    )
-    for name in ("rampup_batch_size", "step_batch_size_schedule")
-)
-_EINOPS = Rule(
-    "num_distributed_optimizer_instances",
-    when=lambda instances, _: (instances or 1) > 1 and find_spec("einops") is None,
-    says="{flag} {value} needs the package einops, by which Megatron makes its groups: install it.",
-)
-_SINGLE = tuple(map(single, ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")))
-_GRAPHS = Rule(
-    "cuda_graph_impl",
-    when=lambda kind, _: kind not in (None, "none"),
-    says="{who} CUDA graphs: drop {flag}.",
-)
-# of Megatron's flags: before it builds anything
-REFUSED = (*_MODEL, *_DDP, *_FLAGS, *_BATCHES, _EINOPS, *_SINGLE)
-
-
-def _rows_of_ranks(args: Any) -> bool:
-    rows = getattr(args, "dr_rows", None) or ("slot" if args.dr_slots else "auto")
-    return rows in ("auto", "rank")
 
 
 class GradBuffer(Protocol):
@@ -218,50 +158,6 @@ def model_group() -> ProcessGroup:
     """Ranks that together hold one copy of the model: tensor x pipeline parallel."""
     group: ProcessGroup = parallel_state.get_model_parallel_group()
     return group
-
-
-def check_contract(model: Any, config: Any) -> None:
-    """Raise ValueError, in one sentence that says what to change, where the plugin can't work."""
-    if not isinstance(model, (list, tuple)) or not model:
-        raise ValueError("attach(model, ...) needs Megatron's list of model chunks, e.g. [model].")
-    for module in model:
-        if not isinstance(module, DistributedDataParallel):
-            raise ValueError(
-                f"attach needs model chunks wrapped in Megatron-Core's DistributedDataParallel, "
-                f"not {type(module).__name__}; Megatron-FSDP and torch FSDP2 are not supported: "
-                "drop --use-megatron-fsdp or --use-torch-fsdp2."
-            )
-    if config is not get_model_config(model[0]):
-        raise ValueError(
-            "attach(config=...) must be the model's own configuration, "
-            "get_model_config(model[0]): a copy's finalize_model_grads_func is never called."
-        )
-    _check_version()
-    refuse(WHO, (*_MODEL, *_SINGLE), config, SWITCH_OFF)
-    refuse(WHO, (*_DDP, *_SINGLE), model[0].ddp_config, SWITCH_OFF)
-    refuse(WHO, [_GRAPHS], config)
-    _check_experts()
-
-
-def _check_version() -> None:
-    major, minor = (int(part) for part in megatron_version.split(".")[:2])
-    if not OLDEST <= (major, minor) <= NEWEST:
-        raise ValueError(
-            f"megatron_dr supports megatron-core {'.'.join(map(str, OLDEST))} to "
-            f"{'.'.join(map(str, NEWEST))}, but {megatron_version} is installed."
-        )
-
-
-def _check_experts() -> None:
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    cp = parallel_state.get_context_parallel_world_size()
-    together = expert_ranks()
-    if max(together, tp) % min(together, tp) or max(together, tp * cp) % min(together, tp * cp):
-        raise ValueError(
-            f"expert parallelism over {together} ranks must divide, or be divided by, tensor x "
-            f"context parallelism ({tp} x {cp}): ranks that share experts or a sequence form one "
-            "row; change --expert-model-parallel-size or --expert-tensor-parallel-size."
-        )
 
 
 def expert_ranks() -> int:
