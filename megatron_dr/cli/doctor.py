@@ -101,6 +101,22 @@ if installed < loop:
 else:
     import megatron.training.arguments
 """
+_OPTIONS = """
+from megatron_dr.mcore.compat import listed, versions
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+kinds = MLATransformerConfig, DistributedDataParallelConfig, OptimizerConfig
+said = [listed.unknown_fields(*kinds)]
+names = {name for kind in kinds for name in listed.fields(kind)}
+for kind, of_kind in listed.kinds(listed.OPTIONS).items():
+    said.append(f"{len(names & set(of_kind))} fields {kind}")
+if versions.INSTALLED >= versions.OLDEST_LOOP:
+    said[:0] = [listed.unknown_flags()]
+    flags = set(listed.kinds(listed.FLAGS)["refused"]) - listed.absent(listed.FLAGS)
+    said.append(f"{len(flags)} flags refused")
+print("; ".join(filter(None, said)))
+"""
 
 CHECKS = (
     Check("torch", "torch", True, _TORCH, "pip install 'torch>=2.6'"),
@@ -109,6 +125,7 @@ CHECKS = (
     Check("NCCL", "torch", False, _NCCL, "pip install --force-reinstall torch"),
     Check("megatron-core", "megatron", True, _MEGATRON,
           "pip install 'megatron-core[training]>=0.16,<0.21'"),
+    Check("its options", "megatron", True, _OPTIONS, "see megatron-core above"),
     Check("Transformer Engine", "transformer_engine", False,
           _installed("transformer_engine.pytorch", "transformer-engine"),
           "pip uninstall transformer-engine   (with a GPU, then: pip install "

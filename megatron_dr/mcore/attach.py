@@ -39,6 +39,7 @@ def attach(model: Any, optimizer: Any, config: Any, dr: DRConfig | None = None) 
             if dr in (existing.dr, existing.asked):
                 return existing
             existing.detach()
+        compat.warn(config, model[0].ddp_config, getattr(optimizer, "config", None))
         asked, (dr, why) = dr, row_choice.settled(dr, model)
         dr, of_window = window.settled(dr)
         for sentence in filter(None, (why, of_window)):

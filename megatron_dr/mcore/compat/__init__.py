@@ -6,11 +6,13 @@ differences.py what stands in for them in older versions, a row each
 versions.py    which versions are supported
 refusals.py    options that are refused wherever the plugin is attached
 contract.py    what `attach` is given
+listed.py      which of Megatron's options somebody has looked at: options.txt, flags.txt
 """
 
 from megatron_dr.mcore.compat import newest
-from megatron_dr.mcore.compat.contract import check_contract
+from megatron_dr.mcore.compat.contract import check_contract, warn
 from megatron_dr.mcore.compat.differences import chosen
+from megatron_dr.mcore.compat.listed import unknown_flags
 from megatron_dr.mcore.compat.names import (
     SCHEDULES,
     Bucket,
@@ -43,7 +45,7 @@ __all__ = [
     "change_model", "check_contract", "check_loop", "data_group", "data_ranks_per_row", "device",
     "expert_ranks", "grad_buffers", "instance_ranks", "model_config", "model_group", "moe_losses",
     "num_microbatches", "peers", "pretrain", "ranks_per_row", "samples_before",
-    "samples_of_a_step", "set_yarn", "unwrap",
+    "samples_of_a_step", "set_yarn", "unknown_flags", "unwrap", "warn",
 ]  # fmt: skip
 
 batch_on_cp_ranks = chosen(newest.batch_on_cp_ranks)

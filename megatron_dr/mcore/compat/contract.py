@@ -1,14 +1,16 @@
 """What `attach` is given: Megatron's model in its DDP, of a version and with options that go."""
 
+import dataclasses
 from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_model_config
 
-from megatron_dr.mcore.compat import refusals, versions
+from megatron_dr.mcore.compat import listed, refusals, versions
 from megatron_dr.mcore.compat.names import expert_ranks
 from megatron_dr.mcore.refuse import SWITCH_OFF, refuse
+from megatron_dr.mcore.say import say
 
 
 def check_contract(model: Any, config: Any) -> None:
@@ -31,6 +33,13 @@ def check_contract(model: Any, config: Any) -> None:
     refuse(refusals.WHO, refusals.OF_MODEL, config, SWITCH_OFF)
     refuse(refusals.WHO, refusals.OF_DDP, model[0].ddp_config, SWITCH_OFF)
     _check_experts()
+
+
+def warn(*configurations: Any) -> None:
+    """Say which fields of these configurations of Megatron's nobody has looked at."""
+    sentence = listed.unknown_fields(*filter(dataclasses.is_dataclass, configurations))
+    if sentence:
+        say(sentence)
 
 
 def _check_experts() -> None:

@@ -13,13 +13,22 @@ MODEL = rules({
     "overlap_moe_expert_parallel_comm": "its combined schedule runs two microbatches at once",
     "defer_embedding_wgrad_compute": "it computes weight gradients after the microbatch",
     "delay_wgrad_compute": "it computes weight gradients after the microbatch",
+    "overlap_dispatch_backward_with_experts_wgrad": "it computes experts' weight gradients apart "
+    "from their backward",
     "hybrid_context_parallel": "its schedule regroups ranks in every microbatch",
     "mtp_num_layers": "multi-token prediction ties the embedding on more than two stages",
     "moe_paged_stash": "it reruns steps",
+    "num_microbatches_with_partial_activation_checkpoints": "it asks more of a forward step than "
+    "ours takes",
+    "moe_single_grouped_weight": "its experts share one parameter",
+    "moe_single_grouped_bias": "its experts share one parameter",
+    "moe_use_grouped_tensor": "its experts' gradients are a tensor of another kind",
+    "enable_mhc_connections": "stages send residual streams of another width",
     "flextron": "its routers are reduced over pipeline stages",
 })  # fmt: skip
 DDP = rules({
     "use_megatron_fsdp": "Megatron-FSDP keeps gradients in its own sharded buffers",
+    "use_custom_fsdp": "it is Megatron-FSDP, which keeps gradients in its own sharded buffers",
     "reuse_grad_buf_for_mxfp8_param_ag": "parameters and gradients share a buffer",
     "param_name_patterns_for_fp32_local_accumulation": "it keeps gradients beside the buffers",
 })  # fmt: skip
@@ -52,12 +61,21 @@ GRAPHS = Rule(
     when=lambda kind, _: kind not in (None, "none"),
     says="{who} CUDA graphs: drop {flag}.",
 )
-OF_MODEL = (*MODEL, *SINGLE, GRAPHS)
+_WIRE = tuple(
+    Rule(
+        name,
+        when=lambda kind, _: kind not in (None, "bf16"),
+        says="{who} {flag} {value}: experts' tokens would be rounded on their way, the target's "
+        "too; drop it.",
+    )
+    for name in ("moe_dispatch_fwd_dtype", "moe_combine_bwd_dtype")
+)
+OF_MODEL = (*MODEL, *SINGLE, *_WIRE, GRAPHS)
 OF_DDP = (*DDP, *SINGLE)
 # of the flags of an older version's training loop, with the plugin or without
 OF_LOOP = until_0_18.REFUSED if INSTALLED <= (0, 18) else ()
 # of Megatron's flags: before it builds anything
-REFUSED = (*MODEL, *DDP, *_FLAGS, *_BATCHES, EINOPS, *SINGLE)
+REFUSED = (*MODEL, *DDP, *_WIRE, *_FLAGS, *_BATCHES, EINOPS, *SINGLE)
 
 
 def _rows_of_ranks(args: Any) -> bool:

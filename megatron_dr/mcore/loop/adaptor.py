@@ -59,6 +59,7 @@ from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.loop.evaluations import Evaluations
 from megatron_dr.mcore.loop.generation import Generation
 from megatron_dr.mcore.loop.run import START, TrainingRun
+from megatron_dr.mcore.say import say
 from megatron_dr.mcore.step import log
 
 _run: TrainingRun | None = None
@@ -157,6 +158,8 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
         mend = functools.partial(model_config.mend, args=args)
         rest = compat.change_model(rest, kwargs, mend, _hooks(args))
     if configs is not None:
+        for sentence in filter(None, [compat.unknown_flags()]):
+            say(sentence)
         for name, start in START.items():
             setattr(args, name, start)
     model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint

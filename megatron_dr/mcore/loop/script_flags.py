@@ -2,7 +2,7 @@
 
 Most flags are read by Megatron's library, whatever script calls it. The others are for a script to
 act on, as pretrain_gpt.py does; this entry acts on those about its data, its forward step and its
-loss, and refuses the rest by name. `tests/mcore/megatron_flags.txt` says of every flag which it is.
+loss, and refuses the rest by name. `mcore/compat/flags.txt` says of every flag which it is.
 """
 
 import fnmatch
@@ -47,10 +47,10 @@ REFUSED = {
         --num-speculative-tokens --max-tokens-to-oom --use-legacy-static-engine
         --nccl-all-reduce-for-prefill --moe-pad-experts-for-cuda-graph-inference
         --use-same-sampling-seed-across-dp-ranks""",
-    "nothing in Megatron 0.19 reads it": """
+    "nothing in Megatron reads it": """
         --apply-residual-connection-post-layernorm --openai-gelu --onnx-safe
         --exit-signal-handler-for-dataloader --dist-ckpt-save-pre-mcore-014
-        --enable-full-sharding-in-hsdp""",
+        --enable-full-sharding-in-hsdp --sample-rate""",
     "Megatron no longer takes it: give --micro-batch-size": "--batch-size",
     "Megatron no longer takes it: give --lr-warmup-fraction": "--warmup",
     "Megatron no longer takes it: give --tensor-model-parallel-size": "--model-parallel-size",
