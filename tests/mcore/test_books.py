@@ -8,6 +8,7 @@ from megatron.core.transformer.experimental_attention_variant.dsa import DSAInde
 from megatron.core.transformer.moe import moe_logging
 
 from megatron_dr import DRConfig
+from megatron_dr.mcore.compat import versions
 from megatron_dr.mcore.step import books
 from megatron_dr.mcore.step.roles import MicrobatchRouter
 
@@ -86,6 +87,7 @@ def test_share_of_a_set_that_holds_the_target() -> None:
     assert halfspace.target_share(0.0) == 0.5 and halfspace.target_share(1.0) == 1.0
 
 
+@pytest.mark.skipif(versions.INSTALLED <= (0, 18), reason="Megatron 0.18 has no such balancing")
 def test_quantiles_too() -> None:
     runs = [Run("quantiles"), Run("quantiles", role="target"), Run("quantiles", MIXED["slots"][1])]
     ((general, target, found),) = run_ranks(1, _books.many, ALONE, runs)

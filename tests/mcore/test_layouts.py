@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import megatron_dr
+from megatron_dr.mcore.compat import versions
 
 from . import _megatron, _oracle, _problem
 from ._data import ROWS, Layout
@@ -77,6 +78,8 @@ LAYOUTS = {
     "moe-tp2-sp-ep4-dp2": Layout(moe=True, tp=2, sequence_parallel=True, ep=4, dp=2),
     "moe-tp2-sp-etp2-ep2-dp2": Layout(moe=True, tp=2, sequence_parallel=True, etp=2, ep=2, dp=2),
 }
+if versions.INSTALLED <= (0, 18):
+    del LAYOUTS["moe-tp2-sp"]  # refused: Megatron leaves its experts' gradients apart
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

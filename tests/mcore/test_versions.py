@@ -1,5 +1,6 @@
 """The table of what differs between Megatron's versions, and what stands in for newest calls."""
 
+import contextlib
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from megatron.training import global_vars
 
 from megatron_dr.mcore.compat import differences, newest, until_0_18, versions
 from megatron_dr.mcore.compat.differences import TABLE, Difference, chosen
+from megatron_dr.mcore.refuse import refuse
 
 CALLS = {f for _, f in inspect.getmembers(newest, inspect.isfunction)}
 
@@ -73,6 +75,25 @@ def test_hooks_change_all_chunks_where_a_function_builds_them(
         made = [changed(pre_process=True, **stage) for stage in stages]
         assert seen.pop() == made == [build(**stage) for stage in stages]
     assert kind == "kind" and not seen
+
+
+EXPERTS = {
+    "of one": (4, 2, 1, 1, True), "of two": (4, 2, 1, 2, False), "default": (4, 2, 1, None, False),
+    "in parallel": (4, 2, 2, 1, False), "none": (None, 2, 1, 1, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experts, tp, ep, etp, refused", EXPERTS.values(), ids=EXPERTS.keys())
+def test_experts_whose_gradients_old_versions_leave_apart(
+    experts: int | None, tp: int, ep: int, etp: int | None, refused: bool
+) -> None:
+    config = SimpleNamespace(
+        num_moe_experts=experts, tensor_model_parallel_size=tp, expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )  # fmt: skip
+    words = "^megatron_dr does not support --expert-tensor-parallel-size 1 without expert"
+    with pytest.raises(ValueError, match=words) if refused else contextlib.nullcontext():
+        refuse("megatron_dr does not support", until_0_18.OF_MODEL, config)
 
 
 def test_ours_is_mended_where_a_function_builds_it() -> None:

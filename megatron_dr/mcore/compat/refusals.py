@@ -70,10 +70,11 @@ _WIRE = tuple(
     )
     for name in ("moe_dispatch_fwd_dtype", "moe_combine_bwd_dtype")
 )
-OF_MODEL = (*MODEL, *SINGLE, *_WIRE, GRAPHS)
+_OLD = INSTALLED <= (0, 18)
+OF_MODEL = (*MODEL, *SINGLE, *_WIRE, GRAPHS, *(until_0_18.OF_MODEL if _OLD else ()))
 OF_DDP = (*DDP, *SINGLE)
 # of the flags of an older version's training loop, with the plugin or without
-OF_LOOP = until_0_18.REFUSED if INSTALLED <= (0, 18) else ()
+OF_LOOP = until_0_18.OF_LOOP if _OLD else ()
 # of Megatron's flags: before it builds anything
 REFUSED = (*MODEL, *DDP, *_WIRE, *_FLAGS, *_BATCHES, EINOPS, *SINGLE)
 

@@ -13,8 +13,22 @@ from typing import Any
 from megatron_dr.mcore.compat.newest import Hook
 from megatron_dr.mcore.refuse import Rule
 
+# of the model's configuration
+OF_MODEL = (
+    Rule(
+        "expert_tensor_parallel_size",
+        when=lambda size, config: (
+            config.num_moe_experts
+            and config.expert_model_parallel_size == 1
+            and (size or config.tensor_model_parallel_size) < config.tensor_model_parallel_size
+        ),
+        says="{who} {flag} {value} without expert parallelism on megatron-core 0.18 and older: "
+        "they don't reduce the experts' gradients over tensor-parallel ranks, and the copies "
+        "drift apart; use 0.19, or give --expert-model-parallel-size.",
+    ),
+)
 # of the training loop's flags
-REFUSED = (
+OF_LOOP = (
     Rule("record_memory_history", says="{flag} has no effect with megatron-core 0.18, which leaves "
          "it to its own script: drop it, or use 0.19."),
     Rule(
