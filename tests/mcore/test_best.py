@@ -61,9 +61,9 @@ def test_the_best_is_kept_and_loaded(data: dict[str, str], tmp_path: Path) -> No
 
 @pytest.mark.soak
 def test_the_last_stage_tells_all_which_is_the_best(data: dict[str, str], tmp_path: Path) -> None:
-    """Beside checkpoints that are written in the background."""
+    """Beside Megatron's own checkpoints."""
     path, folder = tmp_path / "m.jsonl", tmp_path / "saved"
-    more = f"""{cone(data)} {KEEPS} --pipeline-model-parallel-size 2 --async-save --save {folder}
+    more = f"""{cone(data)} {KEEPS} --pipeline-model-parallel-size 2 --save {folder}
         --dr-metrics {path}"""
     code, _, error = run(flags(data, more, 4))[0]
     assert code == 0, error

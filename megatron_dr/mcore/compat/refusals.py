@@ -40,6 +40,7 @@ _FLAGS = rules({
     "dataloader_inter_document_masking": "the target's documents would see one another",
     "logits_load_dir": "the target's tokens have no teacher's logits",
     "logits_save_dir": "the target's logits would be saved among the general ones",
+    "inprocess_restart": "it starts a run again in a process that has the plugin's state",
 })  # fmt: skip
 _BATCHES = tuple(
     Rule(

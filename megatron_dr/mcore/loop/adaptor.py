@@ -240,9 +240,10 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
         stock = functools.partial(first_line.log, stock)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
     if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:
-        from megatron.training.global_vars import get_tensorboard_writer
+        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-        log.write_blocks(_run.handle.log, iteration, _run.args, get_tensorboard_writer())
+        boards = get_tensorboard_writer(), get_wandb_writer()
+        log.write_blocks(_run.handle.log, iteration, _run.args, *boards)
     return result
 
 

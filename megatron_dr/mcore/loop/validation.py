@@ -10,7 +10,7 @@ from typing import Any
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore import compat, unpickling
-from megatron_dr.mcore.loop import agreement, best, changes, generation, parts, rate, record
+from megatron_dr.mcore.loop import agreement, best, changes, generation, needed, parts, rate, record
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.refuse import refuse
 from megatron_dr.mcore.seams.source import num_target_microbatches
@@ -67,6 +67,8 @@ def _prepare(args: Namespace) -> Configs:
     refuse(compat.WHO, compat.OF_LOOP, args)
     if configs is not None:
         refuse(compat.WHO, compat.REFUSED, args)
+    if configs is not None or of_script:
+        refuse(compat.WHO, needed.RULES, args)
     parts.prepare(args)
     rate.check(args)
     return configs

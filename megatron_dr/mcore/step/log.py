@@ -90,11 +90,12 @@ class StepLog:
         return sums_B9
 
 
-def write_blocks(log: StepLog, iteration: int, args: Any, writer: Any) -> None:
-    """Each block's values: to TensorBoard where Megatron writes there, and as lines of the log.
+def write_blocks(log: StepLog, iteration: int, args: Any, writer: Any, wandb: Any) -> None:
+    """Each block's values: to TensorBoard and W&B where Megatron writes there, and as lines of the
+    log.
 
     Args:
-        writer: TensorBoard's, on the rank that has one.
+        writer, wandb: TensorBoard's and W&B's, on the rank that has them.
     """
     to_board = writer is not None and iteration % args.tensorboard_log_interval == 0
     last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
@@ -106,6 +107,9 @@ def write_blocks(log: StepLog, iteration: int, args: Any, writer: Any) -> None:
         if to_board:
             for name, of_blocks in values.items():
                 writer.add_scalar(f"{name}/{block}", of_blocks[number], iteration)
+        if to_board and wandb is not None:
+            found = {f"{name}/{block}": of_blocks[number] for name, of_blocks in values.items()}
+            wandb.log(found, iteration)
         if to_log:
             numbers = " | ".join(f"{n}: {v[number]: .3f}" for n, v in values.items())
             say.log(f" iteration {iteration} | {block} | {numbers}")
