@@ -73,10 +73,8 @@ RULES = (
          when=lambda kind, _: kind == "local" and _no("nvidia_resiliency_ext"),
          says=f"{{flag}} local needs the package {_NVRX}: install it, or give global."),
     Rule("enable_ft_package",
-         when=lambda given, _: given and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ,
-         says=f"{{flag}} without ft_launcher of {_NVRX}, whose monitor the run would report to: "
-         "start it by ft_launcher, or drop it."),
-    _with("enable_ft_package", "save"),
+         says="{flag}: no run of the plugin was tried under ft_launcher, whose monitor it reports "
+         "to; drop it, and have torchrun restart the run."),
     _with("calc_ft_timeouts", "enable_ft_package"),
     _package("fault_injector_ranks", _NVRX, "nvidia_resiliency_ext"),
     _package("fault_injector_num_ranks", _NVRX, "nvidia_resiliency_ext"),
