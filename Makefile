@@ -3,16 +3,19 @@
 # make demo-rlhf   the same with a reward model: PPO
 # make test        lint, types and tests
 # make soak        the longer tests that it leaves out: all pairs of layout and rows, more resumes
+# make test-versions  what differs between Megatron-Core's versions, on each of them: README's table;
+#                  VERSIONS="0.18.2" some of them, or a folder with Megatron's sources
 # make docs        docs/api.md from the docstrings, and the pictures of the feasible sets
 # All set up .venv first (about 5 GB, 3 minutes) and can be run again.
 # PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for.
 
 PYTHON ?=
+VERSIONS ?=
 VENV := .venv
 STAMP := $(VENV)/.ready
 PYTEST := -q -n auto --maxprocesses 8 --dist worksteal --durations=5
 
-.PHONY: demo demo-rlvr demo-rlhf test soak lint docs setup clean
+.PHONY: demo demo-rlvr demo-rlhf test soak test-versions lint docs setup clean
 
 setup: $(STAMP)
 
@@ -32,6 +35,9 @@ test: lint
 soak: $(STAMP)
 	@$(VENV)/bin/python -m pytest $(PYTEST) -m soak
 
+test-versions: $(STAMP)
+	@$(VENV)/bin/python tests/versions.py $(VERSIONS)
+
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
@@ -42,4 +48,4 @@ docs: $(STAMP)
 	@$(VENV)/bin/python docs/feasible_sets.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .versions runs

@@ -13,7 +13,6 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
-from megatron.training.global_vars import get_args, set_args
 
 from . import _data, _megatron
 
@@ -22,6 +21,8 @@ PACKAGE = "slime.backends.megatron_utils"
 
 def arguments(hook: str) -> Namespace:
     """Megatron's and slime's arguments that the loop reads."""
+    from megatron.training.global_vars import set_args
+
     zero = ["reset_optimizer_states", "manual_gc", "overlap_grad_reduce", "overlap_param_gather",
             "enable_mtp_training", "ci_test", "allgather_cp", "calculate_per_token_loss",
             "recompute_loss_function", "use_wandb", "use_tensorboard"]  # fmt: skip
@@ -110,6 +111,8 @@ def train(
     num_microbatches: list[int], global_batch_sizes: list[int],
 ) -> None:  # fmt: skip
     """The finalize hook is set in each rollout."""
+    from megatron.training.global_vars import get_args
+
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,9 @@ from megatron_dr.mcore.compat import differences, newest, until_0_18, versions
 from megatron_dr.mcore.compat.differences import TABLE, Difference, chosen
 from megatron_dr.mcore.refuse import refuse
 
+from .. import versions as runs
+
+ROOT = Path(__file__).parents[2]
 CALLS = {f for _, f in inspect.getmembers(newest, inspect.isfunction)}
 
 
@@ -101,3 +106,28 @@ def test_ours_is_mended_where_a_function_builds_it() -> None:
     mended: list[Any] = []
     assert until_0_18.change_model((model, 1), {}, mended.append, []) == (model, 1)
     assert mended == [model]
+
+
+def test_the_readmes_rows_are_of_supported_versions() -> None:
+    """And in none did a test fail; which versions run is all that the index has."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Versions")[2]
+    head, _, *rows = re.findall(r"^\|.*\|$", text.partition("\n## ")[0], re.M)
+    assert head == f"| {' | '.join(runs.HEAD)} |" and rows
+    minors = {f"0.{minor}" for minor in range(versions.OLDEST[1], versions.NEWEST[1] + 1)}
+    for cells in ([cell.strip() for cell in row.strip("|").split("|")] for row in rows):
+        minor, _, _ = cells[0].rpartition(".")
+        trains = int(minor.partition(".")[2]) >= versions.OLDEST_LOOP[1]
+        assert minor in minors and cells[5] == "0" and cells[3].endswith("training") == trains
+    newest = f"0.{versions.NEWEST[1]}"  # not on the index
+    assert {version.rpartition(".")[0] for version in runs.RELEASES} == minors - {newest}
+
+
+def test_what_a_report_counts(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="9" failures="1" errors="2" skipped="3"/></testsuites>'
+    )
+    found = runs.Found("0.19.2", "2.14.1", "3.12.1", loop=False)
+    assert runs.row(found, runs.counts(report), 119) == (
+        "| 0.19.2 | 2.14.1 | 3.12.1 | attach, hosts | 3 | 3 | 3 | 2 |"
+    )
