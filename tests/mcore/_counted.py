@@ -20,14 +20,15 @@ from megatron_dr.mcore.attach import attached
 from megatron_dr.mcore.buffer_rows import exchange
 from megatron_dr.mcore.buffer_rows.exact_gram import ExactGram
 from megatron_dr.mcore.buffer_rows.sketched_gram import SketchedGram
-from megatron_dr.plan import memory, wire
+from megatron_dr.plan import activations, memory, wire
+from megatron_dr.plan.activations import Kept, Shape
 from megatron_dr.plan.buffers import stages
 from megatron_dr.plan.layout import Layout, Place
 from megatron_dr.plan.model import Model
 from megatron_dr.plan.rows import Rows
 from megatron_dr.plan.wire import Send
 
-from . import _data, _megatron
+from . import _data, _megatron, _saved
 from ._ranks import run_ranks
 
 # Which argument of torch's collectives is the payload, and how it travels.
@@ -142,8 +143,9 @@ def count(recorder: Recorder, layout: _data.Layout, dr: DRConfig | None) -> Coun
         optimizer.step = stepped
         return handle
 
-    model, optimizer, _, _ = _megatron.train(layout, 2, None, plugin)
-    found = _kept(model, optimizer)
+    saved = _saved.Saved()
+    model, optimizer, _, _ = _saved.train(layout, 2, saved, plugin)
+    found = _kept(model, optimizer) | {"activations": saved.most}
     if dr is not None:
         rows = attached(model).rows.buffers
         extra = {row: sum(f.nbytes for f in flats) for row, flats in rows._extra.items()}
@@ -175,7 +177,7 @@ def _storages(tensors: Any) -> dict[int, int]:
 
 
 # -- the plan of the same ------------------------------------------------------------------------
-def planned(layout: _data.Layout, dr: DRConfig) -> tuple[Model, Layout, Rows]:
+def planned(layout: _data.Layout, dr: DRConfig | None) -> tuple[Model, Layout, Rows]:
     """Of `_megatron.transformer_config`'s model."""
     moe, norm = layout.moe, layout.layer_norm
     model = Model(
@@ -190,6 +192,7 @@ def planned(layout: _data.Layout, dr: DRConfig) -> tuple[Model, Layout, Rows]:
         weight_bytes=2 if layout.bf16 else 4, gradient_bytes=2 if layout.bf16_buffers else 4,
         bucket=5000,
     )  # fmt: skip
+    dr = dr or DRConfig()
     least = max(layout.cp, layout.ep * own.etp // layout.tp, 1)
     rows = Rows(
         slots=dr.num_slots, ranks=dr.row_ranks or least, target_ranks=dr.target_ranks,
@@ -226,7 +229,12 @@ def compare(ranks: list[tuple[Counted, Counted]], layout: _data.Layout, dr: DRCo
                     out[f"{arm} stage {stage.number} {which} {level}"] = found, said[side]
         kept = memory.plain(stage) | memory.ours(stage, rows)
         kept["target"] += kept["in flight"]
+        run = Kept(Shape(1, _data.LENGTH), fused=False)
+        number = layout.num_general + layout.num_target
+        kept["activations"] = sum(activations.of_stage(stage, run, number, False).values())
         for part in here[0][1].memory:
+            if part == "activations" and layout.moe:
+                continue  # the router does not deal tokens out evenly
             each = [pair[1].memory[part] for pair in here]
             # shards are uneven, flights are not, but a gloo thread may let go of one late
             found = min(each) if part == "target" else mean(each)
