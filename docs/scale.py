@@ -36,7 +36,7 @@ class Case:
     rows: Rows
 
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> tuple[Stage, ...]:
         return stages(self.model, self.layout)
 
 

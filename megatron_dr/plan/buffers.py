@@ -1,5 +1,6 @@
 """What a rank of a pipeline stage holds: Megatron's gradient buffers, and their buckets."""
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Stage:
                     out.append(Buffer(chunk, inside, starts, buckets, group))
         return out
 
-    @property
+    @cached_property
     def ready(self) -> list[tuple[Buffer, int]]:
         """Buckets as they become ready: the last chunk's first, dense and experts' side by side."""
         places = [
@@ -100,9 +101,10 @@ class Stage:
         return self.layout.bucket or max(40_000_000, 1_000_000 * self.layout.data)
 
 
-def stages(model: Model, layout: Layout) -> list[Stage]:
-    """Of a layout."""
-    return [Stage(model, layout, number) for number in range(layout.pp)]
+@functools.lru_cache(maxsize=8)
+def stages(model: Model, layout: Layout) -> tuple[Stage, ...]:
+    """Of a layout. Kept, as each has its buffers worked out once."""
+    return tuple(Stage(model, layout, number) for number in range(layout.pp))
 
 
 def _laid_out(

@@ -1,7 +1,9 @@
 """What a GPU and its links do in a second."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_dr.plan import wire
 from megatron_dr.plan.wire import Send
@@ -26,6 +28,8 @@ class Hardware:
         flops: that a GPU sustains in a layer's products, a second.
         fp32: that it sustains in products of fp32 without TF32, a second.
         solve: seconds of a solve for the weights.
+        reserved: bytes of memory that a run's tensors can't have: CUDA's context, NCCL's buffers,
+            what the allocator loses.
     """
 
     node: int
@@ -36,6 +40,12 @@ class Hardware:
     flops: float
     fp32: float
     solve: float
+    reserved: float = 0.0
+
+    @property
+    def usable(self) -> float:
+        """Bytes for a run's tensors."""
+        return self.memory - self.reserved
 
     def seconds(self, send: Send) -> tuple[float, float]:
         """For which a collective holds the links inside a node, and between nodes.
@@ -61,5 +71,52 @@ class Hardware:
 # TB/s), less what programs don't reach.
 H100 = Hardware(
     node=8, memory=80e9, memory_bandwidth=2.7e12, inside=Link(350e9, 3e-6),
-    between=Link(45e9, 8e-6), flops=450e12, fp32=40e12, solve=3e-3,
+    between=Link(45e9, 8e-6), flops=450e12, fp32=40e12, solve=3e-3, reserved=5e9,
 )  # fmt: skip
+# The same with HBM3e: 141 GB, 4.8 TB/s.
+H200 = dataclasses.replace(H100, memory=141e9, memory_bandwidth=3.9e12)
+# NVLink 5 (900 GB/s a way), HBM3e of 8 TB/s, 2,250 TFLOP/s in bf16 and 80 in fp32.
+B200 = dataclasses.replace(
+    H100, memory=180e9, memory_bandwidth=6.4e12, inside=Link(700e9, 3e-6), flops=1000e12, fp32=48e12
+)
+KNOWN = {"h100": H100, "h200": H200, "b200": B200}
+
+
+def parse(table: Any) -> Hardware:
+    """Hardware of names and numbers, as a file has them; what it leaves out is an H100's.
+
+    Raises:
+        ValueError: a name that there is not, or no number.
+    """
+    names = [field.name for field in dataclasses.fields(Hardware)]
+    if not isinstance(table, dict):
+        raise ValueError(f"hardware must be names and numbers ({', '.join(names)}).")
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in names:
+            raise ValueError(f"{name!r} is none of the hardware's names: {', '.join(names)}.")
+        if name in ("inside", "between"):
+            found[name] = _link(name, value, getattr(H100, name))
+        else:
+            found[name] = _number(name, value)
+    if "node" in found:
+        found["node"] = int(found["node"])
+    return dataclasses.replace(H100, **found)
+
+
+def _link(name: str, table: Any, default: Link) -> Link:
+    if not isinstance(table, dict) or table.keys() - {"bandwidth", "latency"}:
+        raise ValueError(f"{name} must have bandwidth and latency, not {table!r}.")
+    return dataclasses.replace(default, **{k: _number(f"{name}.{k}", v) for k, v in table.items()})
+
+
+def _number(name: str, value: Any) -> float:
+    """YAML reads 80e9 as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    zero = name in ("solve", "reserved") or name.endswith("latency")
+    if not (number > 0 or (zero and number == 0)) or math.isinf(number):
+        raise ValueError(f"{name} must be a number above 0, not {value!r}.")
+    return number

@@ -1,4 +1,4 @@
-"""What a rank keeps, in bytes by part. Activations are not in it: they are the same in both.
+"""What a rank keeps, in bytes by part. Activations are in `activations.py`.
 
 Legend: D ranks of a group, R classes of them whose gradients are summed (`route.py`), P sums of
 `rows.py`.
@@ -25,12 +25,17 @@ def plain(stage: Stage) -> dict[str, float]:
     each = 8
     if layout.weight_bytes < 4:
         each += 4 + (4 if layout.gradient_bytes < 4 else 0)
-    owned = sum(b.filled / len(b.group) for b in stage.buffers) if sharded else filled
     return {
         "weights": layout.weight_bytes * (numel if sharded else filled),
         "gradients": layout.gradient_bytes * numel,
-        "optimizer": each * owned,
+        "optimizer": each * owned(stage),
     }
+
+
+def owned(stage: Stage) -> float:
+    """Elements whose optimizer state a rank keeps."""
+    sharded = stage.layout.distributed_optimizer
+    return sum(b.filled / (len(b.group) if sharded else 1) for b in stage.buffers)
 
 
 def ours(stage: Stage, rows: Rows) -> dict[str, float]:

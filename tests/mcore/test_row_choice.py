@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dr.mcore.buffer_rows import levels, row_groups
-from megatron_dr.mcore.buffer_rows.row_choice import choose
+from megatron_dr.plan.choice import choose
 from megatron_dr.plan.rows import near_a_node
 
 from . import _megatron

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.buffer_rows.row_groups import ranks_per_row
-
-_ENOUGH, _MOST = 8, 16  # rows
+from megatron_dr.plan.choice import choose
 
 
 def settled(dr: DRConfig, model: list[compat.Chunk]) -> tuple[DRConfig, str]:
@@ -41,31 +40,6 @@ def settled(dr: DRConfig, model: list[compat.Chunk]) -> tuple[DRConfig, str]:
         return settle(rows="rank", slots=None), f"rows auto: {ranks} ({why})"
     more = f"{slots} slots on each, {(slots - 1) * each:,} bytes"
     return settle(rows="slot", slots=slots), f"rows auto: {ranks}, {more} ({why})"
-
-
-def choose(groups: int, microbatches: int | None, fit: int) -> tuple[int, str]:
-    """How many slots a rank has, and why.
-
-    Args:
-        groups: rows that ranks alone make.
-        microbatches: general ones of a rank and step, which slots must divide; None: not known.
-        fit: slots that memory allows.
-    """
-    if groups >= _ENOUGH:
-        return 1, f"at least {_ENOUGH}"
-    if microbatches is None:
-        return (
-            1,
-            "how many microbatches a rank has is not known here: slots=n makes n times as many",
-        )
-    divisors = [n for n in range(1, microbatches + 1) if microbatches % n == 0]
-    wanted = max(n for n in divisors if n == 1 or n * groups <= _MOST)
-    slots = max(n for n in divisors if n <= min(wanted, fit))
-    if slots < wanted:
-        return slots, f"memory allows no more: --dr-memory, --dr-slot-dtype bf16; {wanted} wanted"
-    if slots * groups < _ENOUGH:
-        return slots, f"the {microbatches} microbatches of a rank make no more"
-    return slots, f"up to {_MOST} rows"
 
 
 def free_bytes(device: torch.device) -> float:
