@@ -11,6 +11,7 @@ COMMANDS = {
     "convert": "checkpoints from Hugging Face to Megatron and back",
     "verify": "compare a checkpoint of Megatron with one of Hugging Face",
     "prepare": "tokenise data for training, with loss masks",
+    "plan": "memory, bytes and seconds of a run, before it starts",
     "compare": "compare mixes and projections on data of your own",
 }
 
