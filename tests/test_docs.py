@@ -96,3 +96,9 @@ def test_the_tables_of_scale_are_what_the_plan_says() -> None:
     """`python docs/scale.py` writes them anew."""
     made = runpy.run_path(str(DOCS / "scale.py"))["tables"]()
     assert made in (DOCS / "scale.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_plan_are_what_the_plan_says() -> None:
+    """`python docs/plan.py` writes them anew."""
+    made = runpy.run_path(str(DOCS / "plan.py"))["tables"]()
+    assert made in (DOCS / "plan.md").read_text(encoding="utf-8")
