@@ -69,7 +69,7 @@ def settle(
     rows = dataclasses.replace(rows, sketch=wanted.sketch_size(rows.of(layout).vectors))
     if wanted.gram == "auto":
         exact, sketch = (
-            max(map(_seconds, (exposed(stage, rows, kind) for stage in held)))
+            max(_seconds(exposed(stage, rows, kind, hardware.node)) for stage in held)
             for kind in (True, False)
         )
         rows = dataclasses.replace(rows, exact=exact <= sketch)
@@ -92,20 +92,16 @@ def _slots_that_fit(stage: Stage, rows: Rows, wanted: Wanted, hardware: Hardware
     return int((wanted.memory * free - target) // max(1, elements * rows.slot_bytes))
 
 
-def exposed(stage: Stage, rows: Rows, exact: bool) -> list[tuple[float, float]]:
-    """Bytes in a node and between nodes of what a rank sends when its backward is over."""
-    return [wire.by_level(_late(stage, dataclasses.replace(rows, exact=exact)), _node)]
+def exposed(stage: Stage, rows: Rows, exact: bool, node: int) -> tuple[float, float]:
+    """Bytes in a node of so many GPUs and between nodes of what a rank sends when its backward is
+    over."""
+    sends = _late(stage, dataclasses.replace(rows, exact=exact))
+    return wire.by_level(sends, lambda rank: rank // node)
 
 
-def _node(rank: int) -> int:
-    return rank // H100.node
-
-
-def _seconds(levels: list[tuple[float, float]]) -> float:
-    return sum(
-        inside / H100.inside.bandwidth + between / H100.between.bandwidth
-        for inside, between in levels
-    )
+def _seconds(levels: tuple[float, float]) -> float:
+    """By an H100's bandwidths, whatever the hardware, as the run compares them."""
+    return levels[0] / H100.inside.bandwidth + levels[1] / H100.between.bandwidth
 
 
 def _late(stage: Stage, rows: Rows) -> list[Send]:

@@ -51,7 +51,7 @@ def test_gram(name: str) -> None:
         rows, sketch=size_for(dr.wanted_error, rows.of(own).vectors), blocks=1
     )
     for kind, found in zip((True, False), zip(sizes, between, strict=True), strict=True):
-        mine = max(sum(choice.exposed(stage, rows, kind)[0]) for stage in held)
+        mine = max(sum(choice.exposed(stage, rows, kind, 8)) for stage in held)
         assert mine == pytest.approx(sum(found), rel=0.02, abs=400), (kind, said)
     chosen, (why,) = choice.settle(
         Wanted(rows, auto=False, sketch_size=lambda n: size_for(dr.wanted_error, n)), held, H100, 2

@@ -10,6 +10,7 @@ import io
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -140,13 +141,14 @@ def _validated(
 @contextlib.contextmanager
 def _on_a_gpu(asked: bool) -> Iterator[None]:
     """Megatron's checks find a GPU that its kernels run on, a Hopper's."""
-    stock = torch.cuda.get_device_capability
+    cuda: Any = torch.cuda
+    stock = cuda.get_device_capability
     if asked:
-        torch.cuda.get_device_capability = lambda *_: (9, 0)
+        cuda.get_device_capability = lambda *_: (9, 0)
     try:
         yield
     finally:
-        torch.cuda.get_device_capability = stock
+        cuda.get_device_capability = stock
 
 
 def _model(args: Namespace) -> Model:
