@@ -85,7 +85,7 @@ def of_stage(
     layers = layout.layers_of_a_chunk(stage.model.layers)
     of_chunk, again = _of_chunk(stage, kept, layers)
     chunks = in_flight(stage, microbatches)
-    out = chunks * of_chunk
+    out = chunks * of_chunk + layout.vpp * _rotary(stage, kept)
     if stage.number == 0:  # of the first chunk
         out += -(-chunks // layout.vpp) * _embedding(stage, kept)
     loss = 0.0
@@ -119,13 +119,17 @@ def _of_chunk(stage: Stage, kept: Kept, layers: int) -> tuple[float, float]:
     own = number * whole - (0.0 if _copies(stage, kept) else hidden)  # the first input is there
     if recompute.distribute:
         hidden /= stage.layout.tp
-    rotary = 0.0
-    if kept.rotary and not kept.fused:
-        rotary = 4.0 * kept.shape.length / stage.layout.cp * stage.model.head_size
     if recompute.block:  # the others' backward is over by then
         own = whole - (0.0 if _copies(stage, kept) else hidden) - (layers - number) * each
-        return number * hidden + rotary + (layers - number) * each, max(0.0, own)
-    return math.ceil(layers / number) * hidden + rotary, own
+        return number * hidden + (layers - number) * each, max(0.0, own)
+    return math.ceil(layers / number) * hidden, own
+
+
+def _rotary(stage: Stage, kept: Kept) -> float:
+    """Angles, which recomputed layers of a chunk read: the same for all microbatches."""
+    if kept.fused or not kept.rotary or kept.recompute.granularity != "full":
+        return 0.0
+    return 4.0 * kept.shape.length / stage.layout.cp * stage.model.head_size
 
 
 def _copies(stage: Stage, kept: Kept) -> bool:
