@@ -6,6 +6,7 @@ gradient's norm). All ranks of a stage are taken to send their mean.
 Legend: B blocks, R vectors and P sums of `rows.py`, K sketch size, D ranks of a group.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -145,10 +146,11 @@ def grams(stage: Stage, rows: Rows) -> list[Send]:
     data, model = layout.data_group(stage.number), layout.model_group()
     products = 8 * rows.blocks * counts.vectors
     if not rows.exact:
-        sketches = 4 * rows.blocks * (rows.slots + counts.targets) * rows.sketch
+        block = 4 * (rows.slots + counts.targets) * rows.sketch
+        each = math.ceil(rows.blocks / len(model))  # blocks of a rank: one is not divided
         return [
-            Send("grams", "reduce", sketches, model),
-            Send("grams", "ring", sketches * len(data) / len(model), data),
+            Send("grams", "reduce", rows.blocks * block, model),
+            Send("grams", "ring", each * block * len(data), data),
             Send("grams", "reduce", products * (counts.vectors + 2), model),
         ]
     partial = [

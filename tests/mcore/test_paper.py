@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import megatron.training
 import pytest
 import torch
 
 from megatron_dr.compare import start
+from megatron_dr.mcore import compat
 
 from ._ranks import run_ranks
 from ._train import ROOT, launch
@@ -58,7 +58,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def checked(argv: list[str]) -> tuple[int, str]:
     """On a rank: exit code and errors of a run that ends where Megatron's loop would begin."""
     begun: list[Any] = []
-    megatron.training.pretrain = lambda *args, **_: begun.append(args)
+    compat.pretrain = lambda *args, **_: begun.append(args)
     code, _, error = launch(argv)
     assert len(begun) == (code == 0)
     return code, error
@@ -69,9 +69,12 @@ def test_megatron_takes_the_flags(made: Path, setting: str) -> None:
     """Its own parser and checks, and ours, up to the loop's beginning: of every arm as a whole."""
     found = recipe.read(setting, False)
     begun = start.from_scratch(made / "tokenizer", made)
-    known = {**files(made, setting), "reward": made}
+    known: dict[str, Any] = files(made, setting)
+    if found.reward_model:
+        known = {**known, "reward": small.reward_model(made / "reward")}
+    template = "" if found.template else f"--chat-template {ROOT}/examples/paper/chat.jinja"
     for arm in found.arms:
-        flags = f"{begun.flags} --dr-device cpu {found.flags(arm, known)} --seed 2"
+        flags = f"{begun.flags} {template} --dr-device cpu {found.flags(arm, known)} --seed 2"
         ((code, error),) = run_ranks(1, checked, flags.split())
         assert code == 0, (arm, error[-2000:])
 
