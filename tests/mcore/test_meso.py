@@ -110,7 +110,9 @@ def test_adam_equals_oracle(layout: Layout) -> None:
     assert_oracles(layout, "adam")
 
 
-@pytest.mark.parametrize("name", ["world1", "tp2-pp2-sp-tied", "moe-tp2-sp-ep2"])
+@pytest.mark.parametrize(
+    "name", ["world1", "tp2-pp2-sp-tied", pytest.param("moe-tp2-sp-ep2", marks=pytest.mark.soak)]
+)
 def test_sgd_equals_oracle(name: str) -> None:
     assert_oracles(LAYOUTS[name], "sgd")
 

@@ -88,6 +88,7 @@ def test_resume_in_the_middle_of_a_cycle_and_in_another_layout(
     assert target is not None and target.isnan().all()  # its loss has no value part
 
 
+@pytest.mark.soak
 def test_ranks_share_the_work_with_overlap(data: Data, whole: Any, tmp_path: Path) -> None:
     more = f"{regularised(data, 4)} --overlap-grad-reduce --overlap-param-gather"
     same(run(data, tmp_path / "a.jsonl", more, STEPS, 2), whole)

@@ -211,7 +211,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("rows", some({"slot": SLOTS, "sample": ROWS, "adapters": LORA}, "sample"))
+@pytest.mark.parametrize("rows", some({"slot": SLOTS, "sample": ROWS, "adapters": LORA}))
 def test_packs_train_alike_in_every_layout(data: dict[str, str], tmp_path: Path, rows: str) -> None:
     """And the losses fall, in both roles."""
     base = tmp_path / "base"

@@ -35,6 +35,7 @@ def test_a_server_answers_for_any_layout(data: dict[str, str], tmp_path: Path) -
     assert any((one[name] - data["start"][name]).abs().max() > 1e-3 for name in one)
 
 
+@pytest.mark.soak
 def test_a_server_that_is_not_there_ends_the_run_on_every_rank(data: dict[str, str]) -> None:
     for engine, sentence in (
         ("nobody", "--dr-rl-engine failed on rank 0: RuntimeError"),

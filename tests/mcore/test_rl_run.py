@@ -65,7 +65,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout, world, slots", some(LAYOUTS, "pp2_vpp2"))
+@pytest.mark.parametrize("layout, world, slots", some(LAYOUTS, "tp2_sp"))
 def test_layouts_train_alike(
     data: Data, whole: Any, tmp_path: Path, layout: str, world: int, slots: int
 ) -> None:

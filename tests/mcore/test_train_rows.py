@@ -154,6 +154,7 @@ def test_sample_rows_with_the_target_in_the_microbatches(
     assert code != 0 and "not a multiple of the 4 general microbatches" in error
 
 
+@pytest.mark.soak
 def test_meso_trains_and_resumes(data: dict[str, str], tmp_path: Path) -> None:
     """The optimizer's moments in a compressed space, beside the plugin's cone."""
     paths = [tmp_path / name for name in ("whole.jsonl", "first.jsonl", "second.jsonl")]

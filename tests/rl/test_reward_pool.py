@@ -61,7 +61,7 @@ def test_numbers_that_training_can_not_hold_are_no_rewards(
     assert "sample 3: returned 1e+39, not a finite number" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["sleep", "loop"])
+@pytest.mark.parametrize("how", [pytest.param("sleep", marks=pytest.mark.soak), "loop"])
 def test_hanging_samples_end_at_the_timeout_and_get_no_reward(how: str) -> None:
     samples = [Sample("", text, n) for n, text in enumerate(["fine", how, "fine", how, "fine"])]
     with closing(RewardPool(MISBEHAVING, workers=1, timeout=0.5)) as pool:
