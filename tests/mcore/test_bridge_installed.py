@@ -119,6 +119,9 @@ def in_bridge(layout: Layout, dr: DRConfig, folder: Path) -> Any:
             manager.fire("on_checkpoint_save", context())
     handle = attached(model)
     assert handle is not None and handle.steps == STEPS and asked == [0]
+    manager.fire("on_train_step_start", context())
+    with pytest.raises(RuntimeError, match="was not regularised"):  # also when steps were before
+        manager.fire("on_train_step_end", context(loss_dict={}, skipped_iter=False))
     if parallel_state.is_pipeline_last_stage():
         assert all("target loss" in each and "dr cos update" in each for each in losses)
     assert state.load(handle, bridge._folder(str(folder), 2)) and handle.steps == 2

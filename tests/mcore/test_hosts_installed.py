@@ -83,7 +83,6 @@ def in_verl(layout: Layout, dr: DRConfig, folder: Path) -> Any:
     engine.enable_routing_replay = engine.is_value_model = False
     engine._is_offload_param = engine._is_offload_optimizer = False
     loss, outputs = partial(sft_loss, None), []
-    engine.optimizer_config = Names(use_checkpoint_opt_param_scheduler=False)
     engine.checkpoint_mananager = Names(  # verl's name
         save_checkpoint=lambda **_: None, load_checkpoint=lambda **_: None
     )

@@ -36,6 +36,7 @@ def callback(dr: DRConfig, target: Any, target_batch_size: int) -> Any:
     class Regularised(Callback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.handle: Handle | None = None
+            self.steps = 0  # of the handle, when the step began
             self.states: dict[int, dict[str, Any]] = {}  # Bridge's step -> the handle's state
             hosts.hold(self)  # Bridge takes its schedule before on_train_start
 
@@ -60,9 +61,13 @@ def callback(dr: DRConfig, target: Any, target_batch_size: int) -> Any:
 
             hosts.always(handle, regularised)
 
+        def on_train_step_start(self, context: Any) -> None:
+            assert self.handle is not None
+            self.steps = self.handle.steps
+
         def on_train_step_end(self, context: Any) -> None:
             assert self.handle is not None
-            if self.handle.steps == 0:
+            if self.handle.steps == self.steps:
                 raise RuntimeError(hosts.NOT_REACHED)
             self.states[context.state.train_state.step + 1] = self.handle.state_dict()
 

@@ -79,9 +79,11 @@ def engine_class(dr: DRConfig, target_batch: TargetBatch) -> type:
                 state.save(handle, local_path)
             super().save_checkpoint(local_path, *args, **kwargs)
 
-        def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> None:
             handle = attached(self.module)
-            if handle is not None:  # before verl, which may delete the folder
+            if (
+                handle is not None and local_path is not None
+            ):  # before verl, which may delete the folder
                 state.load(handle, local_path)
             super().load_checkpoint(local_path, *args, **kwargs)
 
