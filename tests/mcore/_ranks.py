@@ -15,6 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dr.mcore.loop import writers
+
+from . import _warm
+
 
 def run_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: int = 120
@@ -24,6 +28,7 @@ def run_ranks(
     The ranks form a process group of their own, which is killed as a whole when one fails or the
     time is over, so that none is left waiting for a peer.
     """
+    _warm.before_forks()
     with tempfile.TemporaryDirectory() as folder:
         children: list[int] = []
         try:
@@ -57,6 +62,7 @@ def _child(rank: int, world: int, folder: Path, function: Callable[..., Any], ar
             world_size=world,
             timeout=timedelta(seconds=60),
         )
+        writers.in_fork()
         result = function(*args)
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
         code = 0

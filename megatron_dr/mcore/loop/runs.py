@@ -26,7 +26,7 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from megatron_dr.mcore import cpu
-from megatron_dr.mcore.loop import train
+from megatron_dr.mcore.loop import train, writers
 
 _LONG = timedelta(days=30)  # a rank waits while rank 0 waits for the run that another needs
 
@@ -37,8 +37,9 @@ def run(number: int, folder: Path, flags: list[str]) -> tuple[int, int]:
     if pid:
         _, status, used = os.wait4(pid, 0)
         return os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
-    code = 1
+    code, inherited = 1, set(multiprocessing.active_children())
     try:
+        writers.in_fork()
         store = PrefixStore(f"run {number}", _store())
         with open(folder / f"log.{os.environ['RANK']}.txt", "w", buffering=1) as log:
             os.dup2(log.fileno(), 1)
@@ -51,8 +52,8 @@ def run(number: int, folder: Path, flags: list[str]) -> tuple[int, int]:
     except BaseException:
         traceback.print_exc()
     finally:
-        for child in multiprocessing.active_children():  # Megatron's checkpoint writers
-            child.terminate()
+        for child in set(multiprocessing.active_children()) - inherited:
+            child.terminate()  # Megatron's checkpoint writers
         sys.stdout.flush()
         os._exit(code)
 
@@ -106,6 +107,7 @@ def main() -> None:
     if "--dr-device cpu" in " ".join(plan[0]["flags"]):
         cpu.enable()
         train.import_megatron()  # on a GPU it may ask CUDA, which does not survive a fork
+        writers.before_forks()
     from transformers import AutoTokenizer  # noqa: F401  two seconds that each run would spend
 
     is_first = os.environ["RANK"] == "0"
