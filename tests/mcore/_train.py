@@ -61,9 +61,12 @@ def run(argv: list[str], world: int = 2) -> list[tuple[int, str, str]]:
     return run_ranks(world, launch, argv)
 
 
+def unjudged(data: dict[str, str]) -> str:
+    return f"--dr-target-data {data['target']} --dr-target-batch-size 4 --dr-slots 2"
+
+
 def cone(data: dict[str, str]) -> str:
-    return f"""--dr-target-data {data["target"]} --dr-target-batch-size 4 --dr-slots 2
-        --dr-target-valid-data {data["held_out"]}"""
+    return f"{unjudged(data)} --dr-target-valid-data {data['held_out']}"
 
 
 def losses(path: Path, kind: str) -> dict[int, tuple[float, float]]:

@@ -116,6 +116,7 @@ REFUSED = [
         {"keep_best": False, "target_test_data": "test.jsonl"}, {"eval_iters": 0},
         "--dr-target-test-data needs validation",
     ),
+    ({"keep_best": False}, {"eval_iters": 0}, "--dr-target-valid-data needs validation"),
 ]  # fmt: skip
 
 

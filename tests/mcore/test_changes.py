@@ -10,7 +10,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_dr.mcore.loop import changes, record
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 
-from ._train import cone, data, flags, run
+from ._train import data, flags, run, unjudged
 
 __all__ = ["data"]
 
@@ -111,8 +111,8 @@ def test_a_checkpoint_of_an_older_version_is_asked_for_its_flags(target: str) ->
 def test_a_resume_says_what_changed(data: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     common = f"--eval-iters 0 --save {folder} --save-interval 2"
-    assert run(flags(data, f"{cone(data)} {common} --exit-interval 2", 4), 1)[0][0] == 0
-    other = cone(data).replace(data["target"], data["held_out"])
+    assert run(flags(data, f"{unjudged(data)} {common} --exit-interval 2", 4), 1)[0][0] == 0
+    other = unjudged(data).replace(data["target"], data["held_out"])
     changed = f"""{other} --dr-slots 4 --dr-set span --dr-alpha 0.9 {common} --load {folder}"""
     code, _, error = run(flags(data, changed, 4), 1)[0]
     assert code == 2 and "the checkpoint's run had --dr-target-data " in error

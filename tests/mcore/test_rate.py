@@ -11,7 +11,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dr.mcore.loop import rate
 
-from ._train import cone, data, flags, run
+from ._train import data, flags, run, unjudged
 
 __all__ = ["data"]
 
@@ -114,7 +114,7 @@ def test_a_resume_with_another_length(data: dict[str, str], tmp_path: Path) -> N
     """Refused in one sentence, unless it is said which schedule counts."""
     folder = tmp_path / "saved"
     common = (
-        f"{cone(data)} --eval-iters 0 --save {folder} --save-interval 2 --lr-decay-style linear"
+        f"{unjudged(data)} --eval-iters 0 --save {folder} --save-interval 2 --lr-decay-style linear"
     )
     assert run(flags(data, f"{common} --exit-interval 2", 4), 1)[0][0] == 0
     longer = f"{common} --load {folder}"

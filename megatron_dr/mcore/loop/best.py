@@ -34,7 +34,11 @@ _BESIDE = ("dr_reference", "dr_reference_log_probs.safetensors")  # of a run, no
 def check(args: Namespace, target: TargetConfig) -> None:
     """Raise ValueError where there is nothing to judge by, or nowhere to keep it; after Megatron's
     own checks of its arguments."""
-    wanted = {"--dr-keep-best": target.keep_best, "--dr-target-test-data": target.target_test_data}
+    wanted = {
+        "--dr-keep-best": target.keep_best,
+        "--dr-target-test-data": target.target_test_data,
+        "--dr-target-valid-data": target.target_valid_data,
+    }
     if args.full_validation and not args.multiple_validation_sets:
         raise ValueError(
             "--full-validation needs --multiple-validation-sets, of one set too: without it "
@@ -61,11 +65,7 @@ def check(args: Namespace, target: TargetConfig) -> None:
 
 def _check_alone(target: TargetConfig, wanted: dict[str, Any]) -> None:
     """Without training nothing is evaluated but Megatron's own sets, and nothing written."""
-    wanted = {
-        **wanted,
-        "--dr-target-valid-data": target.target_valid_data,
-        "--dr-metrics": target.metrics and not target.generate,
-    }
+    wanted = {**wanted, "--dr-metrics": target.metrics and not target.generate}
     instead = {
         "--dr-target-valid-data": ", or give its data as --valid-data-path",
         "--dr-metrics": ", or have answers to write with --dr-generate",
