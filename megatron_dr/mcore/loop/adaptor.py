@@ -237,6 +237,8 @@ def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: A
         values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
         _run.file.write("train", iteration, values)
     if _run is not None:
+        if _run.gpus is not None and iteration % _run.args.log_interval == 0:
+            _run.gpus.write(iteration)
         stock = functools.partial(first_line.log, stock)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
     if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:

@@ -18,7 +18,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.domains import DomainPlan
-from megatron_dr.mcore import errors
+from megatron_dr.mcore import cpu, errors
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
 from megatron_dr.mcore.loop import kept_target
@@ -26,11 +26,19 @@ from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
 from megatron_dr.mcore.seams.source import Source, num_target_microbatches, resumes
 from megatron_dr.mcore.step.schedule import check_number
+from megatron_dr.report.gpus import Gpus
 from megatron_dr.report.metrics import MetricsFile
 
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
 _DIAL = "megatron_dr_dial"
 START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None}
+
+
+def of_node(args: Namespace) -> Gpus | None:
+    """The figures of this node's GPUs, on one rank of it, where metrics are written."""
+    if not args.dr_metrics or args.local_rank or cpu.is_enabled():
+        return None
+    return Gpus(args.dr_metrics)
 
 
 class TrainingRun:
@@ -63,6 +71,7 @@ class TrainingRun:
         self.handle: Handle = attach(model, optimizer, config, dr)
         last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
         self.file = MetricsFile(args.dr_metrics) if args.dr_metrics and last else None
+        self.gpus = of_node(args)
         if target is not None:
             self.num_target = num_target_microbatches(args, dr, target)
             self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
