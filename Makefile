@@ -5,22 +5,25 @@
 # make soak        the longer tests that it leaves out: all pairs of layout and rows, more resumes
 # make test-versions  what differs between Megatron-Core's versions, on each of them: README's table;
 #                  VERSIONS="0.18.2" some of them, or a folder with Megatron's sources
+# make lock        requirements.lock anew, of the newest packages, with uv; then make test
 # make docs        docs/api.md from the docstrings, and the pictures of the feasible sets
 # All set up .venv first (about 5 GB, 3 minutes) and can be run again.
-# PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for.
+# PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for. On Linux x86_64 with
+# Python 3.12 the packages are those of requirements.lock; LOCKED=no takes the newest.
 
 PYTHON ?=
+LOCKED ?= yes
 VERSIONS ?=
 VENV := .venv
 STAMP := $(VENV)/.ready
 PYTEST := -q -n auto --maxprocesses 8 --dist worksteal --durations=5
 
-.PHONY: demo demo-rlvr demo-rlhf test soak test-versions lint docs setup clean
+.PHONY: demo demo-rlvr demo-rlhf test soak test-versions lint lock docs setup clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py tools/setup_env.sh
-	@bash tools/setup_env.sh "$(VENV)" "$(PYTHON)"
+$(STAMP): pyproject.toml requirements.lock setup.py tools/setup_env.sh
+	@LOCKED=$(LOCKED) bash tools/setup_env.sh "$(VENV)" "$(PYTHON)"
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -42,6 +45,11 @@ lint: $(STAMP)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
+
+lock:
+	@(head -n 1 requirements.lock; uv pip compile -q pyproject.toml --extra demo --extra test \
+	  --python 3.12 --generate-hashes --no-header --no-annotate) > lock.new
+	@mv lock.new requirements.lock
 
 docs: $(STAMP)
 	@$(VENV)/bin/python docs/api.py

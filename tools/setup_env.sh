@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment: setup_env.sh VENV [PYTHON]
+# The packages are those of requirements.lock, by hash, on the platform that it is of; elsewhere, and
+# with LOCKED=no, the newest that pyproject.toml allows.
 set -u
 venv=$1 python=${2:-}
 needed_gb=9 # torch's CUDA build, its libraries, and the downloads
@@ -11,6 +13,21 @@ fail() {
 
 recent() { # PYTHON -> success if it is 3.12 or newer
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
+}
+
+locked() { # -> success if requirements.lock is of this platform and wanted
+  [ "${LOCKED:-yes}" != no ] && [ "$(uname -sm)" = "Linux x86_64" ] &&
+    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
+}
+
+install_packages() {
+  local pip=("$venv/bin/python" -m pip install --disable-pip-version-check -q)
+  if locked; then
+    "${pip[@]}" --require-hashes -r requirements.lock &&
+      "${pip[@]}" --no-deps --no-build-isolation -e .
+  else
+    "${pip[@]}" -e '.[demo,test]'
+  fi
 }
 
 find_python() { # 3.12 first: every dependency has wheels for it
@@ -50,7 +67,7 @@ fi
 
 echo "setup: installing megatron_dr, torch and megatron-core into $venv (about 5 GB, minutes) ..."
 log=$venv/install.log
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check -q -e '.[demo,test]' >"$log" 2>&1; then
+if ! install_packages >"$log" 2>&1; then
   tail -n 5 "$log" >&2
   if grep -qiE 'no space left' "$log"; then
     fail "the disk is full: free about $needed_gb GB and run it again."

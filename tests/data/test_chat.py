@@ -145,3 +145,12 @@ def test_two_named_templates() -> None:
 def test_no_template() -> None:
     with pytest.raises(ValueError, match="--chat-template"):
         Chat(_chat.fast(None))
+
+
+@pytest.mark.parametrize("reach", [
+    "''.__class__.__mro__[1].__subclasses__()", "messages.append(1)",
+    "cycler.__init__.__globals__.os.getpid()",
+])  # fmt: skip
+def test_a_template_does_not_reach_python(reach: str) -> None:
+    with pytest.raises(ValueError, match="unsafe|safely"):
+        Chat(_chat.fast("{{ " + reach + " }}")).encode(conversation("Yes."))
