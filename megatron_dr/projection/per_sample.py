@@ -157,8 +157,8 @@ def sketch(pairs: Sequence[Pair], p_out_KO: Tensor | None, p_in_KI: Tensor | Non
 class Weighted:
     """sum over n of a_n G_n = dy^T x: its factors x [T, I] and dy [T, O], or its value.
 
-    To be unpacked as (x, dy), made when first looked at: dy is scaled in fp32 and rounded to its
-    own dtype once.
+    To be unpacked as (x, dy), made when first looked at: the narrower of them is scaled, in fp32,
+    and rounded to its own dtype once.
 
     :param coefficient_N: a, of all samples; None: all are 1, and without keep_N the factors are
         views.
@@ -184,9 +184,11 @@ class Weighted:
             x_LNI, dy_LNO = x_LNI.index_select(1, keep_N), dy_LNO.index_select(1, keep_N)
         if a_N is not None:
             a_N = a_N if keep_N is None else a_N.index_select(0, keep_N)
-            scaled_LNO = torch.empty_like(dy_LNO)
             a_N1 = a_N.to(dy_LNO.device, torch.float32)[:, None]
-            dy_LNO = torch.mul(dy_LNO, a_N1, out=scaled_LNO)
+            if x_LNI.shape[2] < dy_LNO.shape[2] and x_LNI.dtype == dy_LNO.dtype:
+                x_LNI = torch.mul(x_LNI, a_N1, out=torch.empty_like(x_LNI))
+            else:
+                dy_LNO = torch.mul(dy_LNO, a_N1, out=torch.empty_like(dy_LNO))
         return x_LNI.flatten(0, 1), dy_LNO.flatten(0, 1)
 
     def product(self) -> Tensor:
