@@ -17,8 +17,8 @@ which share their samples, an expert on this rank sees
 
 Auxiliary losses (load balancing, z-loss) are attached to the router's scores token by token, so
 their gradient arrives in the gradient of each token's logits: it counts as that token's sample's,
-in scores and in the update, as in the input's gradient. TE's and fused permutations, the flex
-dispatcher and grouped experts have not run.
+in scores and in the update, as in the input's gradient. TE's and fused permutations and the flex
+dispatcher have not run.
 """
 
 import copy
@@ -35,7 +35,8 @@ from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.layer_rows.taps.hooks import Undo, Written, put, trained, watch
 from megatron_dr.projection import per_sample
 
-Routes = dict[torch.nn.Module, torch.Tensor]  # an expert's linear layer -> tokens [L, N], -1: none
+# a linear layer -> of each of its experts, tokens [L, N], -1: none
+Routes = dict[torch.nn.Module, list[torch.Tensor]]
 
 
 # -- where experts are ---------------------------------------------------------------------------
@@ -149,11 +150,12 @@ def tap_dispatcher(layer: Any, observer: Any, routes: Routes) -> list[Undo]:
     """Follow the tokens of a `MoELayer` into its experts' linear layers.
 
     Args:
-        routes: gets the index of each local expert's two layers, before they run.
+        routes: gets the indices of the local experts' layers, before they run.
     """
-    dispatcher, experts = layer.token_dispatcher, getattr(layer.experts, "local_experts", None)
-    if experts is None:
-        return []  # grouped: their parameters are covered by no tap
+    dispatcher, experts = layer.token_dispatcher, layer.experts
+    each = getattr(experts, "local_experts", None)
+    if each is None and not hasattr(experts, "linear_fc1"):
+        return []  # of another kind: their parameters are covered by no tap
     stock = dispatcher.dispatch_preprocess
 
     def preprocess(
@@ -161,8 +163,10 @@ def tap_dispatcher(layer: Any, observer: Any, routes: Routes) -> list[Undo]:
     ) -> Any:
         if observer.active and torch.is_grad_enabled():
             indices = _indices(dispatcher, hidden_states, routing_map, probs)
-            for expert, index_LN in zip(experts, indices, strict=True):
-                routes[expert.linear_fc1] = routes[expert.linear_fc2] = index_LN
+            if each is None:  # one layer for all
+                routes[experts.linear_fc1] = routes[experts.linear_fc2] = indices
+            for expert, index_LN in zip(each or (), indices, strict=each is not None):
+                routes[expert.linear_fc1] = routes[expert.linear_fc2] = [index_LN]
         return stock(hidden_states, routing_map, probs)
 
     return [put(dispatcher, "dispatch_preprocess", preprocess), routes.clear]

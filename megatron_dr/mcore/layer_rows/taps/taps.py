@@ -10,7 +10,7 @@
 
 With activation recompute the forward runs twice; only the one that builds a graph is observed.
 Tokens in experts are traced back to their samples by `experts.py`; Transformer Engine's layers are
-tapped by `te.py`.
+tapped by `te.py` and `te_grouped.py`.
 """
 
 import functools
@@ -30,7 +30,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 
 from megatron_dr.mcore.layer_rows.path import SamplePath
-from megatron_dr.mcore.layer_rows.taps import experts, te
+from megatron_dr.mcore.layer_rows.taps import experts, te, te_grouped
 from megatron_dr.mcore.layer_rows.taps.hooks import Undo, Written, put, trained, watch
 from megatron_dr.mcore.layer_rows.taps.linear import Linear
 
@@ -58,7 +58,7 @@ def _install(chunk: torch.nn.Module, observer: SamplePath, undo: ExitStack) -> N
             covered |= {
                 id(p)
                 for name, p in module.named_parameters(recurse=False)
-                if not (name == "bias" and ".experts." in path)
+                if not (name.startswith("bias") and ".experts." in path)
             }
     for name, parameter in chunk.named_parameters():
         if observer.covers(parameter) and id(parameter) not in covered:
@@ -77,6 +77,7 @@ def _taps(routes: experts.Routes) -> list[tuple[Callable[[Any], bool], Callable[
     return [
         (lambda m: isinstance(m, linears), functools.partial(_tap_linear, routes=routes)),
         (te.is_linear, functools.partial(te.tap, routes=routes)),
+        (te_grouped.is_grouped, functools.partial(te_grouped.tap, routes=routes)),
         (lambda m: isinstance(m, Router), experts.tap_router),
         (
             lambda m: isinstance(m, MoELayer),
@@ -97,7 +98,7 @@ def _tap_linear(module: Any, observer: SamplePath, routes: experts.Routes) -> li
             return stock_impl(input=input, weight=weight, bias=bias, **how)
         weigh: Callable[..., Any] = functools.partial(observer.linear, weight)
         if module in routes:
-            weigh = experts.by_sample(weigh, routes[module])
+            weigh = experts.by_sample(weigh, routes[module][0])
         output: torch.Tensor = Linear.apply(
             input, weight, weigh, how["gradient_accumulation_fusion"], how["allreduce_dgrad"],
             how["sequence_parallel"], how["tp_group"],

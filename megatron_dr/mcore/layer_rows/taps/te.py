@@ -17,8 +17,9 @@ built for delay, so Megatron's data parallelism works as without.
 | norm weight gamma, norm bias beta (`LayerNormLinear`) | the norm's output gradient q = dy W is not visible outside, so it is computed again (a third GEMM of the backward's size): dgamma_n = sum over l of q (x - beta) / gamma, dbeta_n = sum over l of q, summed over tensor-parallel ranks |
 
 An element of gamma that is exactly 0 gets no gradient. TE's own norms (`TENorm`) are tapped as
-any norm, by their name. Grouped linears, LayerNormMLP and TE's fused operations are covered by no
-tap: `attach` names them. FP8 and FP4, userbuffers and a layer of split weights are refused.
+any norm, by their name; grouped linears by `te_grouped.py`. TE's fused operations and LayerNormMLP,
+which no layer of Megatron-Core is made of, are covered by no tap: `attach` names them. FP8 and FP4,
+userbuffers and a layer of split weights are refused.
 
 No GPU and no TE has run this: the mathematics was tested through a stand-in that speaks this
 interface, and the names against TE's sources.
@@ -84,7 +85,8 @@ def tap(module: Any, observer: SamplePath, routes: experts.Routes) -> list[Undo]
     def forward(inp: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not observer.active or not torch.is_grad_enabled():
             return stock_forward(inp, *args, **kwargs)
-        by_sample = functools.partial(_by_sample, routes.get(module), inp.shape)
+        (index_LN,) = routes.get(module, [None])
+        by_sample = functools.partial(_by_sample, index_LN, inp.shape)
         weigh = functools.partial(_weigh, module, observer, norm, gradients, by_sample)
         module.wgrad_store = Store(weigh)
         try:
@@ -96,6 +98,21 @@ def tap(module: Any, observer: SamplePath, routes: experts.Routes) -> list[Undo]
     return [put(module, "forward", forward), *gradients.undo]
 
 
+def check_operands(module: Any) -> None:
+    """Raise ValueError where operands are not what they were, or gradients not added in place."""
+    config = module.config
+    if config.fp8 or config.fp4 or getattr(config, "quant_recipe", None):
+        raise ValueError(
+            "sample rows need the operands of Transformer Engine's layers as they are, not "
+            "quantised: drop --fp8-format and --fp4-format, or use --dr-rows slot."
+        )
+    if not module.fuse_wgrad_accumulation:
+        raise ValueError(
+            "Transformer Engine's layers return no gradient of a weighted GEMM: drop "
+            "--no-gradient-accumulation-fusion, so that they add it to main_grad."
+        )
+
+
 def _check(module: Any, own: dict[str, torch.nn.Parameter]) -> None:
     config = module.config
     if not own.keys() <= {"weight", "bias", "layer_norm_weight", "layer_norm_bias"}:
@@ -103,20 +120,12 @@ def _check(module: Any, own: dict[str, torch.nn.Parameter]) -> None:
             f"sample rows can't observe {', '.join(own)} of one Transformer Engine layer: build it "
             "without parameters_split, or use --dr-rows slot."
         )
-    if config.fp8 or config.fp4 or getattr(config, "quant_recipe", None):
-        raise ValueError(
-            "sample rows need the operands of Transformer Engine's layers as they are, not "
-            "quantised: drop --fp8-format and --fp4-format, or use --dr-rows slot."
-        )
+    if "weight" in own:
+        check_operands(module)
     if config.tp_comm_overlap:
         raise ValueError(
             "Transformer Engine hands over no operands of GEMMs that overlap communication: drop "
             "--tp-comm-overlap, or use --dr-rows slot."
-        )
-    if "weight" in own and not module.fuse_wgrad_accumulation:
-        raise ValueError(
-            "Transformer Engine's layers return no gradient of a weighted GEMM: drop "
-            "--no-gradient-accumulation-fusion, so that they add it to main_grad."
         )
     if "weight" not in own and any(name.startswith("layer_norm_") for name in own):
         raise ValueError(
