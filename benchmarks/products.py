@@ -42,6 +42,10 @@ def in_float64(piece_PN: torch.Tensor) -> torch.Tensor:
     return wide @ wide.T
 
 
+def in_runs(piece_PN: torch.Tensor) -> torch.Tensor:
+    return gram_of_long([piece_PN])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     table = Table(title=f"copies of P x {ELEMENTS:,} float32 elements; one core")
@@ -52,9 +56,9 @@ def main() -> None:
         out, weights_P = torch.empty_like(rows_PN), torch.randn(vectors)
         copy = fastest(lambda rows=rows_PN, out=out: out.copy_(rows))
         wide = fastest(lambda rows=rows_PN: by_pieces(rows, in_float64)) / copy
-        runs = fastest(lambda rows=rows_PN: by_pieces(rows, gram_of_long)) / copy
+        runs = fastest(lambda rows=rows_PN: by_pieces(rows, in_runs)) / copy
         combined = fastest(lambda rows=rows_PN, weights=weights_P: weights @ rows) / copy
-        exact, found = by_pieces(rows_PN, in_float64), by_pieces(rows_PN, gram_of_long)
+        exact, found = by_pieces(rows_PN, in_float64), by_pieces(rows_PN, in_runs)
         error = (found - exact).abs().max() / exact.diagonal().max()  # type: ignore[operator, attr-defined]
         cells = (f"{wide:.2f}", f"{runs:.2f}", f"{error:.0e}", f"{combined:.2f}")
         table.add_row(str(vectors), *cells, f"{runs + combined:.2f}")

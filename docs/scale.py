@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dr.plan import memory, timeline, wire
+from megatron_dr.plan import memory, reads, step, timeline, wire
+from megatron_dr.plan.activations import Kept, Shape
 from megatron_dr.plan.buffers import Stage, stages
 from megatron_dr.plan.hardware import H100
 from megatron_dr.plan.layout import Layout
 from megatron_dr.plan.model import Model
+from megatron_dr.plan.reads import Moved
 from megatron_dr.plan.rows import Rows, ranks_near_a_node
+from megatron_dr.plan.step import Run
 from megatron_dr.plan.timeline import Batch
 
 PAGE = Path(__file__).with_name("scale.md")
@@ -66,13 +69,18 @@ def _case(name: str, model: Model, layout: Layout, **rows: Any) -> Case:
     return Case(name, model, layout, Rows(**{"ranks": ranks_near_a_node(layout, H100.node)} | rows))
 
 
-def _tensor(dp: int, pp: int = 1) -> Layout:
-    return Layout(dp=dp, tp=8, pp=pp, sequence_parallel=True)
+def _tensor(dp: int, pp: int = 1, tp: int = 8) -> Layout:
+    return Layout(dp=dp, tp=tp, pp=pp, sequence_parallel=True)
 
 
 def tables() -> str:
     """The part of the page that is made."""
     return "\n".join([*_memory(), "", *_wire(), "", *_seconds()])
+
+
+def kernels() -> str:
+    """The tables of what kernels of our own would save."""
+    return "\n".join([*_saved(), "", *_choices()])
 
 
 def _who(case: Case) -> list[str]:
@@ -138,6 +146,58 @@ def _seconds() -> Iterator[str]:
         yield _line([*_who(case), *(f"{c * 1e3:,.1f}" for c in cells), more])
 
 
+LAYOUTS = (_tensor(dp=4, tp=2), Layout(dp=8), Layout(dp=64))
+
+
+def _saved() -> Iterator[str]:
+    """Of Llama-3.1 8B: memory's time now, by one read, and what that is of a step."""
+    names = "products", "sum", "sketches", "their sum"
+    yield _line(["GPUs", "layout", "rows, of ranks", "microbatches", "step", *names])
+    yield _line(["---"] * 3 + ["---:"] * 6)
+    for layout in LAYOUTS:
+        for general, target in ((1, 1), (2, 1), (8, 1), (16, 2)):
+            rows = Rows(ranks=ranks_near_a_node(layout, H100.node))
+            run = Run(LLAMA_8B, layout, Kept(Shape(1, 4096)), general, target, rows)
+            whole = sum(step.seconds(run, H100).values())
+            who = _who(Case("", LLAMA_8B, layout, rows))[1:]
+            cells = [f"{general} + {target}", f"{whole * 1e3:,.0f}"]
+            for moved in _moved(layout, rows):
+                share = 100 * (moved.now - moved.least) / whole
+                cells.append(f"{moved.now * 1e3:,.0f} → {moved.least * 1e3:,.0f}, {share:.2f}%")
+            yield _line([*who, *cells])
+
+
+def _moved(layout: Layout, rows: Rows) -> list[Moved]:
+    """Seconds of memory of a stage: of exact rows' products and sum, and of sketches."""
+    (stage,), second = stages(LLAMA_8B, layout), 1 / H100.memory_bandwidth
+    sketches = dataclasses.replace(rows, exact=False)
+    shard, numel = (sum(getattr(b, n) for b in stage.buffers) for n in ("shard", "numel"))
+    exact = [reads.products(stage, rows) * shard, reads.summed(stage, rows) * shard]
+    sketched = [reads.sketched(stage, sketches) * numel, reads.combined(stage, sketches) * numel]
+    return [moved * second for moved in exact + sketched]
+
+
+def _choices() -> Iterator[str]:
+    """What a step waits for in all, whichever gram it has."""
+    names = "plain", "exact rows", "sketches", "sketches by kernels"
+    yield _line(["GPUs", "layout", "--overlap-grad-reduce", *names])
+    yield _line(["---"] * 3 + ["---:"] * 4)
+    for layout in LAYOUTS:
+        for overlap in (True, False):
+            own = dataclasses.replace(layout, overlap=overlap)
+            rows = Rows(ranks=ranks_near_a_node(layout, H100.node))
+            sketches = dataclasses.replace(rows, exact=False)
+            batch = Batch(tokens=4096, microbatches=8)
+            waits = [
+                sum(timeline.exposed(LLAMA_8B, own, H100, batch, kind).values())
+                for kind in (None, rows, sketches)
+            ]
+            waits.append(waits[-1] - sum(m.now - m.least for m in _moved(own, rows)[2:]))
+            who = _who(Case("", LLAMA_8B, layout, rows))[1:3]
+            cells = [f"{wait * 1e3:,.0f}" for wait in waits]
+            yield _line([*who, "yes" if overlap else "no", *cells])
+
+
 def _head(columns: str) -> Iterator[str]:
     names = ["model", "GPUs", "layout", "rows, of ranks", *columns.split(" | ")]
     yield _line(names)
@@ -150,11 +210,12 @@ def _line(cells: list[str]) -> str:
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    made = re.sub(
-        r"(<!-- made by docs/scale.py -->\n).*(<!-- end -->)",
-        lambda m: f"{m[1]}\n{tables()}\n\n{m[2]}", text, flags=re.S,
-    )  # fmt: skip
-    PAGE.write_text(made, encoding="utf-8")
+    for begin, made in (("made by docs/scale.py", tables()), ("kernels", kernels())):
+        text = re.sub(
+            rf"(<!-- {begin} -->\n).*?(<!-- end -->)",
+            lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}", text, flags=re.S,
+        )  # fmt: skip
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ class DRConfig:
     )
     gram: Literal["auto", "exact", "sketch"] = flag(
         "auto",
-        "inner products of whole gradients or of sketches; auto: whichever leaves less to send "
-        "when the backward is over, in seconds of the links inside and between nodes",
+        "inner products of whole gradients or of sketches; auto: whichever leaves less to do when "
+        "the backward is over, in seconds of the links, and of memory to make sketches",
         "name",
     )
     sketch_error: float | None = flag(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_dr.plan import memory, wire
+from megatron_dr.plan import memory, reads, wire
 from megatron_dr.plan.buffers import Stage
 from megatron_dr.plan.hardware import H100, Hardware
 from megatron_dr.plan.rows import Rows, ranks_near_a_node, ranks_that_belong_together
@@ -68,15 +68,19 @@ def settle(
         said.append(f"rows auto: {of_ranks} ({why})")
     rows = dataclasses.replace(rows, sketch=wanted.sketch_size(rows.of(layout).vectors))
     if wanted.gram == "auto":
-        exact, sketch = (
-            max(_seconds(exposed(stage, rows, kind, hardware.node)) for stage in held)
-            for kind in (True, False)
+        exact = max(_seconds(exposed(stage, rows, True, hardware.node)) for stage in held)
+        sketch, made = max(
+            (
+                (_seconds(exposed(stage, rows, False, hardware.node)), _made(stage, rows))
+                for stage in held
+            ),
+            key=sum,
         )
-        rows = dataclasses.replace(rows, exact=exact <= sketch)
+        rows = dataclasses.replace(rows, exact=exact <= sketch + made)
         kind = "exact" if rows.exact else "sketch"
         said.append(
             f"gram auto: {kind} (after the backward {exact * 1e3:,.3g} ms are sent with exact "
-            f"rows, {sketch * 1e3:,.3g} ms with sketches)"
+            f"rows, {sketch * 1e3:,.3g} ms with sketches, which take {made * 1e3:,.3g} ms to make)"
         )
     return rows, said
 
@@ -102,6 +106,16 @@ def exposed(stage: Stage, rows: Rows, exact: bool, node: int) -> tuple[float, fl
 def _seconds(levels: tuple[float, float]) -> float:
     """By an H100's bandwidths, whatever the hardware, as the run compares them."""
     return levels[0] / H100.inside.bandwidth + levels[1] / H100.between.bandwidth
+
+
+def sketching(elements: float, local: int) -> float:
+    """Seconds of an H100's memory to sketch so many local buffers of so many elements."""
+    return reads.sketch_bytes(local) * elements / H100.memory_bandwidth
+
+
+def _made(stage: Stage, rows: Rows) -> float:
+    local = rows.slots + rows.of(stage.layout).targets
+    return sketching(sum(b.numel for b in stage.buffers), local)
 
 
 def _late(stage: Stage, rows: Rows) -> list[Send]:

@@ -53,13 +53,28 @@ def ours(stage: Stage, rows: Rows) -> dict[str, float]:
         grams = sketches * (1 + layout.data / len(layout.model_group()))
         return {"slots": slots, "target": target, "in flight": 0.0, "grams": grams}
     shard = sum(b.shard for b in stage.buffers)
-    factors = 4 * min(PRODUCT, counts.sums * shard) * (1 if layout.gradient_bytes == 4 else 2)
+    factors = 4 * min(PRODUCT, counts.sums * shard) * copies(stage, rows)
     return {
         "slots": slots,
         "target": counts.targets * counts.halves * layout.gradient_bytes * shard,
         "in flight": _in_flight(stage, rows),
         "grams": 8 * rows.blocks * counts.sums**2 + factors,
     }
+
+
+def parts(stage: Stage, rows: Rows) -> int:
+    """Matrices in which a shard's vectors lie: of each slot, and of the target."""
+    return rows.slots + rows.of(stage.layout).targets
+
+
+def copies(stage: Stage, rows: Rows) -> float:
+    """In fp32 of the vectors that are multiplied (`projection/gram.py`, gram_of_long): of what has
+    16 bits, and of all where they lie in more than two matrices."""
+    counts = rows.of(stage.layout)
+    half = 1.0 if stage.layout.gradient_bytes < 4 else 0.0
+    if not half and rows.slot_bytes < 4:
+        half = (rows.slots - 1) * counts.groups / counts.sums
+    return half + (parts(stage, rows) > 2)
 
 
 def pieces(stage: Stage, numel: int, ranks: int) -> list[int]:

@@ -18,7 +18,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from megatron_dr.plan import memory, wire
+from megatron_dr.plan import memory, reads, wire
 from megatron_dr.plan.buffers import Buffer, Stage, stages
 from megatron_dr.plan.hardware import Hardware
 from megatron_dr.plan.layout import Layout
@@ -183,18 +183,15 @@ class _Exchange:
 
 
 def _products(stage: Stage, hardware: Hardware, rows: Rows, columns: float) -> float:
-    """Of every vector over some columns of a shard (`exact_gram.py`, _multiply): a matrix of them
-    is zeroed, filled and multiplied."""
-    sums = rows.of(stage.layout).sums
-    moved = sums * columns * (3 * 4 + stage.layout.gradient_bytes)
-    return moved / hardware.memory_bandwidth + 2 * sums**2 * columns / hardware.fp32
+    """Of every vector over some columns of a shard (`exact_gram.py`, _multiply)."""
+    moved = reads.products(stage, rows).now * columns
+    operations = 2 * rows.of(stage.layout).sums ** 2 * columns
+    return moved / hardware.memory_bandwidth + operations / hardware.fp32
 
 
 def _after(stage: Stage, hardware: Hardware, rows: Rows) -> dict[str, float]:
     """What an exact gram does when every bucket is there (`exact_gram.py`)."""
-    layout, counts = stage.layout, rows.of(stage.layout)
-    shard = sum(b.shard for b in stage.buffers) * layout.gradient_bytes
-    moved = (rows.slots * counts.groups + counts.targets * counts.halves + 1) * shard
+    moved = sum(b.shard for b in stage.buffers) * reads.summed(stage, rows).now
     return {
         "grams": hardware.alone(wire.grams(stage, rows)),
         "solve": hardware.solve,
@@ -204,13 +201,12 @@ def _after(stage: Stage, hardware: Hardware, rows: Rows) -> dict[str, float]:
 
 def _sketched(stage: Stage, hardware: Hardware, rows: Rows) -> dict[str, float]:
     """Nothing travels before the backward is over (`sketched_gram.py`)."""
-    local = rows.slots + rows.of(stage.layout).targets
-    numel = sum(b.numel for b in stage.buffers)
-    read = local * numel * stage.layout.gradient_bytes / hardware.memory_bandwidth
+    numel, bandwidth = sum(b.numel for b in stage.buffers), hardware.memory_bandwidth
+    made = reads.sketched(stage, rows).now * numel / bandwidth
     stock = [wire.reduction(stage.layout, b, n) for b, n in stage.ready]
     return {
         "gradients": hardware.alone(stock),
-        "grams": read + hardware.alone(wire.grams(stage, rows)),
+        "grams": made + hardware.alone(wire.grams(stage, rows)),
         "solve": hardware.solve,
-        "sum": read,
+        "sum": reads.combined(stage, rows).now * numel / bandwidth,
     }

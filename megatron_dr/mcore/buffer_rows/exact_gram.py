@@ -34,11 +34,12 @@ from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.exchange import Exchange
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout
 from megatron_dr.mcore.buffer_rows.levels import Sent
-from megatron_dr.mcore.buffer_rows.units import Unit, by_block, units_of
+from megatron_dr.mcore.buffer_rows.units import Segment, Unit, by_block, units_of
 from megatron_dr.mcore.compat import BucketGroup, Chunk
 from megatron_dr.projection import gram_of_long
 
-_CHUNK = 1 << 25  # elements that are summed at a time
+# elements that are summed at a time, and columns: a sum that is not done yet stays in a GPU's cache
+_CHUNK, _COLUMNS = 1 << 25, 1 << 22
 # elements that are multiplied at a time: on the CPU what its caches hold, else what keeps it busy
 _PRODUCT = {"cpu": 1 << 18, "cuda": 1 << 25}
 _PARTIAL = {  # ranks whose partial gradients are summed first, by the kind of these
@@ -101,12 +102,17 @@ class ExactGram:
             out_N = unit.out()
             for segment in by_block(unit.segments):
                 scale_P = (coefficients_BP[segment.block] * unit.scale).float()
-                for start in range(segment.start, segment.stop, _CHUNK // unit.ranks):
-                    columns = slice(start, min(start + _CHUNK // unit.ranks, segment.stop))
-                    total_N = torch.zeros(columns.stop - start, device=out_N.device)
+                width = min(_COLUMNS, _CHUNK // unit.ranks)
+                for start in range(segment.start, segment.stop, width):
+                    columns = slice(start, min(start + width, segment.stop))
+                    total_N: torch.Tensor | None = None  # not in out_N, which is one of the slices
                     for row, held_RN in unit.held.items():
-                        total_N += scale_P[unit.vectors(row)] @ held_RN[:, columns].float()
-                    out_N[columns] = total_N.to(out_N.dtype)
+                        held_NR, scale_R = held_RN[:, columns].float().T, scale_P[unit.vectors(row)]
+                        if total_N is None:
+                            total_N = held_NR @ scale_R
+                        else:
+                            total_N.addmv_(held_NR, scale_R)
+                    out_N[columns] = 0.0 if total_N is None else total_N.to(out_N.dtype)
 
     @contextmanager
     def reduced(self) -> Iterator[None]:
@@ -141,23 +147,29 @@ class ExactGram:
         if unit.remainder and not unit.first:
             return
         width = max(1, _PRODUCT[self.buffers.device.type] // len(self._products_BPP[0]))
+        vectors = [vector for row in unit.held for vector in unit.vectors(row)]
+        index_P = torch.tensor(vectors, device=self.buffers.device)
         for segment in unit.segments:
-            if segment.partial or not segment.count:
+            if segment.partial or not segment.count or not vectors:
                 continue
+            total_PP = torch.zeros(len(vectors), len(vectors), dtype=torch.float64,
+                                   device=index_P.device)  # fmt: skip
             for start in range(segment.start, segment.stop, width):
                 stop = min(start + width, segment.stop)
-                products_PP = gram_of_long(self._vectors(unit, start, stop, torch.float32))
-                self._products_BPP[segment.block] += segment.count**2 * products_PP
+                held = [held_RN[:, start:stop].float() for held_RN in unit.held.values()]
+                total_PP += gram_of_long(held)
+            total_PP *= segment.count**2
+            self._products_BPP[segment.block][index_P[:, None], index_P] += total_PP
 
-    def _vectors(
-        self, unit: Unit, start: int, stop: int, dtype: torch.dtype = torch.float64
-    ) -> torch.Tensor:
-        """Every vector over some columns of the shard."""
+    def _vectors(self, unit: Unit, segment: Segment) -> torch.Tensor:
+        """Every vector over some columns of the shard, in float64."""
+        columns = slice(segment.start, segment.stop)
         vectors_PN = torch.zeros(
-            len(self._products_BPP[0]), stop - start, dtype=dtype, device=self.buffers.device
-        )
+            len(self._products_BPP[0]), segment.stop - segment.start, dtype=torch.float64,
+            device=self.buffers.device,
+        )  # fmt: skip
         for row, held_RN in unit.held.items():
-            vectors_PN[unit.vectors(row)] = held_RN[:, start:stop].to(dtype)
+            vectors_PN[unit.vectors(row)] = held_RN[:, columns].double()
         return vectors_PN
 
     def _multiply_partial(self) -> None:
@@ -167,7 +179,7 @@ class ExactGram:
         """
         for kind, ranks in _PARTIAL.items():
             pending = [
-                (segment, self._vectors(unit, segment.start, segment.stop) * segment.count)
+                (segment, self._vectors(unit, segment) * segment.count)
                 for unit in self.all_units()
                 if not unit.remainder or unit.first
                 for segment in unit.segments
