@@ -36,7 +36,6 @@ goes well, but for a checkpoint's pickles: they are read without running what th
 
 import dataclasses
 import functools
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -232,11 +231,8 @@ def _skip(stock: Callable[..., Any], data_iterator: Any) -> None:
 
 def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: Any, iteration: int,
                   *rest: Any, **kwargs: Any) -> Any:  # fmt: skip
-    if _run is not None and _run.file is not None:
-        seconds = time.monotonic() - _run.step_began
-        values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
-        _run.file.write("train", iteration, values)
     if _run is not None:
+        _run.log_step(iteration, loss_dict, rate)
         stock = functools.partial(first_line.log, stock)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
     if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:
@@ -272,15 +268,22 @@ def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) 
 
 
 def _train(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    if _generation is None:
+    if _generation is not None:
+        stock = functools.partial(_generation.train, stock)
+    if _run is None:
         return stock(*rest, **kwargs)
-    return _generation.train(stock, *rest, **kwargs)
+    with _run.training():
+        return stock(*rest, **kwargs)
 
 
 def _finalize(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> None:
     stock(*rest, **kwargs)
-    if _generation is not None and kwargs.get("terminate"):
+    if not kwargs.get("terminate"):
+        return
+    if _generation is not None:
         _generation.all_is_saved()
+    if _run is not None:
+        _run.all_is_done()
 
 
 def _schedule(stock: Callable[..., Any], **schedule: Any) -> Any:

@@ -5,10 +5,11 @@ runs it with the streams of that role. Where a run stands is kept in Megatron's 
 at its beginning), which Megatron saves with every checkpoint.
 """
 
+import contextlib
 import dataclasses
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -18,10 +19,10 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.domains import DomainPlan
-from megatron_dr.mcore import errors
+from megatron_dr.mcore import errors, meter
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
-from megatron_dr.mcore.loop import kept_target
+from megatron_dr.mcore.loop import header, kept_target
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
 from megatron_dr.mcore.seams.source import Source, num_target_microbatches, resumes
@@ -72,6 +73,7 @@ class TrainingRun:
         self._open_validation(held_out, tested, len(model))
         self.handle.check_batch(get_num_microbatches(), self.num_target)
         self._fresh_validation = True
+        self._is_training = False
         self.validations = 0  # sets of this validation so far
         self._iteration: int | None = None
         self._before: tuple[int, int, Any] = (0, 0, None)
@@ -82,6 +84,8 @@ class TrainingRun:
         source.begin(self.handle)
         if resumes(args):
             kept_target.load(args, self.handle, getattr(args, _STEPS))
+        if self.file is not None:
+            self.file.begin(args.iteration, header.of(args, self.handle))
 
     def _open_validation(self, samples: Any, tested: Any, chunks: int) -> None:
         size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
@@ -120,6 +124,38 @@ class TrainingRun:
         number, names = self.validations, self.args.validation_set_names
         self.validations += 1
         return f"validation-{names[number] if names else number}"
+
+    def log_step(self, iteration: int, values: dict[str, Any], rate: Any) -> None:
+        """A training step's line of --dr-metrics, and one of its blocks' values."""
+        if self.file is None:
+            return
+        more = {
+            "learning rate": rate,
+            "step seconds": time.monotonic() - self.step_began,
+            "peak memory bytes": meter.peak_memory(self.handle.rows.device),
+        }
+        self.file.write("train", iteration, {**values, **more})
+        log = self.handle.log
+        if self.handle.dr.log_blocks and log is not None and log.projects:
+            self.file.write("blocks", iteration, log.blocks())
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Megatron's `train` runs inside; a run that is told to stop before its end leaves it."""
+        self._is_training = True
+        try:
+            yield
+        except SystemExit as end:
+            self._is_training = False
+            if not end.code:
+                self.all_is_done()
+            raise
+        self._is_training = False
+
+    def all_is_done(self) -> None:
+        """No checkpoint is being written any more; after training no validation follows either."""
+        if self.file is not None and not self._is_training:
+            self.file.write("end", self.steps_done, {})
 
     def call(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         """A training step, or a validation batch, of Megatron's loop."""
