@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "tokenise data for training, with loss masks",
     "plan": "memory, bytes and seconds of a run, before it starts",
     "report": "a page of what a run did: curves, weights, time, flags",
+    "watch": "a run that is going, in the terminal",
     "compare": "compare mixes and projections on data of your own",
 }
 
