@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "tokenise data for training, with loss masks",
     "plan": "memory, bytes and seconds of a run, before it starts",
     "compare": "compare mixes and projections on data of your own",
+    "weights": "what a run's record of weights says: of corpora, samples, layers",
 }
 
 
