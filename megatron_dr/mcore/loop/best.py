@@ -65,6 +65,7 @@ def _check_alone(target: TargetConfig, wanted: dict[str, Any]) -> None:
         **wanted,
         "--dr-target-valid-data": target.target_valid_data,
         "--dr-metrics": target.metrics and not target.generate,
+        "--dr-record": target.record,
     }
     instead = {
         "--dr-target-valid-data": ", or give its data as --valid-data-path",

@@ -25,6 +25,7 @@ from megatron_dr.mcore.data import domains
 from megatron_dr.mcore.loop import header, kept_target
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
+from megatron_dr.mcore.loop.recorder import Recorder
 from megatron_dr.mcore.seams.source import Source, num_target_microbatches, resumes
 from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.metrics import MetricsFile
@@ -42,11 +43,12 @@ class TrainingRun:
         target: as the steps have it; None: no target microbatches in them.
         source: what is trained on, and by which forward step.
         scheduler: Megatron's, of the learning rate.
+        watching: what is looked at beside training.
     """
 
     def __init__(
         self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
-        target: TargetConfig | None, source: Source, scheduler: Any,
+        target: TargetConfig | None, source: Source, scheduler: Any, watching: TargetConfig,
     ) -> None:  # fmt: skip
         self.args, self.source = args, source
         self.num_target = self.num_valid = self.target_size = 0
@@ -81,6 +83,8 @@ class TrainingRun:
         if dr.alpha_style == "auto":
             done = args.iteration - getattr(args, _STEPS)  # before the plugin was switched on
             self.handle.dial.rates = learning_rates(scheduler, args.train_iters, done)
+        with errors.agreed():
+            self.recorder = Recorder.of(args, watching, self.handle)
         source.begin(self.handle)
         if resumes(args):
             kept_target.load(args, self.handle, getattr(args, _STEPS))
@@ -125,20 +129,6 @@ class TrainingRun:
         self.validations += 1
         return f"validation-{names[number] if names else number}"
 
-    def log_step(self, iteration: int, values: dict[str, Any], rate: Any) -> None:
-        """A training step's line of --dr-metrics, and one of its blocks' values."""
-        if self.file is None:
-            return
-        more = {
-            "learning rate": rate,
-            "step seconds": time.monotonic() - self.step_began,
-            "peak memory bytes": meter.peak_memory(self.handle.rows.device),
-        }
-        self.file.write("train", iteration, {**values, **more})
-        log = self.handle.log
-        if self.handle.dr.log_blocks and log is not None and log.projects:
-            self.file.write("blocks", iteration, log.blocks())
-
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Megatron's `train` runs inside; a run that is told to stop before its end leaves it."""
@@ -150,7 +140,9 @@ class TrainingRun:
             if not end.code:
                 self.all_is_done()
             raise
-        self._is_training = False
+        finally:
+            self._is_training = False
+            self.end_record()
 
     def all_is_done(self) -> None:
         """No checkpoint is being written any more; after training no validation follows either."""
@@ -178,9 +170,33 @@ class TrainingRun:
                 for _ in range(0 if iterator is None else get_num_microbatches()):
                     next(iterator)
 
+    def of_data(self, train: Any) -> Any:
+        """The general training set, as the run needs it."""
+        return train if self.recorder is None else self.recorder.of_data(train)
+
+    def log(self, iteration: int, values: dict[str, Any]) -> None:
+        """A training step is logged (collective where it is recorded)."""
+        if self.file is not None:
+            more = {
+                "step seconds": time.monotonic() - self.step_began,
+                "peak memory bytes": meter.peak_memory(self.handle.rows.device),
+            }
+            self.file.write("train", iteration, {**values, **more})
+            log = self.handle.log
+            if self.handle.dr.log_blocks and log is not None and log.projects:
+                self.file.write("blocks", iteration, log.blocks())
+        if self.recorder is not None:
+            self.recorder.logged(iteration)
+
+    def end_record(self) -> None:
+        """What was recorded so far is on the disk."""
+        if self.recorder is not None:
+            self.recorder.flush()
+
     def save(self, iteration: int) -> None:
         """A checkpoint of this iteration is about to be written."""
         self.source.save(iteration)
+        self.end_record()
         kept_target.save(self.args, iteration, self.handle, getattr(self.args, _STEPS))
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
@@ -203,6 +219,8 @@ class TrainingRun:
         steps, consumed, dial = self._before  # Megatron may run an iteration again: the same data
         self.handle.load_state_dict({"steps": steps, "dial": dial})
         schedule = self.source.before_step(stock, schedule, steps)
+        if self.recorder is not None:
+            schedule = self.recorder.watched(schedule, args.curr_iteration + 1)
         self._place(self.train_streams, consumed)
         number = self.num_target if self.handle.target_due else 0
         own = args.micro_batch_size
