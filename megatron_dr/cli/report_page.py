@@ -9,7 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megatron_dr.cli import pages
+from megatron_dr.cli import pages, report_data
+from megatron_dr.cli.report_data import Weights
 from megatron_dr.report import charts, panels, status, tables
 from megatron_dr.report.charts import Key
 from megatron_dr.report.panels import Panel
@@ -45,6 +46,7 @@ class Section:
     title: str
     figures: list[Figure] = field(default_factory=list)
     tables: list[tuple[str, Table]] = field(default_factory=list)
+    data: list[tuple[str, Weights]] = field(default_factory=list)
 
     @property
     def anchor(self) -> str:
@@ -59,6 +61,8 @@ def text(runs: Sequence[RunLog]) -> str:
         section = found.setdefault(panel.section, Section(panel.section))
         section.figures.append(_phases(panel, names) if panel.title == _PHASES
                                else _figure(panel, names))  # fmt: skip
+    if data := _data(runs):
+        found[data.title] = data
     maps = [figure for run in runs for figure in _maps(run, len(runs) > 1)]
     order = [*found.values(), *([Section(BLOCKS, maps)] if maps else [])]
     order.sort(key=lambda section: section.title == panels.OTHERS)
@@ -71,6 +75,20 @@ def text(runs: Sequence[RunLog]) -> str:
               for number, run in enumerate(runs)],
         several=len(runs) > 1,
     )  # fmt: skip
+
+
+def _data(runs: Sequence[RunLog]) -> Section | None:
+    """Each run's corpora and samples, where any has a record of them."""
+    section = Section(report_data.TITLE)
+    for run in runs:
+        weights = report_data.weights_of(run)
+        if weights is None:
+            continue
+        section.data.append((run.name, weights))
+        for panel in weights.panels:
+            panel.title = f"{run.name}: {panel.title}" if len(runs) > 1 else panel.title
+            section.figures.append(_figure(panel, [run.name]))
+    return section if section.data else None
 
 
 def _figure(panel: Panel, names: Sequence[str]) -> Figure:

@@ -34,7 +34,7 @@ class Rule(NamedTuple):
     log: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Panel:
     """Curves that are drawn together.
 

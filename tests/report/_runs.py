@@ -26,13 +26,14 @@ def train(step: int, **more: Any) -> dict[str, Any]:
 
 def write(
     path: Path, steps: int = 6, about: dict[str, Any] | None = None, blocks: list[str] = BLOCKS,
-    ends: bool = True, **more: Any,
+    ends: bool = True, only: tuple[str, ...] = (), **more: Any,
 ) -> Path:  # fmt: skip
-    """A run's metrics; NaN is among its blocks'."""
+    """A run's metrics, of training all or these only; NaN is among its blocks'."""
     file = MetricsFile(str(path))
     file.begin(0, {**ABOUT, "blocks": blocks, **(about or {})})
     for step in range(1, steps + 1):
-        file.write("train", step, train(step, **more))
+        values = train(step, **more)
+        file.write("train", step, {name: values[name] for name in only or values})
         cosines = [0.5, math.nan if step == 2 else -0.5 / step]
         file.write("blocks", step, {"dr cos update": cosines, "dr rows": [2.0, 1.5]})
         if step % 3 == 0:

@@ -1,6 +1,7 @@
 """The page of a run: what is on it, that nothing of its data acts, how it looks in a browser."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 
 from megatron_dr.cli import report, report_page
+from megatron_dr.data.identities import content
 from megatron_dr.report import run_log
 from megatron_dr.report.metrics import MetricsFile
 
+from ._record import row, written
 from ._runs import write
 
 EVIL = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">'&"
@@ -101,7 +104,8 @@ def test_a_run_has_all_its_parts(tmp_path: Path) -> None:
 
 def test_runs_over_each_other(tmp_path: Path) -> None:
     """A legend says which is which; figures that one has not are those of the others."""
-    paths = [write(tmp_path / name / "metrics.jsonl") for name in ("run-a", "run-b")]
+    only = ("lm loss", "target loss", "dr sketch ms", "dr solve ms", "learning rate")
+    paths = [write(tmp_path / name / "metrics.jsonl", only=only) for name in ("run-a", "run-b")]
     file = MetricsFile(str(paths[1]))
     file.write("train", 7, {"lm loss": 1.0, "kl": 0.5})
     found, _ = page(*paths)
@@ -151,6 +155,39 @@ def test_nothing_of_the_data_acts(evil: str) -> None:
         assert held or tag == "summary", tag
     assert any("<script>" in text for text in found.says("text"))
     assert found.says("title")[0].startswith("<script>")
+
+
+def test_weights_with_their_texts(tmp_path: Path) -> None:
+    """Of corpora over steps, of samples with what they say; a sample's script is text."""
+    metrics, data = tmp_path / "metrics.jsonl", tmp_path / "a.jsonl"
+    texts = [{"text": f"{n} {EVIL}"} for n in range(4)]
+    data.write_text("".join(json.dumps(one) + "\n" for one in texts))
+    rows = [
+        row(step, n, weight=float(n), score=0.1 * n, corpus=EVIL if n % 2 else "b", file="a.jsonl",
+            line=n + 1, hash=content(texts[n]), id=EVIL)
+        for step in (1, 2) for n in range(4)
+    ]  # fmt: skip
+    bad = row(2, 4, weight=math.nan, corpus="b", file="a.jsonl", line=9, hash="text:0")
+    folder = written(tmp_path / "weights", [*rows, bad], left_out=3)
+    about = {"record": str(folder), "folder": str(tmp_path)}
+    MetricsFile(str(metrics)).begin(0, about)
+    found, _ = page(metrics)
+    stands_alone(found)
+    assert found.says("pre") == [f"{n} {EVIL}" for n in (3, 2, 1, 0)]
+    assert "weight 3, cosine 0.3, 2 rows:" in found.says("summary")
+    assert found.says("h4") == ["Samples of most weight"]  # all are in it
+    assert {"Mean weight by corpus", "Mean cosine with the target by corpus"} <= set(
+        found.says("figcaption")
+    )
+    said = " ".join(found.says("p"))
+    assert "b is no finite number at 1 of 2 steps: 2" in said
+    assert "1 samples whose weight is no finite number" in said and "3 rows between" in said
+    (moved := tmp_path / "moved").mkdir()
+    folder.rename(moved / "weights")
+    metrics.rename(moved / "metrics.jsonl")
+    assert len(page(moved / "metrics.jsonl")[0].says("pre")) == 4
+    (moved / "weights").rename(tmp_path / "gone")
+    assert "No weights can be shown: " in " ".join(page(moved)[0].says("p"))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
