@@ -131,7 +131,8 @@ def _maps(run: RunLog, several: bool) -> list[Figure]:
         steps, values = run.of_blocks(name)
         if not steps:
             continue
-        names = [re.sub(r"^decoder\.|\blayers\.|\.weight$", "", block) for block in run.blocks]
+        names = [re.sub(r"^decoder\.|\.weight$", "", block).replace("layers.", "layer ")
+                 for block in run.blocks]  # fmt: skip
         title = f"{run.name}: {title}" if several else title
         svg = charts.heat_map(title, unit, names, steps, values, diverges)
         bad = sum(not math.isfinite(v) for of_step in values for v in of_step)
