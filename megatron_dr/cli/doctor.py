@@ -145,9 +145,9 @@ CHECKS = (
           "pip install transformers",
           "not installed; --tokenizer-type HuggingFaceTokenizer and megatron-dr verify need it"),
     Check("rich", "rich", False, _installed("rich", "rich"), "pip install rich",
-          "not installed; megatron-dr prepare, compare and plan need it"),
+          "not installed; megatron-dr prepare, compare, plan and watch need it"),
     Check("matplotlib", "matplotlib", False, _version("matplotlib"), "pip install matplotlib",
-          "not installed; megatron-dr compare needs it"),
+          "not installed; megatron-dr compare and report need it"),
 )  # fmt: skip
 
 

@@ -12,7 +12,10 @@ COMMANDS = {
     "verify": "compare a checkpoint of Megatron with one of Hugging Face",
     "prepare": "tokenise data for training, with loss masks",
     "plan": "memory, bytes and seconds of a run, before it starts",
+    "report": "a page of what a run did: curves, weights, time, flags",
+    "watch": "a run that is going, in the terminal",
     "compare": "compare mixes and projections on data of your own",
+    "weights": "what a run's record of weights says: of corpora, samples, layers",
 }
 
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from megatron_dr.cli import plan_tables
+from megatron_dr.cli import pages, plan_tables
 from megatron_dr.plan.schedule import one_f_one_b
 
 GB = 1e9
@@ -14,7 +12,7 @@ _PIECES = 2000  # of a timeline; a longer step is drawn by its parts alone
 # Okabe and Ito's colours: told apart by colour-blind readers too
 COLOURS = {
     "weights": "#0072b2", "gradients": "#56b4e9", "optimizer": "#009e73", "activations": "#f0e442",
-    "slots": "#cc79a7", "target": "#d55e00", "in flight": "#999999", "grams": "#333333",
+    "slots": "#cc79a7", "target": "#d55e00", "in flight": "#999999", "grams": "#707070",
 }  # fmt: skip
 STEP = {
     "forward, general": "#56b4e9", "backward, general": "#0072b2", "forward, target": "#e69f00",
@@ -25,8 +23,7 @@ _EXPOSED = ("gradients", "target", "grams", "solve", "sum", "parameters")
 
 def write(numbers: dict[str, Any], path: Path) -> None:
     """The page of a run's report."""
-    folder = jinja2.PackageLoader("megatron_dr.cli", "templates")
-    template = jinja2.Environment(loader=folder, autoescape=True).get_template("plan.html.jinja")
+    template = pages.template("plan")
     heads, stages = plan_tables.shown_stages(numbers)
     memory = {
         "title": "Memory, GB", "head": ["part", *heads],

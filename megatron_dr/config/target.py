@@ -7,7 +7,7 @@ from megatron_dr.config.fields import flag, must_be
 # fields with which alone nothing is projected: the run is only watched
 WATCHING = frozenset({
     "metrics", "target_valid_data", "target_test_data", "keep_best", "generate",
-    "generate_metrics", "generate_tokens",
+    "generate_metrics", "generate_tokens", "record", "record_every", "record_rows",
 })  # fmt: skip
 
 
@@ -31,6 +31,14 @@ class TargetConfig:
     metrics: str | None = flag(
         None, "write one JSON line per training step and validation to this file", "path"
     )
+    record: str | None = flag(
+        None, "write each row's weight and score, with the samples' identity, to this folder",
+        "folder",
+    )  # fmt: skip
+    record_every: int = flag(10, "of so many steps one is recorded", "steps")
+    record_rows: int = flag(
+        32, "of a block in a step, so many rows of the largest and of the least weight", "rows"
+    )
     generate: str | None = flag(
         None,
         "samples whose prompts the model answers at the end of the run, or with --skip-train once",
@@ -45,5 +53,5 @@ class TargetConfig:
     generate_tokens: int = flag(128, "length of an answer, at most", "tokens")
 
     def __post_init__(self) -> None:
-        for name in ("target_batch_size", "generate_tokens"):
+        for name in ("target_batch_size", "generate_tokens", "record_every", "record_rows"):
             must_be("at least 1", getattr(self, name) >= 1, name, getattr(self, name))

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_dr.data import files, records
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, Encoder
+from megatron_dr.data.identities import Identities, Identity
 from megatron_dr.data.packing import Padded
 from megatron_dr.data.sample import Part
 from megatron_dr.data.texts import Tokenizer
@@ -39,11 +40,12 @@ class FileSamples(Padded):
         self.attention_mask = attention_mask
         self.pad = tokenizer.eod
         self.num_cut = 0
-        self._parts: list[Part] = []
+        self._parts, self._identities = list[Part](), Identities()
         encoder = Encoder("sft", tokenizer, dict(zip(COLUMNS, COLUMNS, strict=True)), chat)
         for where, record in read(path):
             with records.at(where):
                 self._parts.append(self._cut(encoder(record).parts[0]))
+            self._identities.add(where, record)
         if not self._parts:
             raise ValueError(f"{path}: the file has no samples.")
         self.lengths = np.array([len(part.ids) for part in self._parts])
@@ -61,6 +63,10 @@ class FileSamples(Padded):
 
     def part(self, number: int) -> Part:
         return self._parts[number]
+
+    def identity(self, number: int) -> Identity:
+        """Who the sample is."""
+        return self._identities[number]
 
 
 def read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

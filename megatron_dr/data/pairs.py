@@ -9,6 +9,7 @@ from megatron_dr.data import records
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.encode import COLUMNS, Encoder
 from megatron_dr.data.file_samples import read
+from megatron_dr.data.identities import Identities, Identity
 from megatron_dr.data.packing import causal_mask, padded
 from megatron_dr.data.sample import Part, Sample
 from megatron_dr.data.texts import Tokenizer
@@ -52,6 +53,10 @@ class Pairs(ABC):
     @abstractmethod
     def origin(self, number: int) -> str:
         """Where a pair is from, as sentences name it."""
+
+    @abstractmethod
+    def identity(self, number: int) -> Identity:
+        """Who the pair is."""
 
     def _key(self, number: int) -> bytes:
         chosen, rejected = pair = self.pair(number)
@@ -104,12 +109,13 @@ class FilePairs(Pairs):
         self, path: str, tokenizer: Tokenizer, sequence_length: int, chat: Chat | None = None,
         attention_mask: bool = False,
     ) -> None:  # fmt: skip
-        self._pairs: list[tuple[str, Pair]] = []
+        self._pairs, self._identities = list[tuple[str, Pair]](), Identities()
         encoder = Encoder("preference", tokenizer, dict(zip(COLUMNS, COLUMNS, strict=True)), chat)
         for where, record in read(path):
             with records.at(where):
                 chosen, rejected = encoder(record).parts
             self._pairs.append((where, (chosen, rejected)))
+            self._identities.add(where, record)
         super().__init__(path, sequence_length, tokenizer.eod, attention_mask)
 
     def __len__(self) -> int:
@@ -120,3 +126,6 @@ class FilePairs(Pairs):
 
     def origin(self, number: int) -> str:
         return self._pairs[number][0]
+
+    def identity(self, number: int) -> Identity:
+        return self._identities[number]

@@ -110,6 +110,14 @@ def of_all_ranks(value: Any, group: Group = None) -> list[Any]:
     return found
 
 
+def to_first(value: Any) -> list[Any]:
+    """Every rank's value, of any type, by rank: on rank 0; nothing on the others."""
+    first = dist.get_rank() == 0
+    found: list[Any] = [None] * (dist.get_world_size() if first else 0)
+    dist.gather_object(value, found if first else None)
+    return found
+
+
 def of_whom(refusals: dict[int, str], ranks: int) -> str:
     """The first refusal, with the ranks that have it where not all of them do."""
     first = next(iter(refusals.values()))

@@ -6,6 +6,7 @@ passed by then.
 """
 
 import itertools
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,3 +90,10 @@ def sent(num_bytes: int) -> None:
     """So many bytes were sent."""
     if _running:
         _running[-1].bytes += num_bytes
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had so far: tensors of a GPU, or else main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -47,7 +47,7 @@ class Gpus:
             self._devices = [self._nvml.nvmlDeviceGetHandleByIndex(number) for number in count]
             self._file = MetricsFile(str(path_beside(metrics)))
         except ImportError:
-            self._give_up("the package nvidia-ml-py is not installed (pip install 'megatron_dr[gpu]')")
+            self._give_up("nvidia-ml-py is not installed (pip install 'megatron_dr[gpu]')")
         except Exception as error:  # no driver, no permission, no folder
             self._give_up(str(error))
 

@@ -1,10 +1,15 @@
-"""Metrics as JSON lines: {"kind": "train" | "validation", "iteration": n, <name>: number, ...}."""
+"""Metrics as JSON lines: {"kind": "train" | "validation" | ..., "iteration": n, <name>: number}.
+
+Three kinds are not of numbers by name: `run`, what the run is, at its start and after each resume
+({"run": {...}}, see `about`); `blocks`, where a name has a list, a number for each of the blocks
+that the line `run` names; `end`, after a run that has ended as it should.
+"""
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +44,20 @@ class MetricsFile:
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
-        """Values are numbers or one-element tensors; None is left out."""
-        numbers = {name: float(v) for name, v in values.items() if v is not None}
-        line = {"kind": kind, "iteration": iteration, **numbers}
-        self._append(json.dumps(line).encode() + b"\n")
+        """Values are numbers, one-element tensors or lists of numbers; None is left out."""
+        numbers = {
+            name: [float(one) for one in value] if isinstance(value, list) else float(value)
+            for name, value in values.items()
+            if value is not None
+        }
+        self._put({"kind": kind, "iteration": iteration, **numbers})
+
+    def begin(self, iteration: int, run: Mapping[str, Any]) -> None:
+        """What the run is that begins, or goes on, after this iteration."""
+        self._put({"kind": "run", "iteration": iteration, "run": run})
+
+    def _put(self, line: Mapping[str, Any]) -> None:
+        self._append(json.dumps(line, default=str).encode() + b"\n")
 
     def _append(self, text: bytes) -> None:
         written = 0
@@ -69,12 +84,18 @@ class MetricsFile:
 
 def read(path: str | Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind, in order; a line cut short by a crash is left out."""
-    lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if line["kind"] == kind:
-            lines.append(line)
-    return lines
+    return [line for line in lines(path) if line["kind"] == kind]
+
+
+def lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """All lines in order, without what is none: cut short, or still being written."""
+    return filter(None, map(parsed, Path(path).read_bytes().split(b"\n")))
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """A line; None for what is none."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None

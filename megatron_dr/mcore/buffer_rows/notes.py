@@ -48,8 +48,7 @@ def not_finite(finite_R: torch.Tensor, layout: Layout, dr: DRConfig, step: int) 
         elif dr.row_kind.named:
             who = f"the general gradient of {dr.domains[row]}"
         else:
-            group, slot = divmod(row, row_map.slots)
-            together = row_map.ranks // parallel_state.get_context_parallel_world_size()
-            first = (row_map.target_groups + group) * together
-            who = f"the general gradient of data-parallel rank {first}, slot {slot},"
+            context = parallel_state.get_context_parallel_world_size()
+            ranks, slot = row_map.members(row, context)
+            who = f"the general gradient of data-parallel rank {ranks[0]}, slot {slot},"
         say(f"step {step}: {who} has NaN or Inf")

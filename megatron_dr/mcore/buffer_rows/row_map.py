@@ -90,6 +90,17 @@ class RowMap:
         half = group % 2 if self.halves == "groups" else row - self.slots
         return self.num_general + half
 
+    def members(self, row: int, context: int) -> tuple[range, int]:
+        """The data ranks of a row of ranks or slots, and its slot on them.
+
+        Args:
+            context: context-parallel ranks.
+        """
+        group, slot = divmod(row, self.slots)
+        together = max(1, self.ranks // context)
+        first = (self.target_groups + group) * together
+        return range(first, first + together), slot
+
     def summed(self, buffers_GLX: torch.Tensor) -> torch.Tensor:
         """[P, ..] of every group's local buffers [G, L, ..]."""
         places = [self.vector(g, row) for g in range(self.groups) for row in range(self.local)]

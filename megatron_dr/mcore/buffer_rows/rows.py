@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import meter
@@ -142,7 +143,8 @@ class BufferRows:
         if self.model[0].ddp_config.check_for_nan_in_grad:  # Megatron waits for the device too
             notes.not_finite(gram.finite_R[: rows + 1], layout, dr, call.step)
         if with_target:
-            log.add(update, range(len(self.names)))
+            row_M = torch.arange(rows) if dist.get_rank() == 0 else None  # all ranks have the same
+            log.add(update, range(len(self.names)), row_M)
         if dr.row_kind.named:
             for name, weight in zip(dr.domains, update.weights_BM.mean(0), strict=True):
                 log.put(f"dr weight {name}", weight)

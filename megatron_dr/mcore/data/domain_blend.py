@@ -40,13 +40,18 @@ class DomainBlend(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+    def locate(self, position: int) -> tuple[int, int]:
+        """Number of the dataset that a sample is of, and its own there."""
         unit, place = divmod(position, self.unit_size)
-        dataset = self.datasets[self.plan.domain(unit)]
+        domain = self.plan.domain(unit)
         number = self.unit_size * self.plan.count_before(unit) + place
-        if not isinstance(dataset, SampleDataset):  # built for its share, give or take a unit
-            number %= len(dataset)
-        sample: dict[str, torch.Tensor] = dataset[number]
+        if not isinstance(self.datasets[domain], SampleDataset):  # built for its share, give or
+            number %= len(self.datasets[domain])  # take a unit
+        return domain, number
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        domain, number = self.locate(position)
+        sample: dict[str, torch.Tensor] = self.datasets[domain][number]
         return sample
 
 

@@ -17,6 +17,7 @@ from megatron.core.datasets.utils import Split
 from megatron_dr.data import files
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.file_samples import FileSamples
+from megatron_dr.data.identities import Identity, Sources, of_tokens
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.data.packing import PackedSamples, Padded
 from megatron_dr.data.sample import Part
@@ -39,6 +40,7 @@ class PreparedSamples(Padded):
 
     Attributes:
         lengths: tokens of each sample, cut ones' after the cut [n].
+        sources: which file and line each is from.
 
     Raises:
         ValueError: files that are missing, empty, or don't belong together, or a larger id.
@@ -53,6 +55,7 @@ class PreparedSamples(Padded):
                 raise ValueError(f"{path}: no such file, but its .idx is there.")
         self.sequence_length, self.pad, self.attention_mask = sequence_length, pad, attention_mask
         self._tokens, self._mask = IndexedDataset(prefix), IndexedDataset(prefix + MASK)
+        self.sources = Sources(prefix)
         sizes, masks = self._tokens.sequence_lengths, self._mask.sequence_lengths
         if not len(sizes):
             raise ValueError(f"{prefix}: the dataset has no samples.")
@@ -80,6 +83,11 @@ class PreparedSamples(Padded):
         length = int(self.lengths[number])
         tokens = self._tokens.get(number, length=length)
         return Part.of(tokens, self._mask.get(number, length=length))
+
+    def identity(self, number: int) -> Identity:
+        """Who the sample is."""
+        hashed = of_tokens(self._tokens.get(number))
+        return Identity(*self.sources.place(number), str(number), hashed)
 
 
 def is_samples(path: str) -> bool:
@@ -159,6 +167,12 @@ class SampleDataset(MegatronDataset):  # type: ignore[misc]
         if self.num_samples is not None:
             return int(self.num_samples)
         return len(self.indices if self.packs is None else self.packs)
+
+    def numbers(self, position: int) -> list[int]:
+        """Of the samples at a position, in the set."""
+        if self.packs is not None:
+            return [int(self.packs.numbers[place]) for place in self.packs.order[position]]
+        return [int(self.indices[self.order[position]])]
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         if self.packs is not None:

@@ -8,6 +8,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_dr.data.encode import FORMS
+from megatron_dr.data.identities import Identity, Sources
 from megatron_dr.data.pairs import FilePairs, Pair, Pairs
 from megatron_dr.mcore.data import datasets
 from megatron_dr.mcore.data.samples import (
@@ -42,7 +43,7 @@ class PreparedPairs(Pairs):
                 f"{prefix}: it has {chosen} chosen and {rejected} rejected answers: prepare them "
                 "together."
             )
-        self._prefix = prefix
+        self._prefix, self.sources = prefix, Sources(prefix)
         super().__init__(prefix, sequence_length, pad, attention_mask)
 
     def __len__(self) -> int:
@@ -54,6 +55,10 @@ class PreparedPairs(Pairs):
 
     def origin(self, number: int) -> str:
         return f"{self._prefix}: pair {number}"
+
+    def identity(self, number: int) -> Identity:
+        hashed = f"tokens:{self.keys[number].hex()}"
+        return Identity(*self.sources.place(number), str(number), hashed)
 
 
 def open_pairs(path: str, config: GPTDatasetConfig) -> Pairs:

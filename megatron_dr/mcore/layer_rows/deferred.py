@@ -49,6 +49,7 @@ class Deferred:
     ) -> None:  # fmt: skip
         self.dr, self.targets, self.merged, self.keep = dr, targets, batches.merged, keep
         self.tokens, self._counts, self.ratio = batches.tokens, batches.counts, factors.ratio
+        self._batches = batches
         self.row_scale, self.seen, self.signs = factors.row_scale, seen, signs
         self.estimate = estimate
         (n, b), device = self.tokens.shape, self.tokens.device
@@ -99,8 +100,9 @@ class Deferred:
         return self._solve_step(shares, log)
 
     def _project(
-        self, gram_BRR: torch.Tensor, share_M: torch.Tensor, its: Shares, log: StepLog
-    ) -> Update:
+        self, gram_BRR: torch.Tensor, share_M: torch.Tensor, its: Shares, log: StepLog,
+        row_M: torch.Tensor | None,
+    ) -> Update:  # fmt: skip
         """Of all blocks, once or for several windows; all ranks of the model copy have the same:
         the first one logs it."""
         with meter.part("solve"):
@@ -110,7 +112,7 @@ class Deferred:
             )  # fmt: skip
         if dist.get_rank(compat.model_group()) == 0:
             blocks = self._gram.shape[1]
-            log.add(update, [*range(blocks)] * (len(gram_BRR) // blocks))
+            log.add(update, [*range(blocks)] * (len(gram_BRR) // blocks), row_M)
         return update
 
     def _solve_microbatches(self, its: Shares, log: StepLog) -> torch.Tensor:
@@ -136,7 +138,9 @@ class Deferred:
             gram_BRR = gram_nBRR.flatten(0, 1)
             share_nM = self.tokens[alike][:, :count]
             share_nM = share_nM / share_nM.sum(1, keepdim=True).clamp(min=1)
-            update = self._project(gram_BRR, share_nM.repeat_interleave(blocks, 0), its, log)
+            row_BM = self._rows_of(alike, count) if log.keeps else None
+            share_BM = share_nM.repeat_interleave(blocks, 0)
+            update = self._project(gram_BRR, share_BM, its, log, row_BM)
             update_nBR = update.update_BR.view(len(alike), blocks, -1)
             maps = torch.stack([self._map(number)[rows] for number in alike])
             coefficient_nBN[alike] = torch.einsum("nbr,nrs->nbs", update_nBR, maps)
@@ -172,10 +176,13 @@ class Deferred:
         if not lacks and self.signs:  # all ranks choose alike, to the last bit
             collectives.from_first(whole_BRR, compat.data_group())
         its = shares(None if lacks else whole_BRR, lacks, share_M)
-        update = self._project(gram_BRR, share_M, its, log)
+        rank = dist.get_rank(group)
+        speaks = log.keeps and rank == 0  # all data ranks have the same
+        row_M = self._numbers(sample_M) if speaks else None
+        update = self._project(gram_BRR, share_M, its, log, row_M)
         weight_BP = update.update_BR.new_zeros(len(gram_BRR), P)
         weight_BP[:, sample_M] = update.update_BR[:, :-1] * M
-        rank, bad_R = dist.get_rank(group), bad_rows(gram_BRR)
+        bad_R = bad_rows(gram_BRR)
         here = slice(rank * n * b, (rank + 1) * n * b)
         bad_P = is_sample_P.index_put((sample_M,), bad_R[:-1])
         self.seen.see_step(bad_P[here].view(n, b), bad_R[-1])
@@ -186,6 +193,20 @@ class Deferred:
             target_nBq = target_nB[:, :, None].expand(-1, -1, self.merged)
             coefficient_nBN = torch.cat([coefficient_nBN, target_nBq], 2)
         return coefficient_nBN, its
+
+    def _rows_of(self, microbatches: list[int], count: int) -> torch.Tensor:
+        """Of the samples of each microbatch, for all blocks [B, M]."""
+        rank = [parallel_state.get_data_parallel_rank()]
+        row_nM = torch.stack([self._batches.numbers(n, rank, count) for n in microbatches])
+        return row_nM.repeat_interleave(self._gram.shape[1], 0)
+
+    def _numbers(self, sample_M: torch.Tensor) -> torch.Tensor:
+        """Of the samples at these places of all data ranks, one rank's after the other's."""
+        n, b = self.tokens.shape
+        rank_M, own_M = sample_M // (n * b), sample_M % (n * b)
+        data = parallel_state.get_data_parallel_world_size()
+        number_M: torch.Tensor = (own_M // b * data + rank_M) * b + own_M % b
+        return number_M
 
     def _step_gram(
         self, place: Place, parts: list[torch.Tensor], group: collectives.Group, M: int

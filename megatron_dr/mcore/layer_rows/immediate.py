@@ -6,6 +6,7 @@ microbatches' (1 - f) quantiles, and has the weight 1 / (f M) that it has in a s
 """
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat, meter
@@ -44,6 +45,7 @@ class Immediate:
         self.thresholds, self.log, self.seen = thresholds, log, seen
         self.estimate = estimate
         self.peers = experts.windows(self.tokens, self.ratio)
+        self.batches = batches
 
     def coefficients(self, place: Place, microbatch: int, uses: list[Use]) -> torch.Tensor:
         tokens, ratios = self.peers if place.owned.is_expert else (self.tokens, self.ratio)
@@ -68,8 +70,15 @@ class Immediate:
             )  # fmt: skip
         # ranks that share a weight's shards or its samples' tokens have the same: one logs it
         if place.speaks:
-            self.log.add(update, [place.block])
+            self.log.add(update, [place.block], self._numbers(place, microbatch))
         return self.scale[microbatch] * (update.update_BR[0] @ map_RN)
+
+    def _numbers(self, place: Place, microbatch: int) -> torch.Tensor | None:
+        if not self.log.keeps:
+            return None
+        ranks = [parallel_state.get_data_parallel_rank()]
+        ranks = experts.data_ranks() if place.owned.is_expert else ranks
+        return self.batches.numbers(microbatch, ranks, self.counts[microbatch])
 
     def _streamed(self, place: Place, gram_RR: torch.Tensor) -> torch.Tensor:
         """Weights [1, M]. Scores that are not finite leave the threshold as it was."""

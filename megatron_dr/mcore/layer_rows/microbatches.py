@@ -5,6 +5,7 @@ stages in the middle never see a loss. So a rank that has data reads the step's 
 (they are token ids: small), and the first rank of each model copy tells the others the counts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class Microbatches:
         self.tokens = _counts(self._general, (num_general, sizes[0]), device)
         self.target_tokens = _counts(self._target, (call.num_target, sizes[1]), device)
         self.merged = sizes[1] if dr.target_pass == "merged" else 0
+
+    def numbers(self, microbatch: int, ranks: Sequence[int], count: int) -> torch.Tensor:
+        """Of a microbatch's samples, of these data ranks, in the step (`StepLog.width`) [M]."""
+        data, b = parallel_state.get_data_parallel_world_size(), self.tokens.shape[1]
+        first = [(microbatch * data + rank) * b for rank in ranks]
+        return (torch.tensor(first)[:, None] + torch.arange(count)).flatten()
 
     def _packs(self, call: Call, device: torch.device) -> tuple[Packs, Packs]:
         read = ((self._general, call.num_general), (self._target, call.num_target))

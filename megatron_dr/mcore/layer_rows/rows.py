@@ -111,6 +111,7 @@ class LayerRows:
         self.restore()
         overlap = self.model[0].ddp_config.overlap_grad_reduce
         step = _Step(self, call)
+        log.width = step.batches.tokens.shape[1]
         self._prepare(step.shape)
         self.path.asks_all = overlap and not self.hold
         self._set_overlap(self.path.asks_all)

@@ -22,11 +22,12 @@ What is wrapped, and who calls it:
                                   build_train_valid_test_data_loaders: microbatches of one domain
     megatron.training.training.dummy_train_step           train: --iterations-to-skip
     megatron.training.training.{training_log, evaluate, evaluate_and_print_results}
-                                  train: --dr-metrics, the second line (`first_line`),
+                                  train: --dr-metrics, --dr-record, the second line (`first_line`),
                                   the target's test set
     megatron.training.training.checkpoint_and_decide_exit   train: --dr-keep-best
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
-    megatron.training.training.{train, maybe_finalize_async_save}   pretrain: --dr-generate
+    megatron.training.training.{train, maybe_finalize_async_save}   pretrain: --dr-generate,
+                                  --dr-record
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
 Without the plugin's flags each wrapper calls Megatron's function and changes nothing of a run that
@@ -36,7 +37,6 @@ goes well, but for a checkpoint's pickles: they are read without running what th
 
 import dataclasses
 import functools
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -173,7 +173,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
             dr = dataclasses.replace(dr, **parts.known(args))
             _run = TrainingRun(
                 model, optimizer, get_model_config(model[0]), args, dr,
-                parts.step_target(args, dr, target), source, scheduler,
+                parts.step_target(args, dr, target), source, scheduler, target,
             )  # fmt: skip
             _evaluations = Evaluations.of(_run, target.keep_best)
     if configs is not None and configs[1].generate is not None:
@@ -220,7 +220,7 @@ def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any
     with errors.refused():
         for part, _ in parts.on(get_args()):
             train = part.on_data(get_args(), train)
-    return train, *others
+    return train if _run is None else _run.of_data(train), *others
 
 
 def _skip(stock: Callable[..., Any], data_iterator: Any) -> None:
@@ -232,13 +232,8 @@ def _skip(stock: Callable[..., Any], data_iterator: Any) -> None:
 
 def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: Any, iteration: int,
                   *rest: Any, **kwargs: Any) -> Any:  # fmt: skip
-    if _run is not None and _run.file is not None:
-        seconds = time.monotonic() - _run.step_began
-        values = {**loss_dict, "learning rate": rate, "step seconds": seconds}
-        _run.file.write("train", iteration, values)
     if _run is not None:
-        if _run.gpus is not None and iteration % _run.args.log_interval == 0:
-            _run.gpus.write(iteration)
+        _run.log(iteration, {**loss_dict, "learning rate": rate})
         stock = functools.partial(first_line.log, stock)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
     if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:
@@ -274,15 +269,22 @@ def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) 
 
 
 def _train(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    if _generation is None:
+    if _generation is not None:
+        stock = functools.partial(_generation.train, stock)
+    if _run is None:
         return stock(*rest, **kwargs)
-    return _generation.train(stock, *rest, **kwargs)
+    with _run.training():
+        return stock(*rest, **kwargs)
 
 
 def _finalize(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> None:
     stock(*rest, **kwargs)
-    if _generation is not None and kwargs.get("terminate"):
+    if not kwargs.get("terminate"):
+        return
+    if _generation is not None:
         _generation.all_is_saved()
+    if _run is not None:
+        _run.all_is_done()
 
 
 def _schedule(stock: Callable[..., Any], **schedule: Any) -> Any:

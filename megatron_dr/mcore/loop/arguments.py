@@ -20,6 +20,10 @@ _NEEDS = {
     "sketch_size": ("gram", ("sketch", "auto")),
     "sketch_error": ("gram", ("sketch", "auto")),
 }
+_DIALS = {  # flags of what another switches on
+    "generate": ("generate_metrics", "generate_tokens"),
+    "record": ("record_every", "record_rows"),
+}
 _ALPHA = {"alpha", "beta", "end_alpha", "alpha_style"}  # with none of them, alpha is auto
 
 
@@ -119,7 +123,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
     target = TargetConfig(**{k: v for k, v in given.items() if k in own})
     _check_together(given, dr, target, itself)
-    _check_generate(given)
+    _check_switches(given)
     return dr, target
 
 
@@ -171,9 +175,9 @@ def _check_together(
             raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
 
 
-def _check_generate(given: dict[str, Any]) -> None:
-    for name in ("generate_metrics", "generate_tokens"):
-        if name in given and "generate" not in given:
+def _check_switches(given: dict[str, Any]) -> None:
+    for switch, dials in _DIALS.items():
+        for name in (name for name in dials if name in given and switch not in given):
             raise ValueError(
-                f"--dr-{name.replace('_', '-')} needs --dr-generate: give it, or drop the flag."
+                f"--dr-{name.replace('_', '-')} needs --dr-{switch}: give it, or drop the flag."
             )

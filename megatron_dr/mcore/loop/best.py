@@ -65,7 +65,11 @@ def check(args: Namespace, target: TargetConfig) -> None:
 
 def _check_alone(target: TargetConfig, wanted: dict[str, Any]) -> None:
     """Without training nothing is evaluated but Megatron's own sets, and nothing written."""
-    wanted = {**wanted, "--dr-metrics": target.metrics and not target.generate}
+    wanted = {
+        **wanted,
+        "--dr-metrics": target.metrics and not target.generate,
+        "--dr-record": target.record,
+    }
     instead = {
         "--dr-target-valid-data": ", or give its data as --valid-data-path",
         "--dr-metrics": ", or have answers to write with --dr-generate",

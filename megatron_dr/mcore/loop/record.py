@@ -27,12 +27,14 @@ _GENERAL = ("data_path", "train_data_path", "valid_data_path", "test_data_path",
 _SIZES = ("micro_batch_size", "global_batch_size", "seq_length", "seed", "calculate_per_token_loss")
 _ENDINGS = [end + mask for end in dict.fromkeys(sum(FORMS.values(), ())) for mask in ("", MASK)]
 _LARGE = 1 << 28  # bytes; of a larger file of the general role the size alone tells
-_SAID = ("metrics", "log_blocks")  # what is said, not what is done
+# what is said, not what is done
+_SAID = ("metrics", "log_blocks", "record", "record_every", "record_rows")
 _LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
            "virtual_pipeline_model_parallel_size", "context_parallel_size",
            "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel",
            "use_distributed_optimizer", "train_iters", "save_interval", "eval_interval",
-           "eval_iters", "finetune", "dr_changed_ok")  # fmt: skip
+           "eval_iters", "finetune", "dr_changed_ok", "dr_record", "dr_record_every",
+           "dr_record_rows")  # fmt: skip
 
 
 def of(args: Namespace, configs: tuple[DRConfig, TargetConfig] | None, data: bool = True) -> Record:

@@ -5,10 +5,11 @@ runs it with the streams of that role. Where a run stands is kept in Megatron's 
 at its beginning), which Megatron saves with every checkpoint.
 """
 
+import contextlib
 import dataclasses
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -18,12 +19,13 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.domains import DomainPlan
-from megatron_dr.mcore import cpu, errors
+from megatron_dr.mcore import cpu, errors, meter
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains
-from megatron_dr.mcore.loop import kept_target
+from megatron_dr.mcore.loop import header, kept_target
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
+from megatron_dr.mcore.loop.recorder import Recorder
 from megatron_dr.mcore.seams.source import Source, num_target_microbatches, resumes
 from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.gpus import Gpus
@@ -49,11 +51,12 @@ class TrainingRun:
         target: as the steps have it; None: no target microbatches in them.
         source: what is trained on, and by which forward step.
         scheduler: Megatron's, of the learning rate.
+        watching: what is looked at beside training.
     """
 
     def __init__(
         self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
-        target: TargetConfig | None, source: Source, scheduler: Any,
+        target: TargetConfig | None, source: Source, scheduler: Any, watching: TargetConfig,
     ) -> None:  # fmt: skip
         self.args, self.source = args, source
         self.num_target = self.num_valid = self.target_size = 0
@@ -81,6 +84,7 @@ class TrainingRun:
         self._open_validation(held_out, tested, len(model))
         self.handle.check_batch(get_num_microbatches(), self.num_target)
         self._fresh_validation = True
+        self._is_training = False
         self.validations = 0  # sets of this validation so far
         self._iteration: int | None = None
         self._before: tuple[int, int, Any] = (0, 0, None)
@@ -88,9 +92,13 @@ class TrainingRun:
         if dr.alpha_style == "auto":
             done = args.iteration - getattr(args, _STEPS)  # before the plugin was switched on
             self.handle.dial.rates = learning_rates(scheduler, args.train_iters, done)
+        with errors.agreed():
+            self.recorder = Recorder.of(args, watching, self.handle)
         source.begin(self.handle)
         if resumes(args):
             kept_target.load(args, self.handle, getattr(args, _STEPS))
+        if self.file is not None:
+            self.file.begin(args.iteration, header.of(args, self.handle))
 
     def _open_validation(self, samples: Any, tested: Any, chunks: int) -> None:
         size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
@@ -130,6 +138,26 @@ class TrainingRun:
         self.validations += 1
         return f"validation-{names[number] if names else number}"
 
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Megatron's `train` runs inside; a run that is told to stop before its end leaves it."""
+        self._is_training = True
+        try:
+            yield
+        except SystemExit as end:
+            self._is_training = False
+            if not end.code:
+                self.all_is_done()
+            raise
+        finally:
+            self._is_training = False
+            self.end_record()
+
+    def all_is_done(self) -> None:
+        """No checkpoint is being written any more; after training no validation follows either."""
+        if self.file is not None and not self._is_training:
+            self.file.write("end", self.steps_done, {})
+
     def call(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         """A training step, or a validation batch, of Megatron's loop."""
         if not schedule.get("forward_only", False):
@@ -151,9 +179,35 @@ class TrainingRun:
                 for _ in range(0 if iterator is None else get_num_microbatches()):
                     next(iterator)
 
+    def of_data(self, train: Any) -> Any:
+        """The general training set, as the run needs it."""
+        return train if self.recorder is None else self.recorder.of_data(train)
+
+    def log(self, iteration: int, values: dict[str, Any]) -> None:
+        """A training step is logged (collective where it is recorded)."""
+        if self.file is not None:
+            more = {
+                "step seconds": time.monotonic() - self.step_began,
+                "peak memory bytes": meter.peak_memory(self.handle.rows.device),
+            }
+            self.file.write("train", iteration, {**values, **more})
+            log = self.handle.log
+            if self.handle.dr.log_blocks and log is not None and log.projects:
+                self.file.write("blocks", iteration, log.blocks())
+        if self.gpus is not None and iteration % self.args.log_interval == 0:
+            self.gpus.write(iteration)
+        if self.recorder is not None:
+            self.recorder.logged(iteration)
+
+    def end_record(self) -> None:
+        """What was recorded so far is on the disk."""
+        if self.recorder is not None:
+            self.recorder.flush()
+
     def save(self, iteration: int) -> None:
         """A checkpoint of this iteration is about to be written."""
         self.source.save(iteration)
+        self.end_record()
         kept_target.save(self.args, iteration, self.handle, getattr(self.args, _STEPS))
 
     def _validate(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
@@ -176,6 +230,8 @@ class TrainingRun:
         steps, consumed, dial = self._before  # Megatron may run an iteration again: the same data
         self.handle.load_state_dict({"steps": steps, "dial": dial})
         schedule = self.source.before_step(stock, schedule, steps)
+        if self.recorder is not None:
+            schedule = self.recorder.watched(schedule, args.curr_iteration + 1)
         self._place(self.train_streams, consumed)
         number = self.num_target if self.handle.target_due else 0
         own = args.micro_batch_size

@@ -10,7 +10,17 @@ from typing import Any
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore import compat, unpickling
-from megatron_dr.mcore.loop import agreement, best, changes, generation, needed, parts, rate, record
+from megatron_dr.mcore.loop import (
+    agreement,
+    best,
+    changes,
+    generation,
+    needed,
+    parts,
+    rate,
+    record,
+    recorder,
+)  # fmt: skip
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.refuse import refuse
 from megatron_dr.mcore.seams.source import num_target_microbatches
@@ -82,6 +92,7 @@ def _settle(args: Namespace, configs: Configs) -> record.Record:
     if configs is not None:
         best.check(args, configs[1])
         generation.check(args, configs[1])
+        recorder.check(args, *configs)
         target = parts.step_target(args, *configs)
         if target is not None:
             num_target_microbatches(args, configs[0], target)

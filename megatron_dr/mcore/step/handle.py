@@ -37,6 +37,7 @@ class Handle:
         rows: what differs between kinds of rows.
         steps: training steps done (seeds the sketches; part of `state_dict`).
         log: what the last step did, by block, or None.
+        keeps: whether the next steps' logs keep each row's weight.
         metrics: the last step's values for the log, by name.
     """
 
@@ -50,6 +51,7 @@ class Handle:
         self.rows = rows(model, config, dr)
         self.steps = 0
         self.log: StepLog | None = None
+        self.keeps = False
         self.metrics: dict[str, torch.Tensor] = {}
         self._meter = Meter(self.rows.device)
         setattr(model[0], _ATTRIBUTE, self)
@@ -140,7 +142,7 @@ class Handle:
         size = target_micro_batch_size or schedule.get("micro_batch_size", 1)
         ranks = self.dr.target_ranks or parallel_state.get_data_parallel_world_size()
         samples = target_samples or num_target_microbatches * size * ranks
-        log = StepLog(self.rows.names, self.rows.device)
+        log = StepLog(self.rows.names, self.rows.device, self.keeps)
 
         def shares(gram_BRR: torch.Tensor | None, *more: Any) -> Shares:
             found = self.dial.shares(self.steps, samples, gram_BRR, *more)

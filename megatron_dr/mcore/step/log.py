@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,18 +16,31 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
+class Window(NamedTuple):
+    """Rows that were weighed together, by blocks."""
+
+    blocks: Sequence[int]
+    update: Update
+    row_M: torch.Tensor
+
+
 class StepLog:
     """What was projected in one step.
 
     Args:
         names: of the blocks that are projected.
+        keeps: whether `windows` are kept.
 
     Attributes:
         projects: whether there was something to project on.
+        windows: what was projected, with who the rows are, of those that this rank speaks for.
+        width: with sample rows, the places of a microbatch: sample j of microbatch m of data rank r
+            of D has the number (m D + r) width + j, in every layout the same.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
-        self.names, self.device = names, device
+    def __init__(self, names: tuple[str, ...], device: torch.device, keeps: bool = False) -> None:
+        self.names, self.device, self.keeps, self.width = names, device, keeps, 0
+        self.windows: list[Window] = []
         self._updates: list[tuple[Sequence[int], Update]] = []
         self._values: dict[str, torch.Tensor | float] = {}
         self._names = _PRODUCTS | _ROWS
@@ -37,10 +50,19 @@ class StepLog:
         """A value of the step."""
         self._values[name] = value
 
-    def add(self, update: Update, blocks: Sequence[int]) -> None:
-        """An update of the blocks of these numbers; of ranks that have the same, one adds it."""
+    def add(
+        self, update: Update, blocks: Sequence[int], row_M: torch.Tensor | None = None
+    ) -> None:  # fmt: skip
+        """An update of the blocks of these numbers; of ranks that have the same, one adds it.
+
+        Args:
+            row_M: the rows' numbers, int64, [B, M] where blocks have their own; None: another rank
+                keeps them.
+        """
         self._updates.append((blocks, update))
         self.projects = True
+        if self.keeps and row_M is not None:
+            self.windows.append(Window(blocks, update, row_M))
 
     def sum_over_ranks(self, products: bool, sums: torch.Tensor) -> None:
         """Where each rank has windows or blocks of its own, at the step's end (collective).

@@ -80,6 +80,12 @@ def windows(tokens: torch.Tensor, ratio: list[float]) -> tuple[torch.Tensor, lis
     return tokens, parts[..., -1].sum(0).tolist()
 
 
+def data_ranks() -> list[int]:
+    """Data ranks of the peers, which are neighbours, in their order."""
+    first = parallel_state.get_data_parallel_rank() // peers() * peers()
+    return [*range(first, first + peers())]
+
+
 def check(dr: DRConfig, config: Any) -> None:
     """Raise ValueError where samples can't be followed into experts."""
     if not config.num_moe_experts:

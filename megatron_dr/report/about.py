@@ -1,0 +1,140 @@
+"""What a run is, for the first line of its metrics: flags, versions, sources, hardware.
+
+Nothing secret is in it: a flag's value is left out where the flag's name says that it is one, and
+of a URL the user, the password and the query.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HIDDEN = "(left out)"
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "triton", "transformers")
+_NAMED = re.compile(r"key|token|secret|passw|credential|auth", re.I)
+_HARMLESS = re.compile(r"tokenizer|tokens(?=$|-)|per-token", re.I)  # names of Megatron's and ours
+_URL = re.compile(r"(\w[\w+.-]*://)(?:[^/\s@]*@)?([^\s?#]*)[^\s]*")
+_INSIDE = re.compile(
+    r"((?:key|token|secret|passw\w*|credential\w*|authorization|bearer)[\"']?\s*[:=]\s*|bearer\s+)"
+    r"[\"']?[^\s\"',;&}]+",
+    re.I,
+)
+_KNOWN = re.compile(r"\b(?:sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}")
+_SECONDS = 5  # for git
+
+
+def flags(words: Sequence[str]) -> list[list[str]]:
+    """[[flag, its values], ...] of a command line, without secrets."""
+    found: list[list[str]] = []
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word):
+            name, equals, value = word.partition("=")
+            found.append([name, *([value] if equals else [])])
+        elif found:
+            found[-1].append(word)
+        else:
+            found.append(["", word])
+    return [[name, _value(name, values)] for name, *values in found]
+
+
+def _value(name: str, values: Sequence[str]) -> str:
+    said = " ".join(values)
+    is_number = all(re.fullmatch(r"[\d.,]+", value) for value in values)
+    is_named = _NAMED.search(_HARMLESS.sub("", name))
+    if said and (is_named or "tokens" in name and not is_number):
+        return HIDDEN
+    return without_secrets(said)
+
+
+def without_secrets(text: str) -> str:
+    """A value with what looks like a key or password taken out."""
+    text = _URL.sub(r"\1\2", text)
+    return _KNOWN.sub(HIDDEN, _INSIDE.sub(rf"\1{HIDDEN}", text))
+
+
+def of(argv: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
+    """Of this process and its command line, as JSON can have it.
+
+    Args:
+        more: what only the run knows.
+    """
+    return {
+        "program": Path(argv[0]).name if argv else "",
+        "flags": flags(argv[1:]),
+        "folder": os.getcwd(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git": git(Path(argv[0]).parent if argv else Path()),
+        "machine": machine(),
+        "process": {"host": socket.gethostname(), "pid": os.getpid(), "created": created(None)},
+        **more,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what is installed of the packages that matter, ours among them."""
+    from megatron_dr.version import VERSION
+
+    found = {"megatron_dr": VERSION, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git(folder: Path) -> dict[str, Any] | None:
+    """Commit of the script's repository, or else of the folder that the run was started in, and
+    whether files differ from it; None where there is no repository, or no git."""
+    for place in dict.fromkeys((folder.resolve(), Path.cwd())):
+        commit = _git(place, "rev-parse", "HEAD")
+        if commit is not None:
+            changed = _git(place, "status", "--porcelain", "--untracked-files=no")
+            return {"commit": commit, "changed": None if changed is None else bool(changed)}
+    return None
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *words], capture_output=True,
+            text=True, errors="replace", timeout=_SECONDS, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def machine() -> dict[str, Any]:
+    """Of this process's node."""
+    return {
+        "processor": _processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory bytes": psutil.virtual_memory().total,
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if named:
+            return named[1].strip()
+    return platform.processor()
+
+
+def created(pid: int | None) -> float | None:
+    """When a process began, which tells it from a later one of its number; None: it is gone."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None

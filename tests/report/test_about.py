@@ -1,0 +1,65 @@
+"""What a run's first line says of it, and what it never says."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_dr.report import about
+from megatron_dr.report.about import HIDDEN
+
+SECRETS = [
+    "--wandb-api-key 12f3", "--api_key=12f3", "--hf-token 12f3", "--apitoken 12f3",
+    "--client-secret 12f3", "--db-password 12f3", "--authorization 12f3", "--aws-credentials 12f3",
+    "--bad-words-tokens 12f3", "--url https://me:12f3@host/v1", "--url=https://host/v1?key=12f3",
+    "--url https://12f3@host", "--url https://host/#access=12f3", '--kwargs {"api_key":"12f3"}',
+    "--kwargs token=12f3,other=1", "--header Authorization:Bearer-12f3", "--a hf_12f3aaaaaaaaaa",
+    "--a sk-aaaaaaaa12f3", "https://me:12f3@host",
+]  # fmt: skip
+KEPT = [
+    "--tokenizer-type HuggingFaceTokenizer", "--dr-generate-tokens 128", "--lr -1e-3",
+    "--calculate-per-token-loss", "--tokenizer-model /a/b", "--dr-target-data a@b.jsonl",
+    "--save s3://bucket/run", "--train-data-path 0.75 a.jsonl 0.25 b.jsonl", "-x 1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", SECRETS)
+def test_no_secret_is_said(given: str) -> None:
+    said = about.flags([*given.split(), "--lr", "1"])
+    assert "12f3" not in str(said) and said[-1] == ["--lr", "1"]
+
+
+@pytest.mark.parametrize("given", KEPT)
+def test_what_is_no_secret_is_said_as_it_is(given: str) -> None:
+    name, _, values = given.partition(" ")
+    assert about.flags(given.split()) == [[name, values]]
+
+
+def test_a_url_keeps_where_it_leads() -> None:
+    assert about.without_secrets("https://me:x@host:8000/v1?key=y") == "https://host:8000/v1"
+    assert about.flags(["--hf-token", "x"]) == [["--hf-token", HIDDEN]]
+
+
+def test_git_says_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert about.git(tmp_path) is None
+    name = "-c user.name=a -c user.email=a@b -c commit.gpgsign=false commit -q -m a".split()
+    (tmp_path / "a").write_text("1")
+    for words in (["init", "-q"], ["add", "a"], name):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    found = about.git(tmp_path)
+    assert found is not None and len(found["commit"]) == 40 and found["changed"] is False
+    (tmp_path / "a").write_text("2")
+    assert about.git(tmp_path / "none") == {**found, "changed": True}  # of the folder of the start
+    monkeypatch.setenv("PATH", "")
+    assert about.git(tmp_path) is None
+
+
+def test_it_says_what_it_runs_on() -> None:
+    found = about.of(["train.py", "--lr", "1"], {"steps": 3})
+    assert found["flags"] == [["--lr", "1"]] and found["steps"] == 3
+    assert {"python", "torch", "megatron_dr", "megatron-core"} <= found["versions"].keys()
+    assert found["machine"]["memory bytes"] > 1e8 and found["process"]["pid"] == os.getpid()
+    assert about.created(os.getpid()) == found["process"]["created"]
+    assert about.created(2**22 + 1) is None
