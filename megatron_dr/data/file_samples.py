@@ -40,10 +40,12 @@ class FileSamples(Padded):
         self.pad = tokenizer.eod
         self.num_cut = 0
         self._parts: list[Part] = []
+        self._origins: list[str] = []
         encoder = Encoder("sft", tokenizer, dict(zip(COLUMNS, COLUMNS, strict=True)), chat)
         for where, record in read(path):
             with records.at(where):
                 self._parts.append(self._cut(encoder(record).parts[0]))
+            self._origins.append(where)
         if not self._parts:
             raise ValueError(f"{path}: the file has no samples.")
         self.lengths = np.array([len(part.ids) for part in self._parts])
@@ -61,6 +63,10 @@ class FileSamples(Padded):
 
     def part(self, number: int) -> Part:
         return self._parts[number]
+
+    def origin(self, number: int) -> str:
+        """Its file and line."""
+        return self._origins[number]
 
 
 def read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

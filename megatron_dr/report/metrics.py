@@ -44,6 +44,11 @@ class MetricsFile:
         line = {"kind": kind, "iteration": iteration, **numbers}
         self._append(json.dumps(line).encode() + b"\n")
 
+    def note(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
+        """What is no number, in JSON's types."""
+        line = {"kind": kind, "iteration": iteration, **values}
+        self._append(json.dumps(line).encode() + b"\n")
+
     def _append(self, text: bytes) -> None:
         written = 0
         try:

@@ -40,12 +40,17 @@ class DomainBlend(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+    def place(self, position: int) -> tuple[MegatronDataset, int]:
+        """The domain's dataset, and the sample's number in it."""
         unit, place = divmod(position, self.unit_size)
         dataset = self.datasets[self.plan.domain(unit)]
         number = self.unit_size * self.plan.count_before(unit) + place
         if not isinstance(dataset, SampleDataset):  # built for its share, give or take a unit
             number %= len(dataset)
+        return dataset, number
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        dataset, number = self.place(position)
         sample: dict[str, torch.Tensor] = dataset[number]
         return sample
 

@@ -52,6 +52,7 @@ class PreparedSamples(Padded):
             if not os.path.isfile(path):
                 raise ValueError(f"{path}: no such file, but its .idx is there.")
         self.sequence_length, self.pad, self.attention_mask = sequence_length, pad, attention_mask
+        self._prefix = prefix
         self._tokens, self._mask = IndexedDataset(prefix), IndexedDataset(prefix + MASK)
         sizes, masks = self._tokens.sequence_lengths, self._mask.sequence_lengths
         if not len(sizes):
@@ -75,6 +76,9 @@ class PreparedSamples(Padded):
             ids.watch(self._tokens, prefix, most)
         self.num_cut = int((sizes > sequence_length + 1).sum())
         self.lengths = np.minimum(sizes, sequence_length + 1)
+
+    def origin(self, number: int) -> str:
+        return f"{self._prefix}: sample {number}"
 
     def part(self, number: int) -> Part:
         length = int(self.lengths[number])
@@ -159,6 +163,13 @@ class SampleDataset(MegatronDataset):  # type: ignore[misc]
         if self.num_samples is not None:
             return int(self.num_samples)
         return len(self.indices if self.packs is None else self.packs)
+
+    def origin(self, position: int) -> str:
+        """Where the sample of a position, or its pack's samples, are from."""
+        if self.packs is not None:
+            return self.packs.origin(self.packs.order[position])
+        found: str = self.dataset.origin(int(self.indices[self.order[position]]))
+        return found
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         if self.packs is not None:

@@ -61,6 +61,7 @@ from megatron_dr.mcore.loop.generation import Generation
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.say import say
 from megatron_dr.mcore.step import log
+from megatron_dr.mcore.step.bad import BadGradient
 
 _run: TrainingRun | None = None
 _evaluations: Evaluations | None = None
@@ -220,6 +221,8 @@ def _build_datasets(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any
     with errors.refused():
         for part, _ in parts.on(get_args()):
             train = part.on_data(get_args(), train)
+    if _run is not None:
+        _run.general = train
     return train, *others
 
 
@@ -272,9 +275,12 @@ def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) 
 
 
 def _train(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-    if _generation is None:
-        return stock(*rest, **kwargs)
-    return _generation.train(stock, *rest, **kwargs)
+    try:
+        if _generation is None:
+            return stock(*rest, **kwargs)
+        return _generation.train(stock, *rest, **kwargs)
+    except BadGradient as error:  # of every rank
+        errors.leave(str(error), code=1)
 
 
 def _finalize(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> None:
