@@ -127,15 +127,17 @@ class TrainingRun:
 
     def _write_bad(self, _: int, records: list[dict[str, Any]]) -> None:
         """Microbatches with bad gradients, to the metrics' file."""
-        for record in records if self.file is not None else ():
-            self.file.note("bad gradient", self.steps_done, record)
+        if self.file is not None:
+            for record in records:
+                self.file.note("bad gradient", self.steps_done, record)
 
     def _origins(self, role: str, microbatch: int) -> list[str]:
         """Where the samples of a microbatch of the step under way are from, if that is known."""
         if role == "target":
             stream = next((one for one in self.train_streams if one is not None), None)
-            known = isinstance(stream, TargetStream)
-            return stream.origins(self._before[1], microbatch) if known else []
+            if not isinstance(stream, TargetStream):
+                return []
+            return stream.origins(self._before[1], microbatch)
         rank = parallel_state.get_data_parallel_rank()
         return origins.of_general(self.args, self.general, microbatch, rank)
 
