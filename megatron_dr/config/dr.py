@@ -157,6 +157,9 @@ class DRConfig:
         "gradient buffers, leave out what is bad: without its target a step is the general mean",
         "name",
     )
+    stall_seconds: float = flag(
+        120.0, "say who is waited for where a step stands still for so long; 0: never", "seconds"
+    )
     seed: int = flag(0, "seed of the sketches; each step uses seed and step", "integer")
     log_blocks: bool = flag(False, "log each block's values beside the model's", "flag")
     alpha_steps: int | None = known(None)  # the run's length in steps, where alpha changes
@@ -179,7 +182,7 @@ class DRConfig:
             share = getattr(self, name)
             must_be("in [0, 1]", 0.0 <= share <= 1.0, name, share)
         must_be("in (0, 1]", 0.0 < self.fraction <= 1.0, "fraction", self.fraction)
-        for name in ("ridge", "radius", "step_length"):
+        for name in ("ridge", "radius", "step_length", "stall_seconds"):
             factor = getattr(self, name)
             must_be("finite and at least 0", 0.0 <= factor < float("inf"), name, factor)
         if self.slots is not None:

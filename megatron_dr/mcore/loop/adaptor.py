@@ -43,7 +43,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dr.mcore import compat, cpu, errors, unpickling
+from megatron_dr.mcore import compat, cpu, errors, stall, unpickling
 from megatron_dr.mcore.data import datasets, vocabulary
 from megatron_dr.mcore.loop import (
     begin,
@@ -276,9 +276,10 @@ def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) 
 
 def _train(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     try:
-        if _generation is None:
-            return stock(*rest, **kwargs)
-        return _generation.train(stock, *rest, **kwargs)
+        with stall.told_who_is_gone():
+            if _generation is None:
+                return stock(*rest, **kwargs)
+            return _generation.train(stock, *rest, **kwargs)
     except BadGradient as error:  # of every rank
         errors.leave(str(error), code=1)
 

@@ -27,7 +27,7 @@ _GENERAL = ("data_path", "train_data_path", "valid_data_path", "test_data_path",
 _SIZES = ("micro_batch_size", "global_batch_size", "seq_length", "seed", "calculate_per_token_loss")
 _ENDINGS = [end + mask for end in dict.fromkeys(sum(FORMS.values(), ())) for mask in ("", MASK)]
 _LARGE = 1 << 28  # bytes; of a larger file of the general role the size alone tells
-_SAID = ("metrics", "log_blocks")  # what is said, not what is done
+_SAID = ("metrics", "log_blocks", "stall_seconds")  # what is said, not what is done
 _LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
            "virtual_pipeline_model_parallel_size", "context_parallel_size",
            "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel",

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore import progress, stall
 from megatron_dr.mcore.meter import Meter
 from megatron_dr.mcore.step import books
 from megatron_dr.mcore.step import schedule as schedules
@@ -58,6 +59,7 @@ class Handle:
             dr.on_bad_gradient, optimizer, model[0].ddp_config, bool(config.fp16),
             self.rows.forget_target,
         )  # fmt: skip
+        stall.begin(dr.stall_seconds)
         setattr(model[0], _ATTRIBUTE, self)
 
     # -- life ------------------------------------------------------------------------------------
@@ -71,6 +73,7 @@ class Handle:
         """Take the plugin off; the rows' buffers go with the handle. Safe to call twice."""
         self.rows.close()
         self.guard.close()
+        stall.end()
         if attached(self.model) is self:
             delattr(self.model[0], _ATTRIBUTE)
 
@@ -179,6 +182,8 @@ class Handle:
 
     def _train(self, call: Call, log: StepLog) -> Any:
         with (
+            stall.told_who_is_gone(),
+            progress.in_step(call.step),
             self._meter.running(),
             schedules.ours(self.model, self.config, self.rows.hold),
             contextlib.closing(self.rows.passes(call, log)) as passes,

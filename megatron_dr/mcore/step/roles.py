@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_dr.mcore import progress
 from megatron_dr.mcore.step.probe import Probe
 
 Report = dict[str, torch.Tensor]
@@ -92,6 +93,8 @@ class MicrobatchRouter:
 
     def _begin(self, chunk: int, microbatch: int, backward: bool) -> None:
         is_target = microbatch < self.num_target
+        number = microbatch if is_target else microbatch - self.num_target
+        progress.at("target" if is_target else "general", number, backward)
         if self.books is not None:
             self.books.open(is_target, forward=not backward)
         if backward and self.probe is not None:
