@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from megatron_dr.config.dr import DRConfig, _choices
+from megatron_dr.config.dr import DRConfig
+from megatron_dr.config.fields import choices
 from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS
 from megatron_dr.config.target import TargetConfig
 
@@ -141,10 +142,10 @@ def test_out_of_range_is_refused_here_and_whatever_the_set(
 def test_every_choice_is_checked() -> None:
     plain = (float, int, bool, str, int | None, float | None, tuple[str, ...])
     names = {f.name for f in dataclasses.fields(DRConfig) if f.type not in plain}
-    assert names and names == set(_choices())
+    assert names and names == set(choices(DRConfig))
 
 
-@pytest.mark.parametrize("name, choices", _choices().items())
+@pytest.mark.parametrize("name, choices", choices(DRConfig).items())
 def test_every_choice_is_allowed(name: str, choices: tuple[str, ...]) -> None:
     streaming = {"rows": "sample", "set": "topk", "blocks": "matrix"}
     others = {"tokens": {"rows": "sample"}, "streaming": streaming}

@@ -1,10 +1,9 @@
 """The plugin's configuration: one frozen, validated dataclass. The flags are derived from it."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
-from megatron_dr.config.fields import flag, known, must_be
+from megatron_dr.config.fields import choices, flag, known, must_be
 from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS, RowKind, set_named
 from megatron_dr.projection import FeasibleSet
 
@@ -152,6 +151,15 @@ class DRConfig:
     target_refresh: int = flag(
         1, "steps between two target passes of their own; in between the last one is used", "steps"
     )
+    on_bad_gradient: Literal["stop", "skip", "mean"] = flag(
+        "stop",
+        "where a role's gradient has NaN or Inf: end the run, leave out the step, or, with rows in "
+        "gradient buffers, leave out what is bad: without its target a step is the general mean",
+        "name",
+    )
+    stall_seconds: float = flag(
+        120.0, "say who is waited for where a step stands still for so long; 0: never", "seconds"
+    )
     seed: int = flag(0, "seed of the sketches; each step uses seed and step", "integer")
     log_blocks: bool = flag(False, "log each block's values beside the model's", "flag")
     alpha_steps: int | None = known(None)  # the run's length in steps, where alpha changes
@@ -165,7 +173,7 @@ class DRConfig:
         unknown = [name for name in set_named(self.set).dials if not hasattr(self, name)]
         if unknown:
             raise ValueError(f"set {self.set!r} has dials without a flag: {', '.join(unknown)}.")
-        for name, allowed in _choices().items():
+        for name, allowed in choices(DRConfig).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}."
@@ -174,7 +182,7 @@ class DRConfig:
             share = getattr(self, name)
             must_be("in [0, 1]", 0.0 <= share <= 1.0, name, share)
         must_be("in (0, 1]", 0.0 < self.fraction <= 1.0, "fraction", self.fraction)
-        for name in ("ridge", "radius", "step_length"):
+        for name in ("ridge", "radius", "step_length", "stall_seconds"):
             factor = getattr(self, name)
             must_be("finite and at least 0", 0.0 <= factor < float("inf"), name, factor)
         if self.slots is not None:
@@ -210,6 +218,11 @@ class DRConfig:
 
     def _check_samples(self) -> None:
         """What only sample rows have."""
+        if self.on_bad_gradient == "mean":
+            raise ValueError(
+                "on_bad_gradient='mean' needs rows in gradient buffers: rows='sample' adds up "
+                "gradients before all are known; take 'skip' or 'stop'."
+            )
         for name in ("kronecker_out", "kronecker_in", "target_refresh"):
             number = getattr(self, name)
             must_be("at least 1", number is None or number >= 1, name, number)
@@ -284,12 +297,3 @@ class DRConfig:
     def needs_target(self) -> bool:
         """Whether a step without a target batch makes no sense."""
         return set_named(self.set).reads_target or self.alpha_style != "constant"
-
-
-def _choices() -> dict[str, tuple[str, ...]]:
-    """Fields of DRConfig that take one of a list of names."""
-    return {
-        f.name: get_args(f.type)
-        for f in dataclasses.fields(DRConfig)
-        if get_origin(f.type) is Literal
-    }

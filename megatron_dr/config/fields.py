@@ -1,7 +1,7 @@
 """Fields of a configuration, with what their flags say, and the sentence of a wrong value."""
 
-from dataclasses import field
-from typing import Any
+from dataclasses import field, fields
+from typing import Any, Literal, get_args, get_origin
 
 
 def flag(default: Any, help: str, unit: str) -> Any:
@@ -18,3 +18,8 @@ def must_be(says: str, allowed: bool, name: str, value: Any) -> None:
     """Raise ValueError where a dial's value is not `allowed`: what it must be is `says`."""
     if not allowed:
         raise ValueError(f"{name} must be {says}, not {value}.")
+
+
+def choices(config: Any) -> dict[str, tuple[str, ...]]:
+    """Fields of a configuration that take one of a list of names."""
+    return {f.name: get_args(f.type) for f in fields(config) if get_origin(f.type) is Literal}

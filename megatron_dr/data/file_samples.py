@@ -68,6 +68,10 @@ class FileSamples(Padded):
         """Who the sample is."""
         return self._identities[number]
 
+    def origin(self, number: int) -> str:
+        """Its file and line."""
+        return self._identities[number].place
+
 
 def read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:number, record) of every record of a file or folder, in order.

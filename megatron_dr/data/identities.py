@@ -20,6 +20,11 @@ class Identity(NamedTuple):
     id: str | None = None
     hash: str | None = None
 
+    @property
+    def place(self) -> str:
+        """File and line; empty where they are not known."""
+        return "" if self.file is None else f"{self.file}:{self.line}"
+
 
 def content(record: Mapping[str, Any]) -> str:
     """Hash of a record, whatever the order of its fields and the spaces between them."""

@@ -65,6 +65,14 @@ class TargetStream:
         batch: dict[str, torch.Tensor] = default_collate(parts)
         return batch
 
+    def origins(self, consumed: int, microbatch: int) -> list[str]:
+        """Where the samples of a step's microbatch are from, the step beginning at `consumed`."""
+        size = self.micro_batch_size
+        first = consumed + (microbatch * self.size + self.rank) * size
+        numbers = [self.order[first + n] for n in range(size)]
+        origin = getattr(self.samples, "origin", "sample {}".format)
+        return [origin(number) for number in numbers]
+
 
 def _tensors(sample: dict[str, Any]) -> dict[str, Any]:
     names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens",

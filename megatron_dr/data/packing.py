@@ -135,6 +135,11 @@ class PackedSamples:
         """Packs of the first epoch."""
         return self.order.packs(0)
 
+    def origin(self, places: np.ndarray) -> str:
+        """Where a pack's samples are from."""
+        name = getattr(self.parts, "origin", "sample {}".format)
+        return ", ".join(name(int(self.numbers[place])) for place in places)
+
     def __getitem__(self, places: np.ndarray) -> dict[str, torch.Tensor]:
         found = [self.parts.masked(int(self.numbers[place])) for place in places]
         return pack(found, self.parts.sequence_length, self.parts.pad)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import meter
+from megatron_dr.mcore import meter, progress
 
 Group = Any  # a process group; torch's own annotations have None for the whole world
 
@@ -18,7 +18,8 @@ Group = Any  # a process group; torch's own annotations have None for the whole 
 def all_reduce(value: torch.Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> None:
     """In place."""
     if dist.get_world_size(group) > 1:
-        dist.all_reduce(value, op, group)
+        with progress.waiting(progress.begun(group)):
+            dist.all_reduce(value, op, group)
         meter.sent(all_reduce_bytes(value.nbytes, dist.get_world_size(group)))
 
 
@@ -27,7 +28,8 @@ def gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
     size = dist.get_world_size(group)
     out = part.new_empty(part.shape[0] * size, *part.shape[1:])
     if out.numel():
-        dist.all_gather_into_tensor(out, part.contiguous(), group)
+        with progress.waiting(progress.begun(group)):
+            dist.all_gather_into_tensor(out, part.contiguous(), group)
         meter.sent(scatter_bytes(out.nbytes, size))
     return out
 
@@ -35,7 +37,8 @@ def gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
 def gathering(out: torch.Tensor, part: torch.Tensor, group: Group) -> Any:
     """part [1, N] of every rank: out [D, N], once the handle that is returned was waited for."""
     meter.sent(scatter_bytes(out.nbytes, dist.get_world_size(group)))
-    return dist.all_gather_into_tensor(out, part.contiguous(), group, async_op=True)
+    handle = dist.all_gather_into_tensor(out, part.contiguous(), group, async_op=True)
+    return progress.Begun(handle, group)
 
 
 def exchanged(out: torch.Tensor, part: torch.Tensor, group: Group, counted: bool = True) -> Any:
@@ -47,7 +50,7 @@ def exchanged(out: torch.Tensor, part: torch.Tensor, group: Group, counted: bool
     """
     if counted:
         meter.sent(scatter_bytes(part.nbytes, dist.get_world_size(group)))
-    return dist.all_to_all_single(out, part, group=group, async_op=True)
+    return progress.Begun(dist.all_to_all_single(out, part, group=group, async_op=True), group)
 
 
 def scattered(out: torch.Tensor, part: torch.Tensor, group: Group, counted: bool = True) -> Any:
@@ -55,7 +58,7 @@ def scattered(out: torch.Tensor, part: torch.Tensor, group: Group, counted: bool
     [R, N], once the handle that is returned was waited for."""
     if counted:
         meter.sent(scatter_bytes(part.nbytes, dist.get_world_size(group)))
-    return dist.reduce_scatter_tensor(out, part, group=group, async_op=True)
+    return progress.Begun(dist.reduce_scatter_tensor(out, part, group=group, async_op=True), group)
 
 
 def new_groups(
@@ -81,7 +84,8 @@ def new_groups(
 def from_first(value: torch.Tensor, group: Group) -> None:
     """The values of the group's first rank, in place."""
     if value.numel() and dist.get_world_size(group) > 1:
-        dist.broadcast(value, dist.get_global_rank(group, 0), group)
+        with progress.waiting(progress.begun(group)):
+            dist.broadcast(value, dist.get_global_rank(group, 0), group)
         meter.sent(scatter_bytes(value.nbytes, dist.get_world_size(group)))
 
 
@@ -103,7 +107,8 @@ def of_all_ranks(value: Any, group: Group = None) -> list[Any]:
         Heard: a rank has sent a refusal instead.
     """
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group)
+    with progress.waiting(progress.begun(group)):
+        dist.all_gather_object(found, value, group)
     refusals = {rank: one.sentence for rank, one in enumerate(found) if isinstance(one, Refusal)}
     if refusals:
         raise Heard(of_whom(refusals, len(found)))

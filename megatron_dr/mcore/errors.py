@@ -35,8 +35,8 @@ def agreed() -> Iterator[None]:
         collectives.of_all_ranks(None)
 
 
-def leave(message: str) -> NoReturn:
-    """Say it on rank 0; exit code 2."""
+def leave(message: str, code: int = 2) -> NoReturn:
+    """Say it on rank 0, and end this rank."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"megatron_dr: error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)

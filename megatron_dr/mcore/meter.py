@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_dr.mcore.progress import here
+
 _running: list["Meter"] = []
 
 
@@ -79,9 +81,11 @@ def part(name: str) -> Iterator[None]:
     """What is done inside is this part of the step: sketch, exchange, solve or combine. Parts may
     lie in one another, and the inner one's time is not the outer's."""
     outer = _running[-1].mark(name) if _running else ""
+    before, here.part = here.part, name
     try:
         yield
     finally:
+        here.part = before
         if _running:
             _running[-1].mark(outer)
 

@@ -59,6 +59,11 @@ class MetricsFile:
     def _put(self, line: Mapping[str, Any]) -> None:
         self._append(json.dumps(line, default=str).encode() + b"\n")
 
+    def note(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
+        """What is no number, in JSON's types."""
+        line = {"kind": kind, "iteration": iteration, **values}
+        self._append(json.dumps(line).encode() + b"\n")
+
     def _append(self, text: bytes) -> None:
         written = 0
         try:

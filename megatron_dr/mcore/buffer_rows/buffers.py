@@ -154,6 +154,12 @@ class Buffers:
                 index_N = o.global_index(start, stop)
                 sketch.add_(out_BLK[blocks[number], : len(flat)], values_LN, index_N, o.key)
 
+    def clear_(self, left_out_L: torch.Tensor) -> None:
+        """Zero local buffers, in place: what is multiplied by 0 may be NaN."""
+        for row in self.present():
+            for buffer in range(len(self.buffers)):
+                self.flat(row, buffer).masked_fill_(left_out_L[row], 0.0)
+
     def combine_(self, coefficients_BL: torch.Tensor, blocks: Sequence[int]) -> None:
         """Megatron's buffer <- sum over local buffers l of coefficients[b, l] * l, in place.
 

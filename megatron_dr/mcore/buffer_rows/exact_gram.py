@@ -30,6 +30,7 @@ from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat, meter
 from megatron_dr.mcore.buffer_rows import levels
+from megatron_dr.mcore.buffer_rows.bad_rows import kept_apart
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.exchange import Exchange
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout
@@ -78,12 +79,17 @@ class ExactGram:
             yield
 
     @meter.part("exchange")
-    def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
-        """Sum the products over all ranks, once all slices are here."""
+    def gram(self, mix_RP: torch.Tensor, step: int, apart: bool = False) -> Gram:
+        """Sum the products over all ranks, once all slices are here.
+
+        Args:
+            apart: whether good rows' products stay finite beside bad rows.
+        """
         self.exchange.finish()
         self._multiply_partial()
         products_BPP = self._products_BPP
         bad_BP = ~products_BPP.diagonal(dim1=1, dim2=2).isfinite()
+        products_BPP = kept_apart(products_BPP) if apart else products_BPP
         gram_BRX = torch.cat(
             [
                 mix_RP @ products_BPP @ mix_RP.T,
@@ -96,8 +102,12 @@ class ExactGram:
         finite_R = (gram_BRX[:, :, -1] == 0).all(0)
         return Gram(gram_BRX[:, :, :-1], finite_R, None)
 
-    def combine(self, coefficients_BP: torch.Tensor) -> None:
-        """The weighted sum of the slices: this rank's shard of the reduced gradient."""
+    def combine(self, coefficients_BP: torch.Tensor, left_out_P: torch.Tensor | None) -> None:
+        """The weighted sum of the slices: this rank's shard of the reduced gradient.
+
+        Args:
+            left_out_P: vectors that have no part, whatever they hold.
+        """
         for unit in self.all_units():
             out_N = unit.out()
             for segment in by_block(unit.segments):
@@ -107,11 +117,13 @@ class ExactGram:
                     columns = slice(start, min(start + width, segment.stop))
                     total_N: torch.Tensor | None = None  # not in out_N, which is one of the slices
                     for row, held_RN in unit.held.items():
-                        held_NR, scale_R = held_RN[:, columns].float().T, scale_P[unit.vectors(row)]
+                        of_row, held_NR = unit.vectors(row), held_RN[:, columns].float().T
+                        if left_out_P is not None:  # 0 times NaN would be NaN
+                            held_NR = held_NR.masked_fill(left_out_P[of_row], 0.0)
                         if total_N is None:
-                            total_N = held_NR @ scale_R
+                            total_N = held_NR @ scale_P[of_row]
                         else:
-                            total_N.addmv_(held_NR, scale_R)
+                            total_N.addmv_(held_NR, scale_P[of_row])
                     out_N[columns] = 0.0 if total_N is None else total_N.to(out_N.dtype)
 
     @contextmanager

@@ -7,6 +7,7 @@
 Legend: B blocks, R = M rows and the target, P buffers of all row groups.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import meter
 from megatron_dr.mcore.buffer_rows import normalisation, notes, row_groups
+from megatron_dr.mcore.buffer_rows.bad_rows import BadRows
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.gram_choice import choose
 from megatron_dr.mcore.buffer_rows.layout import Layout
@@ -24,6 +26,7 @@ from megatron_dr.mcore.ownership import block_names, owned_parameters
 from megatron_dr.mcore.step import schedule
 from megatron_dr.mcore.step.alpha import Shares
 from megatron_dr.mcore.step.log import StepLog
+from megatron_dr.mcore.step.probe import Probe
 from megatron_dr.mcore.step.rows import Call, Passes
 from megatron_dr.mcore.step.schedule import Finalize, Pass
 from megatron_dr.projection import Update, block_of, project
@@ -72,6 +75,9 @@ class BufferRows:
     def load_kept(self, path: Path, samples: int, tokens: int) -> bool:
         return True
 
+    def forget_target(self) -> None:
+        """Every step has its own."""
+
     # -- a step ----------------------------------------------------------------------------------
     def target_due(self, steps: int) -> bool:
         return True
@@ -97,24 +103,28 @@ class BufferRows:
         )  # fmt: skip
 
         def finalize(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
-            num_tokens = self._project(router, num_tokens, call, log)
+            num_tokens, bad = self._project(router, num_tokens, call, log)
             assert self.update is not None
+            log.bad = bad.found(router.bad)
+            if self.model[0].ddp_config.check_for_nan_in_grad:  # Megatron waits for it, too
+                log.name_bad()
             with self.source.reduced():
                 share = self.dr.feasible_set().target_share(self.update.alpha, self.update.beta)
-                stock(num_tokens, share)
+                stock(num_tokens, bad.share(share))
 
         with_target = call.num_target > 0 and not row_map.target_groups
+        router.probe = Probe(self.model, num_target + num_general, self.device)
         self.buffers.begin_step(with_target)
         try:
-            with self.source.step(with_target):
+            with self.source.step(with_target), router.probe.looking():
                 yield Pass(router, finalize, both=not row_map.target_groups, ranks=ranks)
         finally:
             self.buffers.end_step()
 
     def _project(
         self, router: RoleRouter, num_tokens: torch.Tensor | None, call: Call, log: StepLog
-    ) -> torch.Tensor | None:
-        """Rows -> Megatron's buffer. Returns the tokens that Megatron divides by.
+    ) -> tuple[torch.Tensor | None, BadRows]:
+        """Rows -> Megatron's buffer. Returns the tokens that Megatron divides by, and what is bad.
 
         A block that is not projected gets the rows' mean, which is Megatron's own gradient.
         """
@@ -127,19 +137,22 @@ class BufferRows:
             num_tokens = normalisation.general_tokens(router, num_tokens)
         self.buffers.bind(0)
         mix_RP = row_map.mix(ratio, share_D)
-        gram = self.source.gram(mix_RP, call.step)
+        apart = dr.on_bad_gradient == "mean"
+        gram = self.source.gram(mix_RP, call.step, apart)
         with meter.part("solve"):
-            whole_BRR = gram.gram_BRR[: layout.projected]
+            bad = BadRows(apart, gram, layout.projected, rows)
             with_target = row_map.target_groups > 0 or router.num_target > 0
             lacks = row_groups.lacks(dr, row_map, call.num_target)
-            its = call.shares(None if lacks else whole_BRR, lacks) if with_target else _NONE
-            gram_BRR = whole_BRR[:, : rows + 1, : rows + 1]
-            self.update = update = project(
-                gram_BRR, dr.feasible_set(), dr.norm, its.alpha, None, its.weights_BM, its.beta
-            )
+            its = call.shares(None if lacks else bad.seen_BRR, lacks) if with_target else _NONE
+            update = project(
+                bad.gram_BRR[:, : rows + 1, : rows + 1], dr.feasible_set(), dr.norm, its.alpha,
+                None, its.weights_BM, its.beta,
+            )  # fmt: skip
+            gram_BRR = bad.seen_BRR[:, : rows + 1, : rows + 1].double()
+            self.update = update = dataclasses.replace(update, gram_BRR=gram_BRR)
         with meter.part("combine"):
-            mixed_BP = layout.of_all_blocks(update.update_BR) @ mix_RP[: rows + 1]
-            self.source.combine(mixed_BP * role_scale)
+            of_rows_BR = bad.coefficients(layout.of_all_blocks(update.update_BR))
+            self.source.combine(of_rows_BR @ mix_RP[: rows + 1] * role_scale, bad.vectors(mix_RP))
         if self.model[0].ddp_config.check_for_nan_in_grad:  # Megatron waits for the device too
             notes.not_finite(gram.finite_R[: rows + 1], layout, dr, call.step)
         if with_target:
@@ -152,4 +165,4 @@ class BufferRows:
             length_sq = gram_BRR.square().sum().clamp(min=1e-300)
             error_sq = gram.error_sq_B[: layout.projected].sum()
             log.put("dr sketch error", (error_sq / length_sq).sqrt())
-        return num_tokens
+        return num_tokens, bad

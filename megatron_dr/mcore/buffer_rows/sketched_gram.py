@@ -45,19 +45,29 @@ class SketchedGram:
     def backward(self, chunk: int, row: int, last: bool) -> None:
         """Buffers wait where they are."""
 
-    def gram(self, mix_RP: torch.Tensor, step: int) -> Gram:
-        """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank."""
+    def gram(self, mix_RP: torch.Tensor, step: int, apart: bool = False) -> Gram:
+        """Sketch, exchange, multiply. Every step has its own sketch, the same on every rank.
+
+        Args:
+            apart: whether good rows' products stay finite beside bad rows.
+        """
         sketch = CountSketch(self.size, self.seed * 1_000_003 + step)
         shape = (len(self.layout.names), self.layout.row_map.local, self.size)
         local_BLK = torch.zeros(shape, device=mix_RP.device)
         with meter.part("sketch"):
             self.buffers.sketch_(local_BLK, sketch, self.layout.blocks)
-        return self._exchange(local_BLK, mix_RP)
+        return self._exchange(local_BLK, mix_RP, apart)
 
-    def combine(self, coefficients_BP: torch.Tensor) -> None:
-        """This rank's share of the update into Megatron's buffer."""
+    def combine(self, coefficients_BP: torch.Tensor, left_out_P: torch.Tensor | None) -> None:
+        """This rank's share of the update into Megatron's buffer.
+
+        Args:
+            left_out_P: vectors that have no part, whatever they hold.
+        """
         row_map = self.layout.row_map
         mine = [row_map.vector(self.layout.group, row) for row in range(row_map.local)]
+        if left_out_P is not None:
+            self.buffers.clear_(left_out_P[mine])
         self.buffers.combine_(coefficients_BP[:, mine], self.layout.blocks)
 
     def reduced(self) -> AbstractContextManager[None]:
@@ -65,7 +75,7 @@ class SketchedGram:
         return nullcontext()
 
     @meter.part("exchange")
-    def _exchange(self, local_BLK: torch.Tensor, mix_RP: torch.Tensor) -> Gram:
+    def _exchange(self, local_BLK: torch.Tensor, mix_RP: torch.Tensor, apart: bool) -> Gram:
         """Local sketches -> the gram of all rows on every rank."""
         model_group, data_group = compat.model_group(), compat.data_group()
         collectives.all_reduce(local_BLK, model_group)
@@ -76,9 +86,12 @@ class SketchedGram:
         buffers_bPK = self.layout.row_map.summed(groups_GbLK.transpose(1, 2)).transpose(0, 1)
         num_rows, blocks = len(mix_RP), len(local_BLK)
         products_BRX = mix_RP.new_zeros(blocks, num_rows, num_rows + 2)
+        products_BRX[own, :, -2] = not_finite(mix_RP, buffers_bPK)
+        if apart:  # 0 times NaN would be NaN
+            good_bP1 = buffers_bPK.isfinite().all(-1, keepdim=True)
+            buffers_bPK = torch.where(good_bP1, buffers_bPK, 0.0)
         gram_bRR, error_b = gram_and_error(mix_RP.to(buffers_bPK.dtype) @ buffers_bPK)
         products_BRX[own, :, :-2] = gram_bRR
-        products_BRX[own, :, -2] = not_finite(mix_RP, buffers_bPK)
         products_BRX[own, :, -1] = error_b[:, None]
         collectives.all_reduce(products_BRX, model_group)
         finite_R = (products_BRX[:, :, -2] == 0).all(0)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import collectives, compat
+from megatron_dr.mcore import collectives, compat, progress
 from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.buffers import Buffers, Piece
 from megatron_dr.mcore.buffer_rows.layout import Layout
@@ -104,9 +104,11 @@ class Unit:
         shards = self.whole(0).view(dist.get_world_size(instance), -1)
         own = shards[dist.get_rank(instance)]
         if copies is not None:
-            dist.all_gather_into_tensor(own, self.out().clone(), group=copies)
+            with progress.waiting(progress.begun(copies)):
+                dist.all_gather_into_tensor(own, self.out().clone(), group=copies)
         if everywhere:
-            dist.all_gather_into_tensor(shards.view(-1), own.clone(), group=instance)
+            with progress.waiting(progress.begun(instance)):
+                dist.all_gather_into_tensor(shards.view(-1), own.clone(), group=instance)
 
     def sent(self, row: int, num_bytes: int) -> Sent:
         """What a rank sends of a local buffer.

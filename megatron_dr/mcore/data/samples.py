@@ -54,6 +54,7 @@ class PreparedSamples(Padded):
             if not os.path.isfile(path):
                 raise ValueError(f"{path}: no such file, but its .idx is there.")
         self.sequence_length, self.pad, self.attention_mask = sequence_length, pad, attention_mask
+        self._prefix = prefix
         self._tokens, self._mask = IndexedDataset(prefix), IndexedDataset(prefix + MASK)
         self.sources = Sources(prefix)
         sizes, masks = self._tokens.sequence_lengths, self._mask.sequence_lengths
@@ -78,6 +79,11 @@ class PreparedSamples(Padded):
             ids.watch(self._tokens, prefix, most)
         self.num_cut = int((sizes > sequence_length + 1).sum())
         self.lengths = np.minimum(sizes, sequence_length + 1)
+
+    def origin(self, number: int) -> str:
+        """Its file and line, or its place in the set."""
+        place = Identity(*self.sources.place(number)).place
+        return place or f"{self._prefix}: sample {number}"
 
     def part(self, number: int) -> Part:
         length = int(self.lengths[number])
@@ -173,6 +179,10 @@ class SampleDataset(MegatronDataset):  # type: ignore[misc]
         if self.packs is not None:
             return [int(self.packs.numbers[place]) for place in self.packs.order[position]]
         return [int(self.indices[self.order[position]])]
+
+    def origin(self, position: int) -> str:
+        """Where the sample of a position, or its pack's samples, are from."""
+        return ", ".join(map(self.dataset.origin, self.numbers(position)))
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         if self.packs is not None:

@@ -6,12 +6,15 @@ backwards, when all ranks have met; with overlap in the last backward, where a r
 Shape suffixes: n general microbatches of this rank, b samples, R = b + 1 with the target last.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.say import say
+from megatron_dr.mcore.step.bad import Bad
 
 _LINES = 8  # of microbatches; where all are bad, one line each would be a flood
 
@@ -21,18 +24,16 @@ class NotFinite:
 
     Args:
         tokens_nb: only its shape and device count.
-        wanted: whether any of it is.
+        own: microbatches that the target has by itself.
     """
 
-    def __init__(self, tokens_nb: torch.Tensor, wanted: bool) -> None:
-        self.wanted, self._samples = wanted, tokens_nb.shape[1]
+    def __init__(self, tokens_nb: torch.Tensor, own: int) -> None:
+        self._samples, self._own = tokens_nb.shape[1], own
         target_n1 = torch.zeros_like(tokens_nb[:, :1])
         self._bad_nR = torch.cat([torch.zeros_like(tokens_nb), target_n1], 1).bool()
 
     def see(self, microbatch: int, gram_RR: torch.Tensor) -> None:
         """A window of a microbatch's samples, of one block or several [.., R, R]."""
-        if not self.wanted:
-            return
         bad_R = bad_rows(gram_RR)
         if len(bad_R) <= self._samples + 1:  # else an expert's, of other ranks' samples too
             self._bad_nR[microbatch, : len(bad_R) - 1] |= bad_R[:-1]
@@ -41,6 +42,20 @@ class NotFinite:
     def see_step(self, bad_nb: torch.Tensor, target: torch.Tensor) -> None:
         """A window of the whole step: this rank's samples, and the target."""
         self._bad_nR |= torch.cat([bad_nb, target.expand(len(bad_nb), 1)], 1)
+
+    def found(self, spoilt: torch.Tensor) -> Bad:
+        """For the optimizer (collective).
+
+        Args:
+            spoilt: whether anything is not finite, the same on every rank.
+        """
+        bad_nR = self._bad_nR.float()
+        collectives.all_reduce(bad_nR, compat.model_group())
+        bad_nR = (bad_nR > 0).float()
+        counts_2 = torch.stack([bad_nR[:, -1].amax(), bad_nR[:, :-1].sum()])
+        collectives.all_reduce(counts_2, parallel_state.get_data_parallel_group())
+        own = functools.partial(_microbatches, bad_nR, self._own)
+        return Bad(counts_2[0] > 0, counts_2[1], spoilt, own)
 
     def tell(self, step: int) -> None:
         """Name them on rank 0 (collective). Reads the device."""
@@ -56,6 +71,15 @@ class NotFinite:
             rank = parallel_state.get_data_parallel_rank()
             for sentence in _sentences(self._bad_nR[None], rank):
                 print(f"megatron_dr: step {step}: {sentence}", flush=True)
+
+
+def _microbatches(bad_nR: torch.Tensor, own: int) -> list[tuple[str, int, list[int]]]:
+    """This rank's; of the target's own all, as a sum over them does not tell which."""
+    with_target = bad_nR[:, -1].nonzero().flatten().tolist()
+    of_target = range(own) if own and with_target else with_target
+    samples_n = [row.nonzero().flatten().tolist() for row in bad_nR[:, :-1]]
+    of_general = [("general", n, samples) for n, samples in enumerate(samples_n) if samples]
+    return [("target", n, list[int]()) for n in of_target] + of_general
 
 
 def bad_rows(gram_BRR: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,9 @@ class LayerRows:
         self.path.targets.move(self.device)
         move(self.places, self.device)
 
+    def forget_target(self) -> None:
+        self.path.targets.known = False
+
     # -- a step ----------------------------------------------------------------------------------
     def target_due(self, steps: int) -> bool:
         """Every `target_refresh` steps, and where there is none yet."""
@@ -115,6 +118,7 @@ class LayerRows:
         self._prepare(step.shape)
         self.path.asks_all = overlap and not self.hold
         self._set_overlap(self.path.asks_all)
+        before = self.thresholds.clone()
         try:
             if self.hold:
                 yield from step.deferred(log)
@@ -122,6 +126,8 @@ class LayerRows:
                 yield step.immediate(log)
             if self.dr.window == "streaming":
                 agree(self.thresholds)
+                if log.bad is not None:  # a step that is left out moves nothing
+                    self.thresholds.copy_(torch.where(log.bad.spoilt, before, self.thresholds))
         finally:
             step.end()
             self.path.end()
@@ -163,8 +169,8 @@ class _Step:
         self.signs = halves.signs(dr, call.num_target, merged)
         self.shape = rows._shape_of(self.size, merged, schedule["seq_length"])
         # Megatron waits for the device, too, where it checks gradients
-        wanted = bool(rows.model[0].ddp_config.check_for_nan_in_grad)
-        self.step, self.told, self.seen = call.step, False, NotFinite(self.batches.tokens, wanted)
+        self.checked = bool(rows.model[0].ddp_config.check_for_nan_in_grad)
+        self.step, self.told, self.seen = call.step, False, NotFinite(self.batches.tokens, self.own)
         self.estimate = Estimate(rows.device)
         self.beta: torch.Tensor | float = dr.beta
         self._states: dict[tuple[int, int], Any] | None = None  # random ones, by chunk and number
@@ -249,12 +255,14 @@ class _Step:
         if self.rows.sketches:
             log.put("dr sketch error", relative(self.estimate.sums_2))
         self.told = True
-        if self.seen.wanted and not log.finite:
+        if self.checked and not log.finite:
             self.seen.tell(self.step)
+        elif not self.checked:
+            log.bad = self.seen.found(log.spoilt)
 
     def end(self) -> None:
         """After the passes, or in the middle of one that failed."""
-        if self.seen.wanted and not self.told:
+        if self.checked and not self.told:
             with contextlib.suppress(RuntimeError):  # of a device that no longer answers
                 self.seen.tell_own(self.step)
 

@@ -35,6 +35,7 @@ goes well, but for a checkpoint's pickles: they are read without running what th
 (mcore/unpickling.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 from argparse import Namespace
@@ -43,7 +44,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dr.mcore import compat, cpu, errors, unpickling
+from megatron_dr.mcore import compat, cpu, errors, stall, unpickling
 from megatron_dr.mcore.data import datasets, vocabulary
 from megatron_dr.mcore.loop import (
     begin,
@@ -61,6 +62,7 @@ from megatron_dr.mcore.loop.generation import Generation
 from megatron_dr.mcore.loop.run import START, TrainingRun
 from megatron_dr.mcore.say import say
 from megatron_dr.mcore.step import log
+from megatron_dr.mcore.step.bad import BadGradient
 
 _run: TrainingRun | None = None
 _evaluations: Evaluations | None = None
@@ -271,10 +273,12 @@ def _save(stock: Callable[..., Any], iteration: int, *rest: Any, **kwargs: Any) 
 def _train(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     if _generation is not None:
         stock = functools.partial(_generation.train, stock)
-    if _run is None:
-        return stock(*rest, **kwargs)
-    with _run.training():
-        return stock(*rest, **kwargs)
+    inside = contextlib.nullcontext() if _run is None else _run.training()
+    try:
+        with stall.told_who_is_gone(), inside:
+            return stock(*rest, **kwargs)
+    except BadGradient as error:  # of every rank
+        errors.leave(str(error), code=1)
 
 
 def _finalize(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> None:

@@ -160,6 +160,11 @@ def _check_together(
             "--dr-kronecker-in: drop it, or one of these."
         )
     if target.target_data is None and not itself:
+        if "on_bad_gradient" in given and not dr.row_kind.named:
+            raise ValueError(
+                "--dr-on-bad-gradient needs --dr-target-data or domain rows: without them a step "
+                "is Megatron's own; give one of them, or drop the flag."
+            )
         if "target_batch_size" in given:
             raise ValueError(
                 "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."

@@ -28,7 +28,7 @@ _SIZES = ("micro_batch_size", "global_batch_size", "seq_length", "seed", "calcul
 _ENDINGS = [end + mask for end in dict.fromkeys(sum(FORMS.values(), ())) for mask in ("", MASK)]
 _LARGE = 1 << 28  # bytes; of a larger file of the general role the size alone tells
 # what is said, not what is done
-_SAID = ("metrics", "log_blocks", "record", "record_every", "record_rows")
+_SAID = ("metrics", "log_blocks", "stall_seconds", "record", "record_every", "record_rows")
 _LAYOUT = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
            "virtual_pipeline_model_parallel_size", "context_parallel_size",
            "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel",

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.data.domains import DomainPlan
+from megatron_dr.data.order import TargetStream
 from megatron_dr.mcore import cpu, errors, meter
 from megatron_dr.mcore.attach import Handle, attach
-from megatron_dr.mcore.data import domains
+from megatron_dr.mcore.data import domains, origins
 from megatron_dr.mcore.loop import header, kept_target
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
@@ -88,12 +90,14 @@ class TrainingRun:
         self.validations = 0  # sets of this validation so far
         self._iteration: int | None = None
         self._before: tuple[int, int, Any] = (0, 0, None)
+        self.general: Any = None  # the general training set, where this rank reads it
         self.step_began = 0.0
         if dr.alpha_style == "auto":
             done = args.iteration - getattr(args, _STEPS)  # before the plugin was switched on
             self.handle.dial.rates = learning_rates(scheduler, args.train_iters, done)
         with errors.agreed():
             self.recorder = Recorder.of(args, watching, self.handle)
+        self.handle.guard.heard, self.handle.guard.look_up = self._write_bad, self._origins
         source.begin(self.handle)
         if resumes(args):
             kept_target.load(args, self.handle, getattr(args, _STEPS))
@@ -158,6 +162,22 @@ class TrainingRun:
         if self.file is not None and not self._is_training:
             self.file.write("end", self.steps_done, {})
 
+    def _write_bad(self, _: int, records: list[dict[str, Any]]) -> None:
+        """Microbatches with bad gradients, to the metrics' file."""
+        if self.file is not None:
+            for record in records:
+                self.file.note("bad gradient", self.steps_done, record)
+
+    def _origins(self, role: str, microbatch: int) -> list[str]:
+        """Where the samples of a microbatch of the step under way are from, if that is known."""
+        if role == "target":
+            stream = next((one for one in self.train_streams if one is not None), None)
+            if not isinstance(stream, TargetStream):
+                return []
+            return stream.origins(self._before[1], microbatch)
+        rank = parallel_state.get_data_parallel_rank()
+        return origins.of_general(self.args, self.general, microbatch, rank)
+
     def call(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         """A training step, or a validation batch, of Megatron's loop."""
         if not schedule.get("forward_only", False):
@@ -181,6 +201,7 @@ class TrainingRun:
 
     def of_data(self, train: Any) -> Any:
         """The general training set, as the run needs it."""
+        self.general = train
         return train if self.recorder is None else self.recorder.of_data(train)
 
     def log(self, iteration: int, values: dict[str, Any]) -> None:

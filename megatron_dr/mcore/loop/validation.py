@@ -90,6 +90,8 @@ def _settle(args: Namespace, configs: Configs) -> record.Record:
     for check in of_script:
         check(args)
     if configs is not None:
+        if configs[0].on_bad_gradient != "stop":  # else it would end the run before
+            args.check_for_nan_in_loss_and_grad = False
         best.check(args, configs[1])
         generation.check(args, configs[1])
         recorder.check(args, *configs)

@@ -8,10 +8,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore import progress, stall
 from megatron_dr.mcore.meter import Meter
 from megatron_dr.mcore.step import books
 from megatron_dr.mcore.step import schedule as schedules
 from megatron_dr.mcore.step.alpha import Alpha, Shares
+from megatron_dr.mcore.step.bad import Guard
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.roles import MicrobatchRouter, merge_reports
 from megatron_dr.mcore.step.rows import Call, Rows
@@ -35,6 +37,7 @@ class Handle:
         dr: what is projected on what, and `asked`: before `auto` was settled.
         dial: alpha and beta of each step; a host sets its `rates`.
         rows: what differs between kinds of rows.
+        guard: keeps what is not finite from the optimizer.
         steps: training steps done (seeds the sketches; part of `state_dict`).
         log: what the last step did, by block, or None.
         keeps: whether the next steps' logs keep each row's weight.
@@ -54,6 +57,11 @@ class Handle:
         self.keeps = False
         self.metrics: dict[str, torch.Tensor] = {}
         self._meter = Meter(self.rows.device)
+        self.guard = Guard(
+            dr.on_bad_gradient, optimizer, model[0].ddp_config, bool(config.fp16),
+            self.rows.forget_target,
+        )  # fmt: skip
+        stall.begin(dr.stall_seconds)
         setattr(model[0], _ATTRIBUTE, self)
 
     # -- life ------------------------------------------------------------------------------------
@@ -66,6 +74,8 @@ class Handle:
     def detach(self) -> None:
         """Take the plugin off; the rows' buffers go with the handle. Safe to call twice."""
         self.rows.close()
+        self.guard.close()
+        stall.end()
         if attached(self.model) is self:
             delattr(self.model[0], _ATTRIBUTE)
 
@@ -137,6 +147,8 @@ class Handle:
         """
         forward_only = schedule.get("forward_only", False)
         plain = not self.dr.feasible_set().reads_target and not self.dr.row_kind.named
+        if not forward_only:
+            self.guard.begin()
         if num_target_microbatches == 0 and (forward_only or plain):
             return forward_backward_func(**schedule)  # off: Megatron's own, bit for bit
         size = target_micro_batch_size or schedule.get("micro_batch_size", 1)
@@ -157,6 +169,7 @@ class Handle:
         if forward_only:
             return self._validate(call)
         self.check_batch(call.num_general, call.num_target)
+        log.name_bad = lambda: self.guard.name(self.steps, log.bad)
         return self._train(call, log)
 
     def _validate(self, call: Call) -> Any:
@@ -171,6 +184,8 @@ class Handle:
 
     def _train(self, call: Call, log: StepLog) -> Any:
         with (
+            stall.told_who_is_gone(),
+            progress.in_step(call.step),
             self._meter.running(),
             schedules.ours(self.model, self.config, self.rows.hold),
             contextlib.closing(self.rows.passes(call, log)) as passes,
@@ -178,8 +193,12 @@ class Handle:
             for one in passes:
                 reports = schedules.run(call.function, call.schedule, one, self.config)
         self.steps += 1
+        if log.bad is not None and self.dr.on_bad_gradient != "stop":
+            log.put("dr bad target", log.bad.target.float())
+            log.put("dr bad general", log.bad.general.float())
         for part, milliseconds in self._meter.milliseconds.items():
             log.put(f"dr {part} ms", milliseconds)
         log.put("dr bytes", float(self._meter.bytes))
         self.log, self.metrics = log, log.metrics()
+        self.guard.found(self.steps - 1, log.bad)
         return merge_reports(reports, one.router.num_target, self.metrics, one.both)

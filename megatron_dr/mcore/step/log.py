@@ -1,13 +1,14 @@
 """A step's values for the log, of every kind of rows, by their names there."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_dr.mcore import collectives, compat, say
+from megatron_dr.mcore.step.bad import Bad
 from megatron_dr.projection import Update, report, report_sums
 
 _ROWS = {"effective_rows": "dr rows", "zero_rows": "dr zero rows"}
@@ -36,6 +37,8 @@ class StepLog:
         windows: what was projected, with who the rows are, of those that this rank speaks for.
         width: with sample rows, the places of a microbatch: sample j of microbatch m of data rank r
             of D has the number (m D + r) width + j, in every layout the same.
+        bad: what was not finite.
+        name_bad: name it now, where Megatron's own check may end the step (collective).
     """
 
     def __init__(self, names: tuple[str, ...], device: torch.device, keeps: bool = False) -> None:
@@ -45,6 +48,8 @@ class StepLog:
         self._values: dict[str, torch.Tensor | float] = {}
         self._names = _PRODUCTS | _ROWS
         self.projects = False
+        self.bad: Bad | None = None
+        self.name_bad: Callable[[], None] = lambda: None
 
     def put(self, name: str, value: torch.Tensor | float) -> None:
         """A value of the step."""
@@ -79,9 +84,14 @@ class StepLog:
             self._names = _ROWS
 
     @property
+    def spoilt(self) -> torch.Tensor:
+        """Whether any sum is not finite."""
+        return ~self._sums_B9.isfinite().all()
+
+    @property
     def finite(self) -> bool:
         """Whether all sums are; reads the device."""
-        return bool(self._sums_B9.isfinite().all())
+        return not bool(self.spoilt)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Scalars of the whole model."""

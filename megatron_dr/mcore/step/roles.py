@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_dr.mcore import progress
+from megatron_dr.mcore.step.probe import Probe
+
 Report = dict[str, torch.Tensor]
 
 
@@ -27,9 +30,11 @@ class MicrobatchRouter:
 
     Attributes:
         books: told of each microbatch's role when its forward or backward begins (`step.books`).
+        probe: tells which microbatches' gradients are not finite, where somebody asks.
     """
 
     books: Opens | None = None
+    probe: Probe | None = None
 
     def __init__(
         self, model: list[torch.nn.Module], num_target: int, num_general: int,
@@ -87,9 +92,21 @@ class MicrobatchRouter:
         output.register_hook(begin)
 
     def _begin(self, chunk: int, microbatch: int, backward: bool) -> None:
+        is_target = microbatch < self.num_target
+        number = microbatch if is_target else microbatch - self.num_target
+        progress.at("target" if is_target else "general", number, backward)
         if self.books is not None:
-            self.books.open(microbatch < self.num_target, forward=not backward)
+            self.books.open(is_target, forward=not backward)
+        if backward and self.probe is not None:
+            self.probe.backward(chunk, microbatch)
         self.enter(chunk, microbatch, backward)
+
+    def bad(self) -> list[tuple[str, int, list[int]]]:
+        """Microbatches whose gradient is not finite, by role and number in it. Reads the device."""
+        found = [] if self.probe is None else self.probe.bad()
+        first = self.num_target
+        of_target = [("target", n, list[int]()) for n in found if n < first]
+        return of_target + [("general", n - first, list[int]()) for n in found if n >= first]
 
     def check_complete(self) -> None:
         """Raise unless every microbatch of every chunk ran backward once."""

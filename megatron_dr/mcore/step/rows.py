@@ -79,6 +79,9 @@ class Rows(Protocol):
             samples, tokens: of a general microbatch, and of one of its sequences.
         """
 
+    def forget_target(self) -> None:
+        """The last step's was not finite: the next one needs its own."""
+
     def offload(self) -> int:
         """Free what is kept on the device between steps; how many bytes."""
 
