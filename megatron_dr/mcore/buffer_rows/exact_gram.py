@@ -117,13 +117,13 @@ class ExactGram:
                     columns = slice(start, min(start + width, segment.stop))
                     total_N: torch.Tensor | None = None  # not in out_N, which is one of the slices
                     for row, held_RN in unit.held.items():
-                        of_row, held_NR = unit.vectors(row), held_RN[:, columns].float().T
+                        of_row, held_RN = unit.vectors(row), held_RN[:, columns].float()
                         if left_out_P is not None:  # 0 times NaN would be NaN
-                            held_NR = held_NR.masked_fill(left_out_P[of_row], 0.0)
+                            held_RN = held_RN.masked_fill(left_out_P[of_row, None], 0.0)
                         if total_N is None:
-                            total_N = held_NR @ scale_P[of_row]
+                            total_N = held_RN.T @ scale_P[of_row]
                         else:
-                            total_N.addmv_(held_NR, scale_P[of_row])
+                            total_N.addmv_(held_RN.T, scale_P[of_row])
                     out_N[columns] = 0.0 if total_N is None else total_N.to(out_N.dtype)
 
     @contextmanager
