@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         found = contents.filtered(samples, note["files"], source, out, chooses)
         console.print(
             f"{out}: {found['kept']:,} lines kept, {found['below']:,} of less weight "
-            f"and {found['unknown']:,} that the record does not know left out", soft_wrap=True,
+            f"and {found['unknown']:,} that the record has no weight of left out", soft_wrap=True,
             highlight=False,
         )  # fmt: skip
     if args.blend:

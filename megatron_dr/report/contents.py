@@ -1,6 +1,7 @@
 """Whether data is still what a record of weights was made on, and what of it is kept."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,8 @@ def filtered(
         chooses: the threshold, of the mean weights of the file's samples.
 
     Returns:
-        How many lines are 'kept', 'below' it, and 'unknown' to the record, which are left out.
+        How many lines are 'kept', 'below' it, and 'unknown': the record has no weight of them, or
+        NaN, and they are left out.
 
     Raises:
         ValueError: no such file, one that the record does not know, has another content, or `out`
@@ -155,7 +157,9 @@ def filtered(
         lines.append((raw, known.weight(last, raw)))
     known.end()
     _check_length(known, last, source)
-    weights = [weight for _, weight in lines if weight is not None]
+    weights = [weight for _, weight in lines if weight is not None and not math.isnan(weight)]
+    if not weights:
+        raise ValueError(f"{source}: the record has no weight of any of its lines.")
     threshold = chooses(weights)
     kept = [raw.rstrip(b"\r\n") + b"\n" for raw, w in lines if w is not None and w > threshold]
     unfinished = out.with_name(out.name + ".tmp")

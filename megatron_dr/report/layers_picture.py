@@ -11,6 +11,7 @@ from megatron_dr.report.weights import Layer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 
 
 def draw(by_layer: Mapping[str, Layer], by_type: Mapping[str, Layer], path: Path) -> None:
@@ -18,8 +19,8 @@ def draw(by_layer: Mapping[str, Layer], by_type: Mapping[str, Layer], path: Path
     height = 1.6 + 0.24 * (len(by_layer) + len(by_type))
     sizes = [len(by_layer), len(by_type)]
     figure, axes = plt.subplots(
-        2, 2, figsize=(9, height), layout="constrained", sharex="col", sharey="row",
-        gridspec_kw={"height_ratios": sizes},
+        2, 2, figsize=(9, height), layout=ConstrainedLayoutEngine(wspace=0.06), sharex="col",
+        sharey="row", gridspec_kw={"height_ratios": sizes},
     )  # fmt: skip
     for row, found in zip(axes, (by_layer, by_type), strict=True):
         moved = [layer.moved for layer in found.values()]
@@ -30,6 +31,7 @@ def draw(by_layer: Mapping[str, Layer], by_type: Mapping[str, Layer], path: Path
     axes[1, 1].set_xlabel("Spearman with the weights of all blocks")
     axes[1, 1].axvline(0, color="gray", lw=0.8)
     axes[0, 1].axvline(0, color="gray", lw=0.8)
+    axes[1, 1].set_xlim(right=1.0)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

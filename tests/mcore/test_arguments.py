@@ -114,6 +114,9 @@ TARGET = {
     "generate": "asked.jsonl",
     "generate_metrics": "rouge_l",
     "generate_tokens": 7,
+    "record": "r",
+    "record_every": 3,
+    "record_rows": 5,
 }
 SKETCHED = {
     "set": "greedy",
@@ -157,7 +160,7 @@ def test_round_trip(values: dict[str, Any]) -> None:
 
 # What a flag may be given beside: one of these gives each of them a meaning.
 BESIDE = ("", "--dr-set greedy", "--dr-set ball", "--dr-alpha-style linear", "--dr-rows sample",
-          "--dr-alpha-style auto", "--dr-generate a.jsonl")  # fmt: skip
+          "--dr-alpha-style auto", "--dr-generate a.jsonl", "--dr-record r")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 import megatron_dr
 from megatron_dr import DRConfig
 from megatron_dr.config.target import TargetConfig
-from megatron_dr.data.identities import content
+from megatron_dr.data.identities import Identity, content
+from megatron_dr.mcore.buffer_rows.row_map import RowMap
 from megatron_dr.mcore.data.named import KEY, noted
 from megatron_dr.mcore.loop import recorder
 from megatron_dr.mcore.step import chosen
@@ -135,6 +137,28 @@ def test_numbers_leave_the_batch_before_anything_sees_it() -> None:
     assert KEY in batches[0]  # Megatron may run the step again
 
 
+def test_a_slot_has_the_samples_of_its_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slot 1 of the second of two groups of 2 data ranks, of 4 microbatches each."""
+    monkeypatch.setattr(recorder.parallel_state, "get_context_parallel_world_size", lambda: 1)
+    train = SimpleNamespace(
+        corpora=["a", "b"], sources=lambda corpus: {f"{corpus}.jsonl": "ff"},
+        identity=lambda corpus, number: Identity(f"{corpus}.jsonl", number, None, f"text:{number}"),
+    )  # fmt: skip
+    row_map = RowMap(groups=2, slots=2, ranks=2)
+    rows = SimpleNamespace(layout=SimpleNamespace(row_map=row_map))
+    handle = SimpleNamespace(dr=DRConfig(rows="slot", slots=2), rows=rows)
+    named = {rank: [np.array([[0, 10 * rank + m]]) for m in range(4)] for rank in range(4)}
+    who = recorder._Who(handle, train, named)
+    corpus, found = who.of_row(3, listed=True)
+    assert (corpus, found.file, found.line) == ("a", "0.jsonl", None)
+    assert json.loads(found.id) == [f"0.jsonl:{n}" for n in (22, 23, 32, 33)]
+    assert json.loads(found.hash) == [f"text:{n}" for n in (22, 23, 32, 33)]
+    named[3][3] = np.array([[1, 33]])
+    assert recorder._Who(handle, train, named).of_row(3, listed=True)[0] is None  # of two corpora
+    assert recorder._Who(handle, None, {}).of_row(3, listed=True) == (None, Identity())
+    assert who.sources == {"0.jsonl": "ff"}
+
+
 # -- through the training entry --------------------------------------------------------------------
 SAMPLE = """--dr-rows sample --micro-batch-size 2 --dr-blocks layer --dr-window microbatch
     --dr-set cone --dr-alpha 0.1 --eval-iters 0 --dr-record-every 1"""
@@ -192,6 +216,7 @@ def test_the_same_record_in_every_layout(data: dict[str, str], tmp_path: Path, l
     alike(record.read(tmp_path / "two"), record.read(tmp_path / "one"))
 
 
+@pytest.mark.soak
 def test_slots_say_which_samples_and_a_step_is_bounded(
     data: dict[str, str], tmp_path: Path
 ) -> None:
@@ -221,6 +246,7 @@ def test_domains_are_recorded_by_name_and_path(data: dict[str, str], tmp_path: P
     assert record.read(folder)["corpus"].to_pylist() == ["english", "german"] * 2
 
 
+@pytest.mark.soak
 def test_a_record_of_another_run_is_refused(data: dict[str, str], tmp_path: Path) -> None:
     record.Writer(tmp_path / "r").flush()
     columns = {name: [1] for name in ("step", "row", "line")} | {"weight": [1.0]}

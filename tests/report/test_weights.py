@@ -104,7 +104,7 @@ def test_lines_are_kept_by_their_mean_weight(
     assert main([str(folder), "--filter", str(data), str(out), "--keep-above", "1"]) == 0
     assert out.read_text() == lines[2]
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 lines kept, 3 of less weight and 2 that the record does not know left out" in said
+    assert "1 lines kept, 3 of less weight and 2 that the record has no weight of left out" in said
     assert main([str(folder), "--filter", str(data), str(out), "--keep-above", "1"]) == 2
     assert "it is there already" in capsys.readouterr().err
     moved, share = tmp_path / "elsewhere" / "data.jsonl", tmp_path / "share.jsonl"
@@ -133,6 +133,15 @@ def test_other_data_is_refused(
     assert main([str(folder), *rest]) == 2
     assert "the record has no sample of it" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_without_weights_is_refused(data: Path, tmp_path: Path) -> None:
+    for n, row_ in enumerate(
+        (sample(data, 1, 1, 1.0, hash=None), sample(data, 1, 1, float("nan")))
+    ):
+        samples = weights.samples(record.read(written(tmp_path / f"r{n}", [row_])))
+        with pytest.raises(ValueError, match="the record has no weight of any of its lines"):
+            contents.filtered(samples, {}, data, tmp_path / "out.jsonl", lambda _: 0.0)
 
 
 def test_a_prepared_dataset_is_known_by_its_input(data: Path, tmp_path: Path) -> None:
