@@ -141,7 +141,10 @@ EXACT = {
     "row_ranks": 1, "alpha_style": "constant",
 }  # fmt: skip
 SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1, "alpha": 0.3}
-AUTO = {"rows": "auto", "memory": 0.2, "alpha_style": "auto", "keep_general": 0.6}
+AUTO = {
+    "rows": "auto", "memory": 0.2, "alpha_style": "auto", "keep_general": 0.6,
+    "on_bad_gradient": "mean", "stall_seconds": 7.5,
+}  # fmt: skip
 SAMPLES = {
     "set": "topk", "rows": "sample", "norm": "tokens", "blocks": "layer", "score": "sketched",
     "kronecker_out": 16, "kronecker_in": 8, "window": "step", "passes": 2, "target_pass": "own",
