@@ -12,6 +12,7 @@ COMMANDS = {
     "verify": "compare a checkpoint of Megatron with one of Hugging Face",
     "prepare": "tokenise data for training, with loss masks",
     "plan": "memory, bytes and seconds of a run, before it starts",
+    "gpu-check": "what one GPU says: gradients, waits, time, memory",
     "compare": "compare mixes and projections on data of your own",
 }
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=what, add_help=False)
     name = parser.parse_args(words[:1]).command
     try:
-        command = pkgutil.resolve_name(f"megatron_dr.cli.{name}:main")
+        command = pkgutil.resolve_name(f"megatron_dr.cli.{name.replace('-', '_')}:main")
     except ModuleNotFoundError as error:
         sys.exit(f"megatron-dr {name}: {error}: see megatron-dr doctor.")
     return int(command(words[1:]))
