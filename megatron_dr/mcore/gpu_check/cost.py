@@ -117,7 +117,7 @@ def _said(name: str, arm: Arm, measured: dict[str, Arm], rate: float) -> Found:
         figures[label] = statistics.median([a / b for a, b in pairs] or [float("nan")])
     if arm.peak:
         figures["peak GiB"] = arm.peak / GIB
-        figures["peak / plain"] = arm.peak / max(measured[_PLAIN].peak, 1)
+        figures["peak / plain"] = arm.peak / (measured[_PLAIN].peak or float("nan"))
     for lap, milliseconds in arm.laps_ms.items():
         figures[f"{lap} ms"] = milliseconds
         if arm.buffers and lap != "solve":

@@ -25,7 +25,9 @@ from megatron_dr.projection import (
 )
 
 _ROWS = (2, 8, 32)
-_WEIGHTS = 1e-6  # of weights in float64: what the solvers promise of their residual
+_RESIDUAL = 1e-6  # what the solvers promise
+_WEIGHTS = 1e-5  # of weights, by a residual as large and the ridges here
+_SHORT = 100_001  # elements: in rows of many more, what TF32 rounds off averages out
 _FP32 = 1e-5  # of sums in fp32
 
 
@@ -73,7 +75,7 @@ def solvers(gram_BRR: Tensor, on: torch.device) -> Iterator[Found]:
         name = f"solver: {kind}, {rows} rows"
         yield within(name, apart(found, wanted), _WEIGHTS)
         residual = kkt_residual(H.to(on), c.to(on), found, upper, total).max()
-        yield within(f"{name}, KKT residual", float(residual), _WEIGHTS)
+        yield within(f"{name}, KKT residual", float(residual), _RESIDUAL)
 
 
 def sets(gram_BRR: Tensor, on: torch.device) -> Iterator[Found]:
@@ -91,7 +93,7 @@ def sets(gram_BRR: Tensor, on: torch.device) -> Iterator[Found]:
 
 def long_grams(elements: int, on: torch.device) -> Iterator[Found]:
     """Exact grams of fp32 rows, also where TF32 was allowed."""
-    x_RN = torch.randn(5, elements, generator=torch.Generator().manual_seed(1))
+    x_RN = torch.randn(5, min(elements, _SHORT), generator=torch.Generator().manual_seed(1))
     wanted = gram_of(x_RN[None])[0]
     length_R = wanted.diagonal().sqrt()
     before = torch.backends.cuda.matmul.allow_tf32

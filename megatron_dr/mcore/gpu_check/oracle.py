@@ -49,7 +49,8 @@ def by_sides(dr: DRConfig) -> Seen:
         out = {}
         for name, gradient in block.items():
             if gradient.dim() == 2:
-                sketch = Kronecker(name, *gradient.shape, size_out, size_in, dr.seed)
+                out_side, in_side = gradient.shape
+                sketch = Kronecker(name, out_side, in_side, size_out, size_in, dr.seed)
                 p_out = sketch.columns("out", None, "cpu", torch.float64)
                 p_in = sketch.columns("in", None, "cpu", torch.float64)
                 gradient = gradient if p_out is None else p_out @ gradient

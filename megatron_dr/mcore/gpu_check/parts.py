@@ -79,7 +79,8 @@ def copy_rate(where: Where) -> float:
     """Bytes per second of a copy on the device: each is read and written."""
     source = torch.ones((1 << 20) if where.small else (1 << 28), device=where.device)
     into = torch.empty_like(source)
-    return 1e3 * source.nbytes / milliseconds(lambda: into.copy_(source), where)
+    num_bytes: int = source.nbytes
+    return 1e3 * num_bytes / milliseconds(lambda: into.copy_(source), where)
 
 
 def milliseconds(work: Callable[[], object], where: Where, times: int = 5) -> float:

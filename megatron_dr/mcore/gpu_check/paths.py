@@ -26,14 +26,14 @@ from megatron_dr.mcore.gpu_check.start import lacks, start
 LIMITS = {"fp32": 1e-4, "bf16": 3e-2, "fp8": 3e-2}
 STEPS = 2  # Megatron overlaps its reduction from the second on
 _LAYERS = (("local", "fp32"), ("local", "bf16"), ("te", "bf16"), ("te", "fp8"))
-_SIDES = {"kronecker_out": 32, "kronecker_in": 32}
 BUFFERS = {
     "exact gram": DRConfig(slots=4, gram="exact", alpha=0.1),
     "sketched gram": DRConfig(slots=4, gram="sketch", sketch_size=4096, alpha=0.1),
 }
 SAMPLES = {
     "topk, sketched": DRConfig(rows="sample", set="topk", fraction=0.5, norm="tokens", alpha=0.1,
-                               blocks="matrix", score="sketched", **_SIDES),
+                               blocks="matrix", score="sketched", kronecker_out=32,
+                               kronecker_in=32),
     "topk, ghost": DRConfig(rows="sample", set="topk", fraction=0.5, norm="tokens", alpha=0.1,
                             blocks="matrix", score="ghost"),
     "cone, ghost": DRConfig(rows="sample", alpha=0.1, blocks="matrix", score="ghost"),

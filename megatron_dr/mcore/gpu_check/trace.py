@@ -55,6 +55,8 @@ def _written(name: str, profiler: Any, where: Where) -> Found:
     (where.out / f"trace_{stem}.txt").write_text(events.table(sort_by=by, row_limit=40))
     figures: dict[str, float | str] = {"file": path.name}
     if where.cuda:
-        figures["busy ms"] = sum(e.self_device_time_total for e in events) / 1e3
+        kernels = [e for e in events if e.device_type.name == "CUDA"]
+        kernels = [e for e in kernels if not e.is_user_annotation]  # which spans kernels
+        figures["kernels ms"] = sum(e.self_device_time_total for e in kernels) / 1e3
         figures["host waits"] = sum(e.count for e in events if e.key in _WAITS)
     return Found(name, MEASURED, figures)

@@ -9,7 +9,7 @@ import os
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Waits:
             self.places[place(traceback.extract_stack()[:-1])] += 1
 
 
-def place(stack: traceback.StackSummary) -> str:
+def place(stack: Sequence[traceback.FrameSummary]) -> str:
     """The innermost frame that is the plugin's (this tool's are not) or Megatron's, else of any."""
     for frame in reversed(stack):
         for folder, name in _PACKAGES.items():
