@@ -43,8 +43,9 @@ def test_a_command_by_its_three_names(name: str, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert said.startswith(f"usage: megatron-dr {name} [-h]")
     assert run("-m", "megatron_dr", name, "--help").stdout.split() == said.split()
-    assert run(ROOT / "tools" / f"{name}.py", "--help").stdout.split() == said.split()
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == set(COMMANDS)
+    script = {name: name.replace("-", "_") for name in COMMANDS}
+    assert run(ROOT / "tools" / f"{script[name]}.py", "--help").stdout.split() == said.split()
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == set(script.values())
 
 
 def test_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_plan_imports_the_standard_library_and_itself_alone(path: Path) -> None:
 # Rooms of mcore, from the ground up: each imports from the ones before it, and from itself.
 ROOMS = (
     "", "cpu", "step", "seams", "buffer_rows", "layer_rows", "attach", "model", "convert", "data",
-    "rollouts", "dpo", "rl", "hosts", "loop",
+    "rollouts", "dpo", "rl", "hosts", "loop", "gpu_check",
 )  # fmt: skip
 
 

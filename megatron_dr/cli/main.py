@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "memory, bytes and seconds of a run, before it starts",
     "report": "a page of what a run did: curves, weights, time, flags",
     "watch": "a run that is going, in the terminal",
+    "gpu-check": "what one GPU says: gradients, waits, time, memory",
     "compare": "compare mixes and projections on data of your own",
     "weights": "what a run's record of weights says: of corpora, samples, layers",
 }
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=what, add_help=False)
     name = parser.parse_args(words[:1]).command
     try:
-        command = pkgutil.resolve_name(f"megatron_dr.cli.{name}:main")
+        command = pkgutil.resolve_name(f"megatron_dr.cli.{name.replace('-', '_')}:main")
     except ModuleNotFoundError as error:
         sys.exit(f"megatron-dr {name}: {error}: see megatron-dr doctor.")
     return int(command(words[1:]))
