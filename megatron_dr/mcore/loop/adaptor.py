@@ -5,7 +5,7 @@ One line in a copy of Megatron's pretrain_gpt.py, before the arguments are parse
     import megatron_dr; megatron_dr.enable()
 
 What is wrapped, and who calls it:
-    megatron.training.arguments.add_megatron_arguments    parse_args: the flags
+    megatron.training.arguments.add_megatron_arguments    parse_args: the flags, --dr-config
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
     megatron.training.yaml_arguments.load_yaml            parse_args: no command line, no flags
     megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
@@ -36,6 +36,7 @@ goes well, but for a checkpoint's pickles: they are read without running what th
 
 import dataclasses
 import functools
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -48,8 +49,10 @@ from megatron_dr.mcore.data import datasets, vocabulary
 from megatron_dr.mcore.loop import (
     begin,
     changes,
+    config_file,
     first_line,
     forward,
+    kernels,
     model_config,
     parts,
     rate,
@@ -84,7 +87,7 @@ def enable() -> None:
 
     unpickling.restrict()
     _wrap(checkpointing, "load_args_from_checkpoint", validation.load_args)
-    _wrap(arguments, "add_megatron_arguments", lambda stock, parser: add_arguments(stock(parser)))
+    _wrap(arguments, "add_megatron_arguments", _add_flags)
     _wrap(arguments, "validate_args", validation.validate)
     _wrap(yaml_arguments, "load_yaml", validation.load_yaml)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
@@ -111,6 +114,12 @@ def enable() -> None:
 def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
     stock = getattr(module, name)
     setattr(module, name, functools.wraps(stock)(functools.partial(function, stock)))
+
+
+def _add_flags(stock: Callable[..., Any], parser: Any) -> Any:
+    found = add_arguments(stock(parser))
+    validation.early(config_file.apply, found, sys.argv[1:])
+    return found
 
 
 def _build_optimizer(
@@ -158,7 +167,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
         mend = functools.partial(model_config.mend, args=args)
         rest = compat.change_model(rest, kwargs, mend, _hooks(args))
     if configs is not None:
-        for sentence in filter(None, [compat.unknown_flags()]):
+        for sentence in filter(None, [kernels.used(args), compat.unknown_flags()]):
             say(sentence)
         for name, start in START.items():
             setattr(args, name, start)
