@@ -12,6 +12,7 @@ COMMANDS = {
     "verify": "compare a checkpoint of Megatron with one of Hugging Face",
     "prepare": "tokenise data for training, with loss masks",
     "plan": "memory, bytes and seconds of a run, before it starts",
+    "launch": "train by a recipe, here or on Slurm, from Hugging Face and back",
     "compare": "compare mixes and projections on data of your own",
 }
 

@@ -49,14 +49,16 @@ def read(path: Path) -> Table:
     return found.value
 
 
-def value_of(text: str) -> Any:
-    """A number, true, false, null or a list for a text that is one by YAML's rules; else itself."""
+def entry_of(text: str) -> Entry:
+    """A value of a command line: as in a file, or the text itself where it is no value there."""
     yaml = _yaml()
     try:
-        found = _plain(_entry(_composed(text, Path("")), Path(""))) if text.strip() else text
-    except (ValueError, yaml.YAMLError):
-        return text
-    return text if isinstance(found, str | dict) else found
+        found = _entry(_composed(text, Path("")), Path(""))
+    except (ValueError, AttributeError, yaml.YAMLError):
+        return Entry(text, text, 0)
+    if isinstance(found.value, str | dict):
+        return Entry(text, text, 0)
+    return Entry(found.value, text, 0)
 
 
 def plain(table: Table) -> dict[str, Any]:
@@ -83,9 +85,7 @@ def _yaml() -> Any:
 def _composed(text: str, path: Path) -> Any:
     yaml = _yaml()
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Whose numbers may have an exponent without a dot."""
-
+    Loader: Any = type("Loader", (yaml.SafeLoader,), {})
     Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
     try:
         for event in yaml.parse(text, Loader=Loader):

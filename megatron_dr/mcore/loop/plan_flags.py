@@ -16,7 +16,7 @@ import torch
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore import compat, cpu
-from megatron_dr.mcore.loop import config_file, parts, script_flags, validation
+from megatron_dr.mcore.loop import config_file, needed, parts, script_flags, validation
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.refuse import Rule, refuse, rules
 from megatron_dr.mcore.seams.source import num_target_microbatches
@@ -105,6 +105,14 @@ def read(argv: Sequence[str], gpus: int, one_rank: bool = False) -> Asked:
     model = _model(args)
     wanted = None if dr is None else _wanted(dr, model)
     return Asked(model, layout, kept, args.global_batch_size, size, wanted)
+
+
+def check(argv: Sequence[str], gpus: int) -> None:
+    """Raise ValueError for flags that a run on so many GPUs would refuse before it has data."""
+    cpu.enable()
+    args, _ = _validated(list(argv), gpus, False)
+    with _on_a_gpu(args.dr_device != "cpu"):
+        refuse(compat.WHO, needed.RULES, args)
 
 
 def _validated(
