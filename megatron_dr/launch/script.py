@@ -136,7 +136,7 @@ def _slurm(recipe: Recipe) -> dict[str, Any]:
 
 def _srun(recipe: Recipe, nodes: int) -> str:
     words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
-             "--kill-on-bad-exit=1"]  # fmt: skip
+             "--cpu-bind=none", "--kill-on-bad-exit=1"]  # fmt: skip
     if recipe.text("slurm", "image"):
         words.append(f"--container-image={recipe.text('slurm', 'image')}")
         mounts = recipe.texts("slurm", "mounts") or [f"{Path.cwd()}:{Path.cwd()}"]

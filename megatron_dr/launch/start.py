@@ -43,7 +43,8 @@ def here(job: Job) -> int:
     try:
         return process.wait()
     finally:
-        _kill(process.pid)
+        if process.poll() is None:
+            _kill(process.pid)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -61,7 +61,7 @@ def test_a_job_of_slurm(tmp_path: Path) -> None:
                  "--signal=B:USR1@900", "--constraint=nvlink", "--exclude=n7",
                  f'--output="{tmp_path}/logs/%j.log"'):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
-    assert "follow srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 bash" in text
+    assert "follow srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none " in text
     assert "\n  srun --nodes=1 --ntasks=1 " in text and "--container" not in text
     checked(job(tmp_path, *given, slurm=True))
 

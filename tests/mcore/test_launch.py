@@ -92,7 +92,7 @@ def trained(name: str, folder: Path, *more: str) -> None:
 
 
 def test_a_small_one_trains(tmp_path: Path) -> None:
-    trained("qwen3-8b/sft", tmp_path, "gpus=4")
+    trained("qwen3-8b/sft", tmp_path, "gpus=2")
 
 
 @pytest.mark.soak

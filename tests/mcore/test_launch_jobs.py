@@ -14,6 +14,7 @@ import pytest
 
 from megatron_dr.config.yaml_file import Entry
 from megatron_dr.launch.recipe import Recipe
+from tests.launch.test_job import preempt
 
 from ._launch import small
 from ._train import ROOT
@@ -109,10 +110,12 @@ def test_two_nodes_of_slurm(tmp_path: Path) -> None:
     out, slurm = tmp_path / "out", tmp_path / "slurm"
     process = started(recipe, tmp_path, "--slurm", "--show-logs")
     wait_for(lambda: iterations(out), process)
-    saved = []
+    saved: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        os.kill(int((slurm / "batch").read_text()), number)
-        before = len(saved)
+        batch, before = int((slurm / "batch").read_text()), len(saved)
+        os.kill(batch, number)
+        if number == signal.SIGTERM:
+            preempt(next((out / "logs").glob("*.log")), slurm, batch, 2)
         wait_for(lambda n=before: len(codes(slurm)) > n, process)
         saved.append(int((out / "train" / "latest_checkpointed_iteration.txt").read_text()))
         wait_for(lambda n=saved[-1]: max(iterations(out)) > n, process)
@@ -122,7 +125,7 @@ def test_two_nodes_of_slurm(tmp_path: Path) -> None:
     for last in saved:
         assert f"launch: stopped at iteration {last} of 60: it was told to stop." in said
     assert "launch: complete: 60 of 60 iterations." in said
-    assert iterations(out) == list(range(1, 61)) and codes(slurm) == ["0"] * 3
+    assert iterations(out) == list(range(1, 61)) and codes(slurm) == ["0", "137", "0"]
 
 
 def codes(slurm: Path) -> list[str]:
