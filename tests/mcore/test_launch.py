@@ -1,5 +1,9 @@
 """Every recipe of examples/cluster: Megatron's parser takes it, it fits, it trains when small."""
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ from megatron_dr.cli import convert, launch_plan
 from megatron_dr.cli.launch import main
 from megatron_dr.launch import script
 from megatron_dr.launch.recipe import names_of
+from megatron_dr.report import metrics
 
 from ._launch import FOLDER, small, whole
 from ._ranks import run_ranks
@@ -73,30 +78,62 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert said.err.count("\n") == 1 and not said.out
 
 
-def trained(name: str, folder: Path, *more: str) -> None:
-    """Converted, trained on forks of this process, converted back; weights have moved."""
+def converted(name: str, folder: Path, *more: str) -> tuple[script.Job, int]:
+    """A small recipe's job, its model at Megatron's; and the ranks that it wants."""
     recipe = small(name, folder, *more)
-    out = folder / "out"
-    job = script.job(recipe, out, False)
+    job = script.job(recipe, folder / "out", False)
     job.write()
     sizes = [f"--{size}={recipe.number('layout', size)}" for size in ("tp", "pp", "ep")]
-    assert convert.main(["hf-to-mcore", str(folder / "hf"), str(out / "base"), *sizes]) == 0
-    for code, _, error in run_ranks(recipe.number("gpus"), launch, job.flags, timeout=600):
-        assert code == 0, error[-3000:]
+    assert convert.main(["hf-to-mcore", str(folder / "hf"), str(job.out / "base"), *sizes]) == 0
+    return job, recipe.number("gpus")
+
+
+def check_export(folder: Path, job: script.Job) -> None:
+    """Converted back; weights have moved."""
+    out = job.out
     assert convert.main(["mcore-to-hf", str(out / "train"), str(out / "hf")]) == 0
     before, after = (load_file(f / "model.safetensors") for f in (folder / "hf", out / "hf"))
     assert before.keys() == after.keys()
     assert any(not before[key].equal(after[key]) for key in before)
     assert all(value.isfinite().all() for value in after.values())
-    assert (out / "metrics.jsonl").read_text().count('"kind": "train"') == 2
+
+
+def iterations(job: script.Job) -> list[int]:
+    return [line["iteration"] for line in metrics.read(job.out / "metrics.jsonl", "train")]
+
+
+def launch_and_stop(argv: list[str], path: Path) -> tuple[int, str, str]:
+    """On a rank: it is told to stop when the first step is done."""
+
+    def stop() -> None:
+        while not (path.exists() and path.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    return launch(argv)
 
 
 def test_a_small_one_trains(tmp_path: Path) -> None:
-    trained("qwen3-8b/sft", tmp_path, "gpus=2")
+    """Stopped by the signal of its scripts, gone on with, and complete."""
+    more = ("gpus=2", "layout.tp=2", "flags.train-iters=12")
+    job, ranks = converted("qwen3-8b/sft", tmp_path, *more)
+    for code, _, error in run_ranks(ranks, launch_and_stop, job.flags, job.out / "metrics.jsonl"):
+        assert code == 0, error[-3000:]
+    last = int((job.out / "train" / "latest_checkpointed_iteration.txt").read_text())
+    assert 0 < last < 12 and iterations(job) == list(range(1, last + 1))
+    for code, _, error in run_ranks(ranks, launch, job.flags):
+        assert code == 0, error[-3000:]
+    assert iterations(job) == list(range(1, 13))
+    check_export(tmp_path, job)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", RUNS)
 def test_each_trains_in_its_layout(name: str, tmp_path: Path) -> None:
-    trained(name, tmp_path)
+    job, ranks = converted(name, tmp_path)
+    for code, _, error in run_ranks(ranks, launch, job.flags, timeout=800):
+        assert code == 0, error[-3000:]
+    assert iterations(job) == [1, 2]
+    check_export(tmp_path, job)
