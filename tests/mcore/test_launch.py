@@ -116,15 +116,15 @@ def launch_and_stop(argv: list[str], path: Path) -> tuple[int, str, str]:
 
 def test_a_small_one_trains(tmp_path: Path) -> None:
     """Stopped by the signal of its scripts, gone on with, and complete."""
-    more = ("gpus=2", "layout.tp=2", "flags.train-iters=12")
+    more = ("gpus=2", "layout.tp=2", "flags.train-iters=8")
     job, ranks = converted("qwen3-8b/sft", tmp_path, *more)
     for code, _, error in run_ranks(ranks, launch_and_stop, job.flags, job.out / "metrics.jsonl"):
         assert code == 0, error[-3000:]
     last = int((job.out / "train" / "latest_checkpointed_iteration.txt").read_text())
-    assert 0 < last < 12 and iterations(job) == list(range(1, last + 1))
+    assert 0 < last < 8 and iterations(job) == list(range(1, last + 1))
     for code, _, error in run_ranks(ranks, launch, job.flags):
         assert code == 0, error[-3000:]
-    assert iterations(job) == list(range(1, 13))
+    assert iterations(job) == list(range(1, 9))
     check_export(tmp_path, job)
 
 
