@@ -72,7 +72,7 @@ def test_hf_imports_torch_and_safetensors_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", files("data", "report", "projection", "optim", "rl", "compare"), ids=name
+    "path", files("data", "report", "projection", "optim", "rl", "compare", "launch"), ids=name
 )
 def test_leaves_do_not_import_mcore(path: Path) -> None:
     assert not [n for n in imported(path) if within(n, "megatron_dr.mcore")]

@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "a page of what a run did: curves, weights, time, flags",
     "watch": "a run that is going, in the terminal",
     "gpu-check": "what one GPU says: gradients, waits, time, memory",
+    "launch": "train by a recipe, here or on Slurm, from Hugging Face and back",
     "compare": "compare mixes and projections on data of your own",
     "weights": "what a run's record of weights says: of corpora, samples, layers",
 }

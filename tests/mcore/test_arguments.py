@@ -22,7 +22,7 @@ PARTS = {
     for f in dataclasses.fields(part.config)
     if f.metadata
 }
-OTHERS = ("device", "pack", "thoughts", "changed_ok")
+OTHERS = ("device", "pack", "thoughts", "changed_ok", "config")
 
 
 def test_help_has_all_flags_under_one_title(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_dr.config import yaml_file
 from megatron_dr.mcore.cpu import checkpoint
 
 ENVIRONMENT_VARIABLE = "MEGATRON_DR_DEVICE"
@@ -42,17 +44,39 @@ def is_enabled() -> bool:
 
 
 def enable_if_asked() -> None:
-    """`enable()` if the command line has --dr-device cpu or the environment variable says so.
+    """`enable()` if the command line, its --dr-config or the environment variable says cpu.
 
     Megatron's flags for the CPU are put first on the command line, so that the user's own win.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--dr-device", default=os.environ.get(ENVIRONMENT_VARIABLE))
-    if parser.parse_known_args()[0].dr_device != "cpu":
+    if (device(sys.argv[1:]) or os.environ.get(ENVIRONMENT_VARIABLE)) != "cpu":
         return
     enable()
     if tuple(sys.argv[1 : len(CPU_FLAGS) + 1]) != CPU_FLAGS:
         sys.argv[1:1] = CPU_FLAGS
+
+
+def device(argv: Sequence[str]) -> str | None:
+    """What a command line, or the file that it names, says before Megatron's parser reads it.
+
+    What is wrong with the file is said where the whole of it is read (mcore/loop/config_file.py).
+    """
+    given, file = _given(argv, "--dr-device"), config_file(argv)
+    if given is None and file is not None:
+        with contextlib.suppress(ValueError):
+            given = yaml_file.plain(yaml_file.read(Path(file))).get("device")
+    return given
+
+
+def config_file(argv: Sequence[str]) -> str | None:
+    """The file of --dr-config on a command line."""
+    return _given(argv, "--dr-config")
+
+
+def _given(argv: Sequence[str], flag: str) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?")  # without a value: Megatron's parser says it
+    found: str | None = parser.parse_known_args(argv)[0].value
+    return found
 
 
 def enable() -> None:

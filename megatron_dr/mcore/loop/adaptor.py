@@ -5,7 +5,7 @@ One line in a copy of Megatron's pretrain_gpt.py, before the arguments are parse
     import megatron_dr; megatron_dr.enable()
 
 What is wrapped, and who calls it:
-    megatron.training.arguments.add_megatron_arguments    parse_args: the flags
+    megatron.training.arguments.add_megatron_arguments    parse_args: the flags, --dr-config
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
     megatron.training.yaml_arguments.load_yaml            parse_args: no command line, no flags
     megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
@@ -26,8 +26,7 @@ What is wrapped, and who calls it:
                                   the target's test set
     megatron.training.training.checkpoint_and_decide_exit   train: --dr-keep-best
     megatron.training.training.save_checkpoint            train: the rollouts of a checkpoint
-    megatron.training.training.{train, maybe_finalize_async_save}   pretrain: --dr-generate,
-                                  --dr-record
+    megatron.training.training.{train, maybe_finalize_async_save}  pretrain: --dr-generate, -record
     the three schedules of megatron.core.pipeline_parallel.schedules
                                   get_forward_backward_func: handle.step
 Without the plugin's flags each wrapper calls Megatron's function and changes nothing of a run that
@@ -49,14 +48,16 @@ from megatron_dr.mcore.data import datasets, vocabulary
 from megatron_dr.mcore.loop import (
     begin,
     changes,
+    config_file,
     first_line,
     forward,
+    kernels,
     model_config,
     parts,
     rate,
     validation,
 )  # fmt: skip
-from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
+from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.loop.evaluations import Evaluations
 from megatron_dr.mcore.loop.generation import Generation
 from megatron_dr.mcore.loop.run import START, TrainingRun
@@ -86,7 +87,7 @@ def enable() -> None:
 
     unpickling.restrict()
     _wrap(checkpointing, "load_args_from_checkpoint", validation.load_args)
-    _wrap(arguments, "add_megatron_arguments", lambda stock, parser: add_arguments(stock(parser)))
+    _wrap(arguments, "add_megatron_arguments", config_file.add_flags)
     _wrap(arguments, "validate_args", validation.validate)
     _wrap(yaml_arguments, "load_yaml", validation.load_yaml)
     _wrap(checkpointing, "check_checkpoint_args", _restore)
@@ -160,7 +161,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
         mend = functools.partial(model_config.mend, args=args)
         rest = compat.change_model(rest, kwargs, mend, _hooks(args))
     if configs is not None:
-        for sentence in filter(None, [compat.unknown_flags()]):
+        for sentence in filter(None, [kernels.used(args), compat.unknown_flags()]):
             say(sentence)
         for name, start in START.items():
             setattr(args, name, start)

@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"${cpu.ENVIRONMENT_VARIABLE})",
     )
     group.add_argument(
+        "--dr-config",
+        metavar="FILE",
+        help="YAML file of these flags by their names without --dr-; the command line wins [path] "
+        "(default: none)",
+    )
+    group.add_argument(
         "--dr-changed-ok",
         nargs="+",
         default=None,

@@ -9,7 +9,6 @@ import contextlib
 import io
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore import compat, cpu
-from megatron_dr.mcore.loop import parts, script_flags, validation
+from megatron_dr.mcore.loop import config_file, needed, parts, script_flags, validation
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.refuse import Rule, refuse, rules
 from megatron_dr.mcore.seams.source import num_target_microbatches
@@ -108,18 +107,27 @@ def read(argv: Sequence[str], gpus: int, one_rank: bool = False) -> Asked:
     return Asked(model, layout, kept, args.global_batch_size, size, wanted)
 
 
+def check(argv: Sequence[str], gpus: int) -> None:
+    """Raise ValueError for flags that a run on so many GPUs would refuse before it has data."""
+    cpu.enable()
+    args, _ = _validated(list(argv), gpus, False)
+    with _on_a_gpu(args.dr_device != "cpu"):
+        refuse(compat.WHO, needed.RULES, args)
+
+
 def _validated(
     argv: list[str], gpus: int, one_rank: bool
 ) -> tuple[Namespace, tuple[DRConfig, TargetConfig] | None]:
     from megatron.training import arguments
 
     script_flags.refuse_given(argv)
-    if any(pair == ("--dr-device", "cpu") for pair in pairwise(argv)):
+    if cpu.device(argv) == "cpu":
         argv = [*cpu.CPU_FLAGS, *argv]
     parser = _Parser("megatron-dr plan", allow_abbrev=False, add_help=False)
     stock = getattr(arguments.add_megatron_arguments, "__wrapped__", None)
     parser = (stock or arguments.add_megatron_arguments)(parser)
-    args = add_arguments(parser).parse_args(argv)
+    config_file.apply(add_arguments(parser), argv)
+    args = parser.parse_args(argv)
     args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
     args.rank, args.world_size = 0, 1 if one_rank else gpus
     for name in _SIZES if one_rank else ():

@@ -1,0 +1,83 @@
+"""The plan of a recipe, whose flags are first read as its run would read them."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_dr.cli.plan import hardware_of
+from megatron_dr.config.lora import LoRAConfig
+from megatron_dr.config.yaml_file import Entry
+from megatron_dr.launch import flags
+from megatron_dr.launch.recipe import Recipe
+from megatron_dr.launch.script import Job
+
+_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_UNPLANNED = ("lora-", "dpo-", "rl-", "metrics", "device", "changed-ok", "pack", "thoughts")
+
+
+def numbers(recipe: Recipe, job: Job) -> dict[str, Any]:
+    """As `megatron-dr plan` has them, and what of the recipe is not in them.
+
+    Adapters are planned by their share of what is trained, pairs as twice as many sequences,
+    training by rewards as that on as many samples, fp8 as bf16.
+
+    Raises:
+        ValueError: flags that the run would refuse.
+    """
+    from megatron_dr.mcore import cpu
+
+    cpu.enable()  # before Megatron is imported
+    from megatron_dr.mcore.loop import plan_flags
+    from megatron_dr.plan import adapters
+    from megatron_dr.plan.asked import settle
+    from megatron_dr.plan.report import report
+
+    gpus, hardware = recipe.number("gpus"), hardware_of(recipe.text("hardware"))
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "dr.yaml"
+        config.write_text(job.files["dr.yaml"], encoding="utf-8")
+        plan_flags.check([*job.flags[:-1], str(config)], gpus)
+    run, said = settle(plan_flags.read(_planned(recipe, job), gpus), hardware)
+    said = [*said, *_notes(recipe)]
+    rank = recipe.value("dr", "lora-rank")
+    if rank is None:
+        return report(run, hardware, said)
+    targets = recipe.text("dr", "lora-targets") or LoRAConfig.targets
+    lora = LoRAConfig(rank=int(rank), targets=targets)
+    wanted = [n for n in _LINEAR if lora.matches(n) and not (run.model.experts and "_fc" in n)]
+    return adapters.report_of(run, hardware, said, int(rank), wanted)
+
+
+def _planned(recipe: Recipe, job: Job) -> list[str]:
+    """The run's flags as the plan knows them."""
+    times = recipe.value("sequences", default=1)
+    table = dict(recipe.table)
+    batch = recipe.of("batch")
+    for name in ("micro", "global"):
+        size = recipe.number("batch", name) * times
+        batch[name] = Entry(size, str(size), 0)
+    table["batch"] = Entry(batch, "", 0)
+    if recipe.text("precision") == "fp8":
+        table["precision"] = Entry("bf16", "bf16", 0)
+    words = flags.shape(Recipe(recipe.name, table))
+    for name, value in flags.ours(recipe, job.out).items():
+        if name.startswith(_UNPLANNED) or value is False:
+            continue
+        if name == "target-batch-size":
+            value = int(value) * times
+        words += [f"--dr-{name}"] if value is True else [f"--dr-{name}", str(value)]
+    return [*words, *(["--dr-device", "cpu"] if recipe.text("device") == "cpu" else [])]
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    found = []
+    if recipe.text("precision") == "fp8":
+        found.append("fp8 is planned as bf16: its copies of weights are not counted.")
+    if recipe.value("sequences", default=1) == 2:
+        found.append("A pair is planned as two sequences.")
+    if recipe.text("dr", "rl-algorithm"):
+        found.append(
+            "Steps on completions are planned as those on samples: the keys and values of a "
+            "rollout, and a reward model, are not counted."
+        )
+    return found

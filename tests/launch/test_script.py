@@ -1,0 +1,132 @@
+"""The scripts of a run: quoted, with and without Slurm and a container."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_dr.launch import script, start
+from megatron_dr.launch.recipe import read_recipe
+
+from .test_recipe import FOLDER
+
+ODD = "a b $HOME `id` 'c' \"d\" \\ !1;&.jsonl"
+
+
+def job(out: Path, *given: str, slurm: bool = False) -> script.Job:
+    files = ["hf=/no/hf", "data=/no/data.jsonl"]
+    recipe = read_recipe(FOLDER, "llama-3.1-8b/sft", [*files, *given])
+    return script.job(recipe, out, slurm)
+
+
+def checked(made: script.Job) -> None:
+    for name in ("job.sh", "node.sh"):
+        done = subprocess.run(
+            ["bash", "-n"], input=made.files[name], text=True, capture_output=True
+        )
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_words_come_through_the_shell_as_they_are(tmp_path: Path) -> None:
+    """To the interpreter, which is a stand-in here that says what it got."""
+    out = tmp_path / "o u't $x"
+    python = tmp_path / "py thon"
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$ODD" "$@"\n')
+    python.chmod(0o755)
+    made = job(out, f"data=/{ODD}", f"env.ODD={ODD}", f"python={python}", f"target=/{ODD}")
+    checked(made)
+    made.write()
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(["bash", str(out / "node.sh"), "train"], env=environment, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    first, *words = done.stdout.splitlines()
+    assert first == ODD
+    assert words[words.index("megatron_dr.train") + 1 :] == made.flags
+    assert made.flags[made.flags.index("--train-data-path") + 1] == f"/{ODD}"
+    assert yaml.safe_load((out / "dr.yaml").read_text())["target-data"] == f"/{ODD}"
+    done = subprocess.run(["bash", str(out / "node.sh"), "convert", "a b", "$c"], text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    assert done.stdout.splitlines()[1:] == ["-m", "megatron_dr", "convert", "a b", "$c"]
+
+
+def test_a_job_of_slurm(tmp_path: Path) -> None:
+    given = ("gpus=16", "slurm.partition=gpu", "slurm.time=2:00:00", "slurm.signal=900",
+             "slurm.more=[--constraint=nvlink, --exclude=n7]")  # fmt: skip
+    text = job(tmp_path, *given, slurm=True).files["job.sh"]
+    for line in ("--nodes=2", "--gpus-per-node=8", "--partition=gpu", "--time=2:00:00", "--requeue",
+                 "--signal=B:USR1@900", "--constraint=nvlink", "--exclude=n7",
+                 f'--output="{tmp_path}/logs/%j.log"'):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in text
+    assert "follow srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none " in text
+    assert "\n  srun --nodes=1 --ntasks=1 " in text and "--container" not in text
+    checked(job(tmp_path, *given, slurm=True))
+
+
+def test_in_a_container(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has signs that Slurm would not take"):
+        job(tmp_path, "slurm.image=a$b", slurm=True)
+    given = ("slurm.image=/images/pytorch.sqsh", "slurm.mounts=[/data:/data, /my files:/w]")
+    text = job(tmp_path, *given, slurm=True).files["job.sh"]
+    assert text.count("--container-image=/images/pytorch.sqsh") == 3
+    assert text.count("'--container-mounts=/data:/data,/my files:/w'") == 3
+
+
+@pytest.mark.parametrize("given, says", [
+    (("data=null",), "needs data=FILE, the general data; target=FILE names the target's."),
+    (("hf=null",), "needs hf=FOLDER, the Hugging Face model; or steps="),
+    (("steps=[train, export]",), "steps are in, train and out, not 'export'."),
+    (("gpus=12",), "gpus=12 do not fill nodes of 8."),
+    (("gpus=many",), "gpus must be a number of 1 or more, not 'many'."),
+    (("precision=fp9",), "precision must be one of fp32, bf16, fp8, not 'fp9'."),
+    (("recompute=some",), "recompute must be one of none, selective, full"),
+    (("config.num_attention_heads=33",), "llama-3.1-8b/sft/8xh100: config: "),
+    (("slurm.partition=a\"b",), "slurm.partition: 'a\"b' has signs"),
+    (("env.A-B=1",), "env.A-B is no name of a variable."),
+])  # fmt: skip
+def test_what_can_t_be(tmp_path: Path, given: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        job(tmp_path, *given, slurm=True)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_model_of_the_folder_is_the_recipe_s(tmp_path: Path) -> None:
+    config = json.loads(json.dumps(_config()))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    job(tmp_path / "o", f"hf={tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 16}))
+    with pytest.raises(ValueError, match="its layers is 16, not 32"):
+        job(tmp_path / "o", f"hf={tmp_path}")
+
+
+def _config() -> dict[str, Any]:
+    from megatron_dr.config.yaml_file import plain
+
+    return plain(read_recipe(FOLDER, "llama-3.1-8b/sft", []).of("config"))
+
+
+def test_no_target_no_flags_of_one(tmp_path: Path) -> None:
+    found = yaml.safe_load(job(tmp_path).files["dr.yaml"])
+    assert found == {"metrics": str(tmp_path / "metrics.jsonl")}
+    found = yaml.safe_load(job(tmp_path, "target=/t.jsonl", "dr.set=span").files["dr.yaml"])
+    assert found["target-data"] == "/t.jsonl" and found["set"] == "span"
+    assert found["target-batch-size"] == "16"
+
+
+def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="there is no sbatch on this machine"):
+        start.submit(job(tmp_path, slurm=True))
+
+
+def test_a_log_is_followed_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "17.log"
+    log.write_text("launch: stopped at iteration 3 of 9: it was told to stop.\nlaunch: complete: 9")
+    log.write_text(log.read_text() + "\nlater\n")
+    assert start.follow(log) == 0
+    assert capsys.readouterr().out.count("launch: ") == 2
+    log.write_text("launch: failed: training ended with exit code 1.\n")
+    assert start.follow(log) == 1
