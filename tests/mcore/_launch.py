@@ -41,8 +41,8 @@ def small(name: str, folder: Path, *more: str) -> Recipe:
               f"batch.global={2 * ranks}", "flags.train-iters=2", "flags.lr-warmup-iters=1",
               f"target_dr.target-batch-size={ranks}"]  # fmt: skip
     if found.value("dr", "rl-algorithm"):
-        sizes += [f"dr.rl-prompts={ranks}", "dr.rl-group=2", "dr.rl-max-tokens=6",
-                  "dr.rl-reward=megatron_dr.rl.rewards:numeric", "dr.rl-reward-workers=1",
+        sizes += [f"dr.rl-prompts={ranks}", "dr.rl-group=4", "dr.rl-max-tokens=6",
+                  "dr.rl-reward=tests.mcore._rewards:vowels", "dr.rl-reward-workers=1",
                   f"dr.rl-target-prompts={ranks}"]  # fmt: skip
     paths = write_data(folder, name.split("/")[1])
     given = [f"{key}={path}" for key, path in paths.items()]

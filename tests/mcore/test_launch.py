@@ -102,6 +102,10 @@ def iterations(job: script.Job) -> list[int]:
     return [line["iteration"] for line in metrics.read(job.out / "metrics.jsonl", "train")]
 
 
+def saved(job: script.Job) -> int:
+    return int((job.out / "train" / "latest_checkpointed_iteration.txt").read_text())
+
+
 def launch_and_stop(argv: list[str], path: Path) -> tuple[int, str, str]:
     """On a rank: it is told to stop when the first step is done."""
 
@@ -120,11 +124,11 @@ def test_a_small_one_trains(tmp_path: Path) -> None:
     job, ranks = converted("qwen3-8b/sft", tmp_path, *more)
     for code, _, error in run_ranks(ranks, launch_and_stop, job.flags, job.out / "metrics.jsonl"):
         assert code == 0, error[-3000:]
-    last = int((job.out / "train" / "latest_checkpointed_iteration.txt").read_text())
+    last = saved(job)
     assert 0 < last < 8 and iterations(job) == list(range(1, last + 1))
     for code, _, error in run_ranks(ranks, launch, job.flags):
         assert code == 0, error[-3000:]
-    assert iterations(job) == list(range(1, 9))
+    assert iterations(job) == list(range(1, 9)) and saved(job) == 8
     check_export(tmp_path, job)
 
 
@@ -135,5 +139,5 @@ def test_each_trains_in_its_layout(name: str, tmp_path: Path) -> None:
     job, ranks = converted(name, tmp_path)
     for code, _, error in run_ranks(ranks, launch, job.flags, timeout=800):
         assert code == 0, error[-3000:]
-    assert iterations(job) == [1, 2]
+    assert iterations(job) == [1, 2] and saved(job) == 2
     check_export(tmp_path, job)
