@@ -100,7 +100,7 @@ def long_grams(elements: int, on: torch.device) -> Iterator[Found]:
     for allowed in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = allowed
         try:
-            found = gram_of_long(x_RN.to(on)).cpu()
+            found = gram_of_long([x_RN.to(on)]).cpu()
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
         error = float(((found - wanted) / length_R / length_R[:, None]).abs().max())

@@ -34,7 +34,7 @@ def parts(where: Where) -> Iterator[Found]:
 
     for rows in (5, 17):
         x_RN = torch.randn(rows, 20_000 if where.small else 1 << 26, device=where.device)
-        yield beside(f"gram, {rows} rows", partial(gram_of_long, x_RN), x_RN.nbytes)
+        yield beside(f"gram, {rows} rows", partial(gram_of_long, [x_RN]), x_RN.nbytes)
         del x_RN
     for blocks, rows in ((1, 16), (200, 16), (1, 128)):
         x_BMN = torch.randn(blocks, rows, 256, dtype=torch.float64, device=where.device)
@@ -97,7 +97,7 @@ def milliseconds(work: Callable[[], object], where: Where, times: int = 5) -> fl
             work()
             end.record()
             end.synchronize()
-            found.append(begin.elapsed_time(end))
+            found.append(float(begin.elapsed_time(end)))
         else:
             before = time.perf_counter()
             work()
