@@ -35,17 +35,32 @@ def test_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_by_its_three_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Here, as a module, and as a script, whose names are those of the commands."""
+SCRIPTS = {name: ROOT / "tools" / f"{name.replace('-', '_')}.py" for name in COMMANDS}
+SLOW = [pytest.param(n, marks=() if n == "gpu-check" else pytest.mark.soak) for n in COMMANDS]
+
+
+def helped(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
-    said = capsys.readouterr().out
-    assert said.startswith(f"usage: megatron-dr {name} [-h]")
-    assert run("-m", "megatron_dr", name, "--help").stdout.split() == said.split()
-    script = {name: name.replace("-", "_") for name in COMMANDS}
-    assert run(ROOT / "tools" / f"{script[name]}.py", "--help").stdout.split() == said.split()
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == set(script.values())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_helps_and_has_a_script(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert helped(name, capsys).startswith(f"usage: megatron-dr {name} [-h]")
+    assert f"megatron_dr.cli.{SCRIPTS[name].stem} import main" in SCRIPTS[name].read_text()
+
+
+def test_there_are_no_other_scripts() -> None:
+    assert {*(ROOT / "tools").glob("*.py")} == {*SCRIPTS.values()}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_command_by_its_three_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here, as a module, and as a script; lines are broken as a terminal is wide."""
+    said = "".join(helped(name, capsys).split())
+    for words in (("-m", "megatron_dr", name), (SCRIPTS[name],)):
+        assert "".join(run(*words, "--help").stdout.split()) == said
 
 
 def test_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
