@@ -76,7 +76,7 @@ def of(argv: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "git": git(Path(argv[0]).parent if argv else Path()),
         "machine": machine(),
-        "process": {"host": socket.gethostname(), "pid": os.getpid(), "created": created(None)},
+        "process": process(),
         **more,
     }
 
@@ -132,9 +132,23 @@ def _processor() -> str:
     return platform.processor()
 
 
-def created(pid: int | None) -> float | None:
+def process() -> dict[str, Any]:
+    """By which this process is found again, from where its number means the same."""
+    return {**place(), "pid": os.getpid(), "created": created(os.getpid())}
+
+
+def place() -> dict[str, str | None]:
+    """Where numbers of processes are told apart: a host, and on it a container."""
+    space = None
+    with contextlib.suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "space": space}
+
+
+def created(pid: int) -> float | None:
     """When a process began, which tells it from a later one of its number; None: it is gone."""
     try:
-        return float(psutil.Process(pid).create_time())
+        found = psutil.Process(pid)
+        return None if found.status() == psutil.STATUS_ZOMBIE else float(found.create_time())
     except psutil.Error:
         return None

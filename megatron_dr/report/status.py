@@ -1,6 +1,5 @@
 """Where a run stands: how far it is, and whether it goes on."""
 
-import socket
 import time
 from datetime import UTC, datetime
 
@@ -30,9 +29,11 @@ def goes_on(run: RunLog) -> bool | None:
     process = run.about.get("process")
     if run.has_ended:
         return False
-    if not isinstance(process, dict) or process.get("host") != socket.gethostname():
+    if not isinstance(process, dict) or not isinstance(process.get("pid"), int):
         return None
-    began = about.created(process.get("pid"))
+    if any(process.get(name) != value for name, value in about.place().items()):
+        return None
+    began = about.created(process["pid"])
     return began is not None and abs(began - float(process.get("created") or 0.0)) < 1.0
 
 

@@ -11,8 +11,8 @@ __all__ = ["data"]
 
 def test_a_run_says_what_it_is_and_that_it_has_ended(data: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    more = f"""{cone(data)} --dr-blocks layer --dr-log-blocks --dr-metrics {path} --save {tmp_path}
-        --save-interval 9"""
+    more = f"{cone(data)} --dr-blocks layer --dr-log-blocks --dr-metrics {path}"
+    more += f" --save {tmp_path} --save-interval 2"
     code, _, error = run(flags(data, f"{more} --exit-interval 2", 3), world=1)[0]
     assert code == 0, error
     found = run_log.read(path)

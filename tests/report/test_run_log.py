@@ -1,8 +1,6 @@
 """A run is read from its metrics, whole, still going, or gone on from a checkpoint."""
 
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +140,14 @@ def test_no_figure_is_left_out(tmp_path: Path) -> None:
         ({"created": 5.0}, False, "Stopped at step 6 of 6, before its end", False),
         ({"pid": 2**22 + 1}, False, "Stopped at step 6", False),
         ({"host": "elsewhere"}, False, "At step 6 of 6, still going or stopped", None),
+        ({"space": "another"}, False, "At step 6 of 6, still going or stopped", None),
+        ({"pid": "x"}, False, "At step 6 of 6, still going or stopped", None),
     ],
 )
 def test_where_a_run_stands(
     tmp_path: Path, process: dict[str, Any], ends: bool, says: str, goes_on: bool | None
 ) -> None:
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "created": about.created(None)}
+    here = about.process()
     run = run_log.read(
         write(tmp_path / "metrics.jsonl", about={"process": here | process}, ends=ends)
     )
@@ -155,7 +155,7 @@ def test_where_a_run_stands(
 
 
 def test_how_much_is_left(tmp_path: Path) -> None:
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "created": about.created(None)}
+    here = about.process()
     of = {"process": here, "steps": 606}
     run = run_log.read(write(tmp_path / "metrics.jsonl", about=of, ends=False))
     assert "about 5 min are left" in status.sentence(run)

@@ -1,8 +1,6 @@
 """A run in the terminal."""
 
 import io
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,7 @@ class Goes:
 
     def __init__(self, path: Path, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         self.file, self.step, self.ends = MetricsFile(str(path)), 0, ends
-        here = {"host": socket.gethostname(), "pid": os.getpid(), "created": about.created(None)}
+        here = about.process()
         self.file.begin(0, {"steps": 6, "process": here})
         monkeypatch.setattr(watch.time, "sleep", self.sleep)
         self.monkeypatch = monkeypatch
