@@ -52,6 +52,7 @@ class Watch:
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # of the store: who keeps it has left
+            self.leave_note()
             while not self._over.wait(self.tick):
                 self.leave_note()
                 late = here.inside and time.monotonic() - here.moved > self.seconds

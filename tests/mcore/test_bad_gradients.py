@@ -219,8 +219,6 @@ def test_stop_ends_every_rank_with_a_sentence_that_names_the_batch(
 
 
 SAMPLES = {
-    "topk": Case(alpha=0.0),
-    "own target": Case(),
     "streaming": Case(window="streaming"),
     "step": Case(window="step", passes=2, score="ghost"),
     "refresh": Case(target_refresh=2, alpha=0.0),
@@ -282,8 +280,7 @@ def samples(initial: Parameters, wrong: dict[str, tuple[int, int]]) -> dict[str,
 
 
 def test_sample_rows_leave_a_step_out(capfd: pytest.CaptureFixture[str]) -> None:
-    wrong = {"topk": (3, 2), "own target": (1, 0), "streaming": (2, 1), "step": (3, 1),
-             "refresh": (0, 1)}  # fmt: skip
+    wrong = {"streaming": (2, 1), "step": (3, 2), "refresh": (0, 1)}
     for found in run_ranks(2, samples, _oracle.initial(DP2), wrong, timeout=400):
         for name, ((one, other), counts, known) in found.items():
             assert one == other, name

@@ -23,7 +23,7 @@ from ._problem import Problem
 from ._ranks import run_ranks
 
 DP3, DP4 = Layout(dp=3, target_ranks=1, targets=2), Layout(dp=4, target_ranks=1)
-STOPPED = 9.0  # seconds
+STOPPED = 6.0  # seconds
 
 
 def train(layout: Layout, seconds: float, disturb: Any, initial: Any) -> list[Any]:
@@ -55,6 +55,7 @@ def stop(stock: Any, data: Any, module: Any) -> Any:
     """Once: the process stands still for a while."""
     if not stopped:
         stopped.append(1)
+        time.sleep(1.0)  # ticks
         subprocess.Popen(["sh", "-c", f"sleep {STOPPED}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     return stock(data, module)
@@ -67,7 +68,7 @@ def test_a_rank_that_stands_still_is_named(capfd: pytest.CaptureFixture[str]) ->
     def both(initial: Any) -> bool:
         _megatron.initialize(DP3)
         plain = train(DP3, 0.0, lambda stock, *args: stock(*args), initial)
-        return train(DP3, 1.5, stop, initial) == plain
+        return train(DP3, 1.2, stop, initial) == plain
 
     assert run_ranks(3, both, _oracle.initial(DP3), timeout=400) == [True] * 3  # to the last bit
     said = re.findall(
@@ -82,8 +83,12 @@ def test_a_rank_that_stands_still_is_named(capfd: pytest.CaptureFixture[str]) ->
 
 
 def killed(initial: Any) -> None:
+    def kill(*_: Any) -> None:
+        time.sleep(1.5)  # ticks
+        os.kill(os.getpid(), signal.SIGKILL)
+
     _megatron.initialize(DP4)
-    train(DP4, 2.0, lambda *_: os.kill(os.getpid(), signal.SIGKILL), initial)
+    train(DP4, 2.0, kill, initial)
 
 
 def raising(initial: Any) -> None:
