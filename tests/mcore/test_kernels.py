@@ -13,8 +13,8 @@ def test_whose_apex(tmp_path: Path, monkeypatch: Any) -> None:
     package = tmp_path / "apex"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('it is never imported')")
-    other = f"the package apex at {package} is not NVIDIA's, though Megatron takes it for that: remove it"
-    assert kernels.apex() == other
+    other = f"the package apex at {package} is not NVIDIA's, though Megatron takes it for that"
+    assert kernels.apex() == f"{other}: remove it"
     (package / "multi_tensor_apply").mkdir()
     assert kernels.apex() == "NVIDIA apex found without its CUDA extensions"
     (tmp_path / "amp_C.py").touch()

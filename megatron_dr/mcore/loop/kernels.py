@@ -40,7 +40,10 @@ def apex() -> str:
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
         where = ", ".join(map(str, folders)) or spec.origin
-        return f"the package apex at {where} is not NVIDIA's, though Megatron takes it for that: remove it"
+        return (
+            f"the package apex at {where} is not NVIDIA's, though Megatron takes it for that: "
+            "remove it"
+        )
     if importlib.util.find_spec(_COMPILED) is None:
         return "NVIDIA apex found without its CUDA extensions"
     fusion = "" if importlib.util.find_spec(_FUSION) else ", without fused gradient accumulation"
