@@ -104,6 +104,43 @@ def test_the_loss_scale_is_in_nothing_that_is_kept(layout: Layout) -> None:
     assert one == other
 
 
+NO_HALVES = {
+    "one rank": Layout(targets=1),
+    "pp2": Layout(targets=1, pp=2),
+    "a row of ranks": Layout(
+        dp=2, row_ranks=2, targets=2, distributed_optimizer=True, overlap=True
+    ),
+}
+
+
+def ended(layout: Layout, initial: Any, dials: dict[str, Any]) -> tuple[Any, Any]:
+    """On a rank: what the last step logged, and the parameters."""
+    dr = DRConfig(gram="exact", slots=layout.slots, row_ranks=layout.row_ranks, **dials)
+    handles: list[Any] = []
+
+    def attach(model: Any, optimizer: Any, config: Any) -> Any:
+        handles.append(megatron_dr.attach(model, optimizer, config, dr))
+        return handles[0]
+
+    model, *_ = _megatron.train(layout, 2, initial, attach)
+    values = {name: float(value) for name, value in handles[0].metrics.items()}
+    return values, {n: p.detach().clone() for c in model for n, p in c.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", NO_HALVES.values(), ids=NO_HALVES.keys())
+def test_a_target_of_one_microbatch_is_projected_as_with_a_constant(layout: Layout) -> None:
+    """It fills one of two buffers; the other has no part in anything."""
+    initial = _oracle.initial(layout)
+    dials = {"alpha_style": "auto", "target_size": SIZE, "alpha_steps": STEPS}
+    auto = run_ranks(layout.world, ended, layout, initial, dials)
+    constant = run_ranks(layout.world, ended, layout, initial, {"alpha": auto[0][0]["dr alpha"]})
+    for found, wanted in zip(auto, constant, strict=True):
+        for name in ("dr cos general", "dr cos update", "dr residual", "dr rows"):
+            assert found[0][name] == pytest.approx(wanted[0][name], rel=1e-5), name
+        for name, parameter in wanted[1].items():
+            torch.testing.assert_close(found[1][name], parameter, rtol=1e-5, atol=1e-6)
+
+
 def test_target_set_size_is_needed() -> None:
     def attach() -> str:
         dr = DRConfig(alpha_style="auto", alpha_steps=STEPS, slots=4)

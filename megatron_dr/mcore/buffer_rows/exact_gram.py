@@ -67,15 +67,21 @@ class ExactGram:
         )
 
     @contextmanager
-    def step(self, with_target: bool) -> Iterator[None]:
-        """A step's gradients come to the buffers inside."""
+    def step(self, num_target: int) -> Iterator[None]:
+        """A step's gradients come to the buffers inside.
+
+        Args:
+            num_target: microbatches of the target. They may be fewer than its buffers, and one that
+                none fills does not travel: it would take Megatron's, where slot 0 is by then.
+        """
         row_map = self.layout.row_map
         vectors = row_map.num_sums
         self._products_BPP = torch.zeros(
             len(self.layout.names), vectors, vectors, dtype=torch.float64,
             device=self.buffers.device,
         )  # fmt: skip
-        with self.exchange.step(range(row_map.local if with_target else row_map.slots)):
+        filled = min(num_target, row_map.num_targets)
+        with self.exchange.step(range(row_map.slots + filled)):
             yield
 
     @meter.part("exchange")

@@ -116,7 +116,7 @@ class BufferRows:
         router.probe = Probe(self.model, num_target + num_general, self.device)
         self.buffers.begin_step(with_target)
         try:
-            with self.source.step(with_target), router.probe.looking():
+            with self.source.step(num_target if with_target else 0), router.probe.looking():
                 yield Pass(router, finalize, both=not row_map.target_groups, ranks=ranks)
         finally:
             self.buffers.end_step()

@@ -38,7 +38,7 @@ class SketchedGram:
         """What this rank keeps of the target in a step."""
         return self.buffers.target_bytes
 
-    def step(self, with_target: bool) -> AbstractContextManager[None]:
+    def step(self, num_target: int) -> AbstractContextManager[None]:
         """Nothing is sent before the backward is over."""
         return nullcontext()
 
