@@ -88,7 +88,7 @@ def milliseconds(work: Callable[[], object], where: Where, times: int = 5) -> fl
     waited for around each."""
     for _ in range(2):
         work()
-    found = []
+    found: list[float] = []
     for _ in range(1 if where.small else times):
         if where.cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
