@@ -140,7 +140,8 @@ def seen(set_: FeasibleSet, norm: str, gram_BRR: Tensor, share_M: Tensor | None 
     product_VV = torch.einsum("vbr,brq,wbq->vw", vectors_VBR, gram_BRR, vectors_VBR)
     square_V = product_VV.diagonal()
     rounding = _VANISHING * gram_BRR.diagonal(dim1=1, dim2=2)[:, :rows].mean(1).sum()
-    least_V = rounding * rounding.new_tensor([1, 1, 0, 1, 1, 1, 0, 0])  # t is a gradient, not a sum
+    least_V = rounding.repeat(8)
+    least_V[2] = least_V[6:] = 0.0  # t is a gradient, not a sum; its halves, too
     one_V = torch.where(square_V > least_V, square_V.rsqrt(), 0.0 * square_V)  # NaN stays NaN
     cosine_VV = one_V[:, None] * product_VV * one_V
     gain = product_VV[4, 7] * one_V[4] + product_VV[5, 6] * one_V[5]
@@ -197,7 +198,7 @@ def chosen(state_9: Tensor, new: Seen, passes: float, floor: float = 0.0) -> Cho
     allowed_C = torch.ones_like(r_C, dtype=torch.bool)
     if floor > 0.0:
         now_C = v_C3 @ new.cosine_44[:3, 3] / _length(v_C3, new.cosine_44[:3, :3])
-        allowed_C = now_C >= torch.minimum(now_C.max(), now_C.new_tensor(floor)) - 1e-12
+        allowed_C = now_C >= now_C.max().clamp(max=floor) - 1e-12
     gain_C = torch.where(allowed_C, gain_C, -torch.inf)
     best, r_best = gain_C.max(), r_C.take(gain_C.argmax())
     near_C = (gain_C >= best - _NEAR * best.abs()) & (r_C >= r_best / 2.0)

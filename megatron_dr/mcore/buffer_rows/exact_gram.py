@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dr.mcore import collectives, compat, meter
+from megatron_dr.mcore import collectives, compat, constants, meter
 from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.bad_rows import kept_apart
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
@@ -123,7 +123,8 @@ class ExactGram:
                     columns = slice(start, min(start + width, segment.stop))
                     total_N: torch.Tensor | None = None  # not in out_N, which is one of the slices
                     for row, held_RN in unit.held.items():
-                        of_row, held_RN = unit.vectors(row), held_RN[:, columns].float()
+                        of_row = constants.index(unit.vectors(row), out_N.device)
+                        held_RN = held_RN[:, columns].float()
                         if left_out_P is not None:  # 0 times NaN would be NaN
                             held_RN = held_RN.masked_fill(left_out_P[of_row, None], 0.0)
                         if total_N is None:
@@ -166,7 +167,7 @@ class ExactGram:
             return
         width = max(1, _PRODUCT[self.buffers.device.type] // len(self._products_BPP[0]))
         vectors = [vector for row in unit.held for vector in unit.vectors(row)]
-        index_P = torch.tensor(vectors, device=self.buffers.device)
+        index_P = constants.index(vectors, self.buffers.device)
         for segment in unit.segments:
             if segment.partial or not segment.count or not vectors:
                 continue
@@ -187,7 +188,8 @@ class ExactGram:
             device=self.buffers.device,
         )  # fmt: skip
         for row, held_RN in unit.held.items():
-            vectors_PN[unit.vectors(row)] = held_RN[:, columns].double()
+            of_row = constants.index(unit.vectors(row), vectors_PN.device)
+            vectors_PN[of_row] = held_RN[:, columns].double()
         return vectors_PN
 
     def _multiply_partial(self) -> None:

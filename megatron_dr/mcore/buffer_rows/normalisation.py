@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from megatron.core import parallel_state
 
-from megatron_dr.mcore import collectives, compat
+from megatron_dr.mcore import collectives, compat, constants
 from megatron_dr.mcore.buffer_rows.router import RoleRouter
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
 
@@ -49,13 +49,13 @@ def factors(router: RoleRouter, row_map: RowMap, per_token: bool, device: torch.
         ratio, role_scale = others / groups, row_map.groups / others
     else:  # each microbatch was divided by n_t + n_g
         ratio, role_scale = n_g / n_t if n_t else 0.0, (n_t + n_g) / n_g
-    by_microbatch = torch.tensor(ratio, dtype=torch.float64, device=device)
+    by_microbatch = constants.scalar(ratio, device)
     if not per_token:
         return Factors(by_microbatch, role_scale, share_D)
     counted = amounts.sum() > 0
     return Factors(
         torch.where(counted, general / target.clamp(min=1), by_microbatch),
-        torch.where(counted, 1.0, by_microbatch.new_tensor(role_scale)), share_D,
+        torch.where(counted, 1.0, constants.scalar(role_scale, device)), share_D,
     )  # fmt: skip
 
 

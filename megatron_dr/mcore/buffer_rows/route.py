@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import collectives
+from megatron_dr.mcore import collectives, constants
 from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.levels import Sent
 from megatron_dr.mcore.collectives import Group
@@ -73,7 +73,7 @@ class Route:
     def summed(self, parts_DN: torch.Tensor) -> torch.Tensor:
         """[R, N] of what every rank has the whole of."""
         out = parts_DN.new_zeros(len(self.keys), parts_DN.shape[1])
-        return out.index_add_(0, torch.tensor(self.members, device=out.device), parts_DN)
+        return out.index_add_(0, constants.index(self.members, out.device), parts_DN)
 
     def sent(self, num_bytes: float) -> Sent:
         """What a rank sends of a range."""

@@ -27,6 +27,8 @@ from typing import Literal
 
 import torch
 
+from megatron_dr.mcore import constants
+
 
 @dataclass(frozen=True)
 class RowMap:
@@ -105,8 +107,8 @@ class RowMap:
         """[P, ..] of every group's local buffers [G, L, ..]."""
         places = [self.vector(g, row) for g in range(self.groups) for row in range(self.local)]
         out_PX = buffers_GLX.new_zeros(self.num_sums, *buffers_GLX.shape[2:])
-        index = torch.tensor(places, device=out_PX.device)
-        return out_PX.index_add_(0, index, buffers_GLX.flatten(0, 1))
+        index_GL = constants.index(places, out_PX.device)
+        return out_PX.index_add_(0, index_GL, buffers_GLX.flatten(0, 1))
 
     def mix(self, ratio: torch.Tensor, share_D: torch.Tensor | None) -> torch.Tensor:
         """mix [R, P] in float64.

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import collectives, compat, meter
+from megatron_dr.mcore import collectives, compat, constants, meter
 from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.layout import Gram, Layout, not_finite
@@ -65,7 +65,8 @@ class SketchedGram:
             left_out_P: vectors that have no part, whatever they hold.
         """
         row_map = self.layout.row_map
-        mine = [row_map.vector(self.layout.group, row) for row in range(row_map.local)]
+        vectors = [row_map.vector(self.layout.group, row) for row in range(row_map.local)]
+        mine = constants.index(vectors, coefficients_BP.device)
         if left_out_P is not None:
             self.buffers.clear_(left_out_P[mine])
         self.buffers.combine_(coefficients_BP[:, mine], self.layout.blocks)

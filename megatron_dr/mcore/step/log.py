@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_dr.mcore import collectives, compat, say
+from megatron_dr.mcore import collectives, compat, constants, say
 from megatron_dr.mcore.step.bad import Bad
 from megatron_dr.projection import Update, report, report_sums
 
@@ -99,7 +99,12 @@ class StepLog:
         if self.projects:
             found = report(self._sums_B9.sum(0))
             values = {**{name: found[key] for key, name in self._names.items()}, **values}
-        return {name: torch.as_tensor(v, device=self.device) for name, v in values.items()}
+        return {name: self._on_device(v) for name, v in values.items()}
+
+    def _on_device(self, value: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device)
+        return constants.scalar(value, self.device)
 
     def blocks(self) -> dict[str, list[float]]:
         """Each value of every block, in the order of `names`; reads the device."""
@@ -117,7 +122,7 @@ class StepLog:
             tensors = [(u.gram_BRR, u.direction_BR, u.update_BR) for _, u in alike]
             found_B9 = report_sums(*(torch.cat(parts) for parts in zip(*tensors, strict=True)))
             numbers = [number for blocks, _ in alike for number in blocks]
-            sums_B9.index_add_(0, torch.tensor(numbers, device=self.device), found_B9)
+            sums_B9.index_add_(0, constants.index(numbers, self.device), found_B9)
         self._updates.clear()
         return sums_B9
 
