@@ -43,6 +43,9 @@ def _read_metadata(self: FileSystemReader, *_: Any, **kwargs: Any) -> Metadata:
     if getattr(found, "storage_meta", None) is None:
         found.storage_meta = StorageMeta()
     assert found.storage_meta is not None
+    for one in found.state_dict_metadata.values():
+        # torch 2.15 notes them; Megatron 0.19 hands all properties to torch.empty
+        vars(getattr(one, "properties", one)).pop("strides", None)
     found.storage_meta.load_id = self.load_id
     return found
 
