@@ -3,6 +3,7 @@
 They are those of NVIDIA's `nvidia-ml-py` (module `pynvml`), which is optional: the extra `gpu`.
 """
 
+import glob
 import importlib
 import socket
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 from megatron_dr.report.metrics import MetricsFile
 
 GIB = 1 << 30
+KIND = "gpus"
+_MARK = ".gpus."
 # name with unit, of NVML's module and a device
 FIGURES: dict[str, Callable[[Any, Any], float]] = {
     "memory GiB": lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used / GIB,
@@ -25,7 +28,18 @@ FIGURES: dict[str, Callable[[Any, Any], float]] = {
 def path_beside(metrics: str) -> Path:
     """Of this node: METRICS.gpus.HOST.jsonl, the ending of METRICS left out."""
     path = Path(metrics)
-    return path.with_name(f"{path.stem}.gpus.{socket.gethostname()}.jsonl")
+    return path.with_name(f"{path.stem}{_MARK}{socket.gethostname()}.jsonl")
+
+
+def paths_beside(metrics: Path) -> dict[str, Path]:
+    """By node, those that are there."""
+    found = sorted(metrics.parent.glob(f"{glob.escape(metrics.stem)}{_MARK}*.jsonl"))
+    return {path.stem.removeprefix(f"{metrics.stem}{_MARK}"): path for path in found}
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file is of GPUs, and not a run's metrics."""
+    return _MARK in path.name
 
 
 class Gpus:
@@ -55,7 +69,7 @@ class Gpus:
         if self._file is None:
             return
         try:
-            self._file.write("gpus", iteration, self._read())
+            self._file.write(KIND, iteration, self._read())
         except Exception as error:  # a GPU that is gone ends the run by itself, not by its figures
             self._give_up(str(error))
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_dr.report import gpus
 from megatron_dr.report.run_log import Curve, RunLog
 
-TRAIN, HELD_OUT = "train", "validation"
+TRAIN, HELD_OUT, GPUS = "train", "validation", gpus.KIND
 OTHERS = "Other figures"
 _LARGE = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -76,6 +77,10 @@ PANELS = (
          drop="dr "),
     Rule(_COST, "Peak memory so far, the last rank's", "bytes", TRAIN, r"peak memory bytes",
          drop=" bytes"),
+    Rule(_COST, "Memory of GPUs", "GiB", GPUS, r"memory GiB \d+", drop="memory GiB "),
+    Rule(_COST, "Power of GPUs", "W", GPUS, r"power W \d+", drop="power W "),
+    Rule(_COST, "Time that GPUs are busy", "%", GPUS, r"busy % \d+", drop="busy % "),
+    Rule(_COST, "Clock of GPUs", "MHz", GPUS, r"SM clock MHz \d+", drop="SM clock MHz "),
     Rule(OTHERS, "Learning rate", "rate", TRAIN, r"learning rate", log=True),
 )  # fmt: skip
 
@@ -104,11 +109,11 @@ def _asked(rule: Rule, run: RunLog) -> list[tuple[str, str]]:
 
 
 def _is_of(kind: str, wanted: str) -> bool:
-    return kind == wanted or (wanted == HELD_OUT and kind.startswith(f"{HELD_OUT}-"))
+    return kind == wanted or (wanted in (HELD_OUT, GPUS) and kind.startswith(f"{wanted}-"))
 
 
 def _label(kind: str, name: str) -> str:
-    return name if kind in (TRAIN, HELD_OUT) else f"{name}, {kind.removeprefix(f'{HELD_OUT}-')}"
+    return name if kind in (TRAIN, HELD_OUT) else f"{name}, {kind.partition('-')[2]}"
 
 
 def _curve(run: RunLog, kind: str, name: str) -> Curve:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_dr.report import metrics
+from megatron_dr.report import gpus, metrics
 
 NAME = "metrics.jsonl"
 _OTHER = ("run", "blocks", "end")  # kinds whose lines are not numbers by name
@@ -111,12 +111,17 @@ class RunLog:
         if kind == "run":
             self._begin(line.get("run"), step)
         elif kind != "end":
-            of_kind = self.kinds.setdefault(kind, [])
+            of_kind = self.kinds.get(kind)
             if of_kind and step < of_kind[-1]["iteration"] and kind == "train":
                 self._cut(step - 1)  # of a log that does not say where a run goes on
-            elif of_kind and step <= of_kind[-1]["iteration"]:
-                del of_kind[bisect.bisect_left(of_kind, step, key=_iteration) :]
-            of_kind.append(line)
+            self.put(kind, line)
+
+    def put(self, kind: str, line: Line) -> None:
+        """A line in place of those from its iteration on."""
+        of_kind, step = self.kinds.setdefault(kind, []), line["iteration"]
+        if of_kind and step <= of_kind[-1]["iteration"]:
+            del of_kind[bisect.bisect_left(of_kind, step, key=_iteration) :]
+        of_kind.append(line)
 
     def _begin(self, run: Any, step: int) -> None:
         self._cut(step)
@@ -149,7 +154,8 @@ def find(run: Path) -> Path:
         raise ValueError(f"{run}: no such run: name its folder or the file of its --dr-metrics.")
     if (run / NAME).is_file():
         return run / NAME
-    found = [path for path in sorted(run.glob("*.jsonl")) if next(metrics.lines(path), None)]
+    found = [path for path in sorted(run.glob("*.jsonl"))
+             if not gpus.is_one(path) and next(metrics.lines(path), None)]  # fmt: skip
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ValueError(
@@ -170,6 +176,9 @@ def read(run: Path) -> RunLog:
     try:
         for line in metrics.lines(path):
             found.add(line)
+        for node, beside in gpus.paths_beside(path).items():
+            for line in metrics.lines(beside):
+                found.put(f"{gpus.KIND}-{node}", line)
         is_empty = not path.stat().st_size
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror}).") from None

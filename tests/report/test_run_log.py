@@ -159,3 +159,16 @@ def test_how_much_is_left(tmp_path: Path) -> None:
     of = {"process": here, "steps": 606}
     run = run_log.read(write(tmp_path / "metrics.jsonl", about=of, ends=False))
     assert "about 5 min are left" in status.sentence(run)
+
+
+def test_the_gpus_of_each_node_are_beside(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"kind": "train", "iteration": 2, "lm loss": 1.0}\n')
+    for node, used in (("a-1", 5.0), ("b-1", 6.0)):
+        lines = [f'{{"kind": "gpus", "iteration": {n}, "memory GiB 0": {used}}}' for n in (1, 2, 2)]
+        (tmp_path / f"m.gpus.{node}.jsonl").write_text("\n".join(lines) + "\n")
+    found = run_log.read(tmp_path)
+    assert found.path == tmp_path / "m.jsonl" and found.step == 2
+    (panel,) = [p for p in panels.panels([found]) if p.title == "Memory of GPUs"]
+    assert [(label, c.steps, c.values) for _, label, c in panel.curves] == [
+        ("0, a-1", [1, 2], [5.0, 5.0]), ("0, b-1", [1, 2], [6.0, 6.0]),
+    ]  # fmt: skip
