@@ -17,7 +17,7 @@ __all__ = ["data"]
 
 # a rate at which the model gets better and then worse
 # so large a rate that the target is learnt by heart before the run ends
-KEEPS = "--dr-keep-best --eval-interval 1 --save-interval 3 --lr 0.3 --clip-grad 0 --dr-alpha 0.05"
+KEEPS = "--dr-keep-best --eval-interval 1 --save-interval 3 --lr 0.1 --clip-grad 0 --dr-alpha 0.05"
 
 
 def validations(path: Path) -> dict[int, float]:

@@ -7,6 +7,7 @@ that do nothing.
 
 import dataclasses
 import importlib
+import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,8 @@ class Absent(ModuleType):
 
 def bridge_installed() -> None:
     """Skips where it is not."""
+    if importlib.util.find_spec("megatron.bridge") is None:
+        pytest.skip("Megatron-Bridge is not installed")
     importlib.import_module("megatron.core.extensions.transformer_engine")  # sees that it is absent
     for name in ("transformer_engine", "transformer_engine.pytorch", "megatron.energon"):
         sys.modules.setdefault(name, Absent(name))

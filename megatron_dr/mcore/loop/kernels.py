@@ -1,6 +1,7 @@
 """A run's line on Transformer Engine and NVIDIA's apex: which are there, and what is used."""
 
 import importlib.util
+import sys
 from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +28,7 @@ def transformer_engine() -> str:
 
     if HAVE_TE:
         return f"Transformer Engine {_version('transformer-engine')} found"
-    if importlib.util.find_spec("transformer_engine") is not None:
+    if "transformer_engine" in sys.modules or importlib.util.find_spec("transformer_engine"):
         return "Transformer Engine is installed but can't be imported (megatron-dr doctor)"
     return "no Transformer Engine"
 
