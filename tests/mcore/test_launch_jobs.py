@@ -20,7 +20,7 @@ from ._launch import small
 from ._train import ROOT
 
 SLURM = ROOT / "tests" / "launch" / "slurm"
-NAME = "mistral-7b/sft"
+NAME, SAID = "mistral-7b/sft", "said.txt"
 
 
 def words(recipe: Recipe) -> list[str]:
@@ -40,37 +40,38 @@ def _leaves(name: str, entry: Entry) -> list[tuple[str, str]]:
     return [(name, entry.text)]
 
 
-def started(recipe: Recipe, folder: Path, *more: str) -> subprocess.Popen[str]:
+def started(recipe: Recipe, folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    """It writes to a file: a pipe that nobody reads is full after Megatron's arguments."""
     (folder / "slurm").mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_SLURM": str(folder / "slurm"),
                    "PATH": f"{SLURM}:{os.environ['PATH']}"}  # fmt: skip
     command = [sys.executable, "-m", "megatron_dr", "launch", NAME, *words(recipe), *more]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        cwd=ROOT,
-    )  # fmt: skip
+    with open(folder / SAID, "w") as file:
+        return subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
+        )
 
 
-def wait_for(seen: Any, process: subprocess.Popen[str], seconds: float = 500) -> Any:
+def wait_for(seen: Any, process: subprocess.Popen[bytes], seconds: float = 500) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = seen()
         if found:
             return found
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert process.poll() is None, f"it ended with {process.returncode}"
         time.sleep(0.1)
     raise AssertionError("it did not come in time")
 
 
-def ended(process: subprocess.Popen[str]) -> str:
+def ended(process: subprocess.Popen[bytes], folder: Path) -> str:
     try:
-        said, _ = process.communicate(timeout=800)
+        process.wait(timeout=800)
     finally:
         if process.poll() is None:
             for each in psutil.Process(process.pid).children(recursive=True):
                 each.kill()
             process.kill()
-    return said
+    return (folder / SAID).read_text()
 
 
 def iterations(out: Path) -> list[int]:
@@ -90,11 +91,11 @@ def test_here(tmp_path: Path) -> None:
     process = started(recipe, folder)
     wait_for(lambda: iterations(out), process)
     process.send_signal(signal.SIGTERM)
-    said = ended(process)
+    said = ended(process, folder)
     assert process.returncode == 3, said
     last = int((out / "train" / "latest_checkpointed_iteration.txt").read_text())
     assert f"launch: stopped at iteration {last} of 60" in said and 0 < last < 60
-    said = ended(process := started(recipe, folder))
+    said = ended(process := started(recipe, folder), folder)
     assert process.returncode == 0, said
     assert "launch: complete: 60 of 60 iterations." in said
     assert iterations(out) == list(range(1, 61)) and (out / "hf" / "config.json").exists()
@@ -119,7 +120,7 @@ def test_two_nodes_of_slurm(tmp_path: Path) -> None:
         wait_for(lambda n=before: len(codes(slurm)) > n, process)
         saved.append(int((out / "train" / "latest_checkpointed_iteration.txt").read_text()))
         wait_for(lambda n=saved[-1]: max(iterations(out)) > n, process)
-    said = ended(process)
+    said = ended(process, tmp_path)
     assert process.returncode == 0, said
     assert 0 < saved[0] < saved[1] < 60
     for last in saved:
