@@ -6,12 +6,11 @@ They are those of NVIDIA's `nvidia-ml-py` (module `pynvml`), which is optional: 
 import glob
 import importlib
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_dr.report.metrics import MetricsFile
+from megatron_dr.report.metrics import MetricsFile, note
 
 GIB = 1 << 30
 KIND = "gpus"
@@ -85,7 +84,4 @@ class Gpus:
 
     def _give_up(self, why: str) -> None:
         self._file = None
-        print(
-            f"megatron_dr: note: no figures of {socket.gethostname()}'s GPUs: {why}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        note(f"no figures of {socket.gethostname()}'s GPUs: {why}")

@@ -79,12 +79,16 @@ class MetricsFile:
         if self._said:
             return
         self._said = True
-        with contextlib.suppress(OSError):  # where stderr is a file on the same disk
-            print(
-                f"megatron_dr: note: {self._path}: can't be written ({error.strerror}); the run "
-                "goes on, and its metrics of these steps are lost",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+        note(
+            f"{self._path}: can't be written ({error.strerror}); the run goes on, and its metrics "
+            "of these steps are lost"
+        )
+
+
+def note(text: str) -> None:
+    """A line for who watches the run; it never ends one."""
+    with contextlib.suppress(OSError):  # where stderr is a file on a full disk
+        print(f"megatron_dr: note: {text}", file=sys.stderr, flush=True)
 
 
 def read(path: str | Path, kind: str) -> list[dict[str, Any]]:

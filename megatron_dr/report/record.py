@@ -20,7 +20,6 @@ A slot or rank of several samples has in `id` and `hash` lists of them, as JSON,
 import contextlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from typing import Any
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+
+from megatron_dr.report import metrics
 
 SCHEMA = pyarrow.schema(
     [
@@ -178,12 +179,10 @@ class Writer:
             return
         self._said = True
         why = getattr(error, "strerror", None) or error
-        with contextlib.suppress(OSError):  # where stderr is a file on the same disk
-            print(
-                f"megatron_dr: note: --dr-record {self._folder}: can't be written ({why}); the run "
-                "goes on, and the weights of these steps are lost",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+        metrics.note(
+            f"--dr-record {self._folder}: can't be written ({why}); the run goes on, and the "
+            "weights of these steps are lost"
+        )
 
 
 def _write(table: pyarrow.Table, path: Path) -> None:

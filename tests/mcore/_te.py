@@ -17,10 +17,14 @@ from megatron.core import parallel_state
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
+import megatron_dr
+from megatron_dr import DRConfig
 from megatron_dr.mcore.cpu.layers import layer_spec
 
+from . import _megatron
 from ._data import Layout
 from ._oracle import Parameters
+from ._samples import Case
 
 
 class StockStore:
@@ -276,3 +280,29 @@ def in_groups(parameters: Parameters, layout: Layout) -> Parameters:
     found = in_te(parameters, layout).items()
     pattern = r"\.local_experts\.(\d+)\.(linear_fc[12]\.weight)"
     return {re.sub(pattern, r".\2\1", name): value for name, value in found}
+
+
+def refusal(
+    layout: Layout, changes: dict[str, Any], frozen: str, of_layers: dict[str, Any] | None = None
+) -> str:
+    """On a rank: what `attach` says, having left the layers as they were.
+
+    Args:
+        changes: of Megatron's configuration; `of_layers`: of its grouped layers.
+    """
+    _megatron.initialize(layout)
+    model, optimizer, config = _megatron.build(layout)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    for name, parameter in model[0].named_parameters():
+        if frozen and name.endswith(frozen):
+            parameter.requires_grad = False
+    for module in model[0].modules():
+        if hasattr(module, "num_gemms"):
+            vars(module).update(of_layers or {})
+    try:
+        megatron_dr.attach(model, optimizer, config, DRConfig(rows="sample", **vars(Case())))
+    except ValueError as error:
+        assert not any("forward" in vars(module) for module in model[0].modules())
+        return str(error)
+    return ""

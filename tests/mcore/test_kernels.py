@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megatron_dr.mcore.loop import kernels
@@ -24,7 +25,9 @@ def test_whose_apex(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_a_transformer_engine_that_breaks(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))  # has no __spec__
     assert kernels.transformer_engine() == "no Transformer Engine"
+    assert kernels.apex() == "no NVIDIA apex"
     (tmp_path / "transformer_engine.py").write_text("raise ImportError")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert "installed but can't be imported" in kernels.transformer_engine()

@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 
-import megatron_dr
-from megatron_dr import DRConfig
-
 from . import _megatron, _oracle, _samples
 from ._data import Layout
 from ._pairs import pairs
 from ._ranks import run_ranks
 from ._sample_check import MODES, STEPS, compare, expected
-from ._samples import Case
-from ._te import in_te, spec
+from ._te import in_te, refusal, spec
 
 
 @pytest.fixture(autouse=True)
@@ -51,23 +47,6 @@ def test_equals_oracle(first: str, second: str) -> None:
     ranks = run_ranks(where.world, _samples.train, where, case, STEPS, initial)
     parameters, log = expected(replace(where.alone, dp=where.dp), case)
     compare(ranks, in_te(parameters, where), log, case)
-
-
-def refusal(layout: Layout, changes: dict[str, Any], frozen: str) -> str:
-    """On a rank: what `attach` says, having left the layers as they were."""
-    _megatron.initialize(layout)
-    model, optimizer, config = _megatron.build(layout)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    for name, parameter in model[0].named_parameters():
-        if frozen and name.endswith(frozen):
-            parameter.requires_grad = False
-    try:
-        megatron_dr.attach(model, optimizer, config, DRConfig(rows="sample", **vars(Case())))
-    except ValueError as error:
-        assert not any("forward" in vars(module) for module in model[0].modules())
-        return str(error)
-    return ""
 
 
 FUSED = Layout(fused_gradients=True)

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 
-import megatron_dr
-from megatron_dr import DRConfig
-
 from . import _layouts, _megatron, _oracle, _samples
 from ._data import Layout
 from ._pairs import some
@@ -15,8 +12,7 @@ from ._problem import Problem
 from ._ranks import run_ranks
 from ._sample_check import MODES, STEPS, compare, expected
 from ._sample_oracle import Oracle, WideOracle
-from ._samples import Case
-from ._te import grouped_spec, in_groups
+from ._te import grouped_spec, in_groups, refusal
 
 
 @pytest.fixture(autouse=True)
@@ -62,25 +58,6 @@ def test_buffer_rows_in_grouped_experts() -> None:
         assert error <= 2e-5, f"{name}: {error}"
 
 
-def refusal(changes: dict[str, Any], frozen: str) -> str:
-    """On a rank: what `attach` says, having left the layers as they were."""
-    _megatron.initialize(ONE)
-    model, optimizer, config = _megatron.build(ONE)
-    for name, parameter in model[0].named_parameters():
-        if frozen and name.endswith(frozen):
-            parameter.requires_grad = False
-    for module in model[0].modules():
-        if hasattr(module, "num_gemms"):
-            vars(module).update(changes)
-    config.use_transformer_engine_op_fuser = "fused" in changes
-    try:
-        megatron_dr.attach(model, optimizer, config, DRConfig(rows="sample", **vars(Case())))
-    except ValueError as error:
-        assert not any("forward" in vars(module) for module in model[0].modules())
-        return str(error)
-    return ""
-
-
 @pytest.mark.parametrize(
     ("changes", "frozen", "message"),
     [
@@ -92,5 +69,6 @@ def refusal(changes: dict[str, Any], frozen: str) -> str:
     ],
 )
 def test_refused(changes: dict[str, Any], frozen: str, message: str) -> None:
-    (said,) = run_ranks(1, refusal, changes, frozen)
+    of_config = {"use_transformer_engine_op_fuser": "fused" in changes}
+    (said,) = run_ranks(1, refusal, ONE, of_config, frozen, changes)
     assert message in said

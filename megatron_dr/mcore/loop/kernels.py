@@ -1,8 +1,8 @@
 """A run's line on Transformer Engine and NVIDIA's apex: which are there, and what is used."""
 
 import importlib.util
-import sys
 from argparse import Namespace
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,14 +28,14 @@ def transformer_engine() -> str:
 
     if HAVE_TE:
         return f"Transformer Engine {_version('transformer-engine')} found"
-    if "transformer_engine" in sys.modules or importlib.util.find_spec("transformer_engine"):
+    if _spec("transformer_engine") is not None:
         return "Transformer Engine is installed but can't be imported (megatron-dr doctor)"
     return "no Transformer Engine"
 
 
 def apex() -> str:
     """Whether NVIDIA's is there: by what it has, as PyPI's package of this name is another."""
-    spec = importlib.util.find_spec("apex")
+    spec = _spec("apex")
     if spec is None:
         return "no NVIDIA apex"
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
@@ -45,10 +45,18 @@ def apex() -> str:
             f"the package apex at {where} is not NVIDIA's, though Megatron takes it for that: "
             "remove it"
         )
-    if importlib.util.find_spec(_COMPILED) is None:
+    if _spec(_COMPILED) is None:
         return "NVIDIA apex found without its CUDA extensions"
-    fusion = "" if importlib.util.find_spec(_FUSION) else ", without fused gradient accumulation"
+    fusion = "" if _spec(_FUSION) else ", without fused gradient accumulation"
     return f"NVIDIA apex found{fusion}"
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """Where a module is; None also of a stand-in that says nothing of itself."""
+    try:
+        return importlib.util.find_spec(module)
+    except ValueError:
+        return None
 
 
 def _version(package: str) -> str:

@@ -19,7 +19,7 @@ def _no(module: str) -> bool:
     """A package, or a module of one, isn't installed."""
     try:
         return find_spec(module) is None
-    except ImportError:
+    except (ImportError, ValueError):  # no parent; a stand-in that says nothing of itself
         return True
 
 
