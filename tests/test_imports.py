@@ -186,3 +186,10 @@ def test_importing_us_imports_no_megatron() -> None:
         assert not found, found
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("module", ["rl.reward_worker", "rl.rewards", "rl.sandbox.launcher"])
+def test_what_starts_often_starts_without_torch(module: str) -> None:
+    """Which takes two seconds and 300 MB of each reward worker."""
+    code = f"import sys, megatron_dr.{module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,6 +1,4 @@
-"""The plugin's configuration: a dataclass for each feature, from which the flags are derived."""
+"""The plugin's configuration: a dataclass for each feature, from which the flags are derived.
 
-from megatron_dr.config.dr import DRConfig
-from megatron_dr.config.target import TargetConfig
-
-__all__ = ["DRConfig", "TargetConfig"]
+Nothing is imported here: `config.named` serves reward workers, which start without torch.
+"""
