@@ -70,7 +70,7 @@ class TrainingRun:
         with errors.agreed():  # before attach, in which ranks wait for one another
             samples, held_out = source.target_samples(), source.validation_samples()
             tested = source.test_samples()
-        size = None if target is None else len(samples)
+        size = None if target is None else source.distinct(samples)
         self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
         dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
         self.handle: Handle = attach(model, optimizer, config, dr)

@@ -62,6 +62,14 @@ class RolloutSource(Source):
         self.prompts[TARGET] = self._read([self.target.target_data])
         return self.prompts[TARGET]
 
+    def distinct(self, samples: Sequence[Any]) -> int:
+        """Completions: each rollout's are new, though its prompts are not."""
+        cycles = -(-self.args.train_iters // self.rl.steps_per_cycle(self.args.global_batch_size))
+        if TARGET not in self.prompts:
+            return cycles * self.rl.completions
+        rollouts = -(-cycles // self.rl.target_refresh)
+        return rollouts * self.rl.target_prompts * self.rl.group
+
     def streams(
         self, samples: Any, micro_batch_size: int, ranks: int, chunks: int
     ) -> list[ExperienceStream]:

@@ -31,6 +31,10 @@ class Source:
         """
         return None
 
+    def distinct(self, samples: Any) -> int:
+        """n of `--dr-alpha-style auto`: target samples that a whole run sees, each counted once."""
+        return len(samples)
+
     def validation_samples(self) -> Any:
         """The held-out target set; None where `validate` needs no streams."""
         return None
