@@ -88,6 +88,17 @@ def test_resume_in_the_middle_of_a_cycle_and_in_another_layout(
     ]  # fmt: skip
 
 
+def test_auto_counts_completions_and_not_prompts(data: Data, tmp_path: Path) -> None:
+    """n: one cycle's target rollout, of 2 prompts with 4 completions; b: 4; two steps."""
+    path = tmp_path / "metrics.jsonl"
+    more = f"{regularised(data)} --dr-alpha-style auto --dr-metrics {path}"
+    _rl.run(data, f"{more} {from_base(data)}", 2)
+    rates = [line["learning rate"] for line in metrics.read(path, "train")]
+    for line in metrics.read(path, "train"):
+        assert line["dr E"] == pytest.approx(4 / 8 * sum(rates) / max(rates))
+        assert line["dr alpha"] > 0
+
+
 @pytest.mark.parametrize("reward", ["equal", "raises"])
 def test_without_differences_of_reward_nothing_is_learned(
     data: Data, tmp_path: Path, reward: str
