@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import os
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def _fields(prefix: str, config: Any, data: bool) -> Record:
         elif data:
             found[name] = _content(value, whole=field.metadata["unit"] == "path")
     return found
+
+
+def data_paths(args: Namespace, more: Iterable[str | None] = ()) -> list[Path]:
+    """All files of the general data, and of more paths."""
+    found = [path for path in more if path is not None]
+    for name in _GENERAL:
+        value = getattr(args, name, None) or []
+        found += [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    return sorted({file for path in found for file in _files(path)})
 
 
 def _general(value: Any) -> Any:
