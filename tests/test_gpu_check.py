@@ -161,6 +161,10 @@ def test_the_doctor_is_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     code, parts = check(tmp_path, "doctor")
     assert code == 0 and parts["doctor"]["state"] == "ok"
     assert [line["state"] for line in parts["doctor"]["found"]] == ["ok", "absent"]
+    findings.append(doctor.Finding("psutil", "MISSING", "not installed", "pip install psutil"))
+    code, parts = check(tmp_path, "doctor")  # the check itself needs none
+    assert code == 0 and parts["doctor"]["found"][-1]["state"] == "absent"
+    assert "a run needs it: pip install psutil" in str(parts["doctor"]["found"][-1])
     findings.append(doctor.Finding("numpy", "BROKEN", "it crashes"))
     code, parts = check(tmp_path, "doctor")
     assert code == 1 and parts["doctor"]["found"][-1]["state"] == "FAILED"

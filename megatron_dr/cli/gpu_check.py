@@ -49,6 +49,7 @@ PARTS = {
     "parts": Part("parts:parts", 30, "gram, weighted sum, sketch and solve beside a copy"),
     "trace": Part("trace:trace", 45, "a profiler's trace of a step"),
 }
+_SPARED = ("psutil", "safetensors")  # what a run needs and the check does not
 # before torch is imported
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # else cuBLAS need not give the same bits twice
@@ -97,8 +98,10 @@ def _findings(name: str, where: Any) -> Iterator[Any]:
 
     if name == "doctor":
         for each in doctor.examine_all():
-            state = FAILED if each.bad else OK if each.state == "ok" else "absent"
-            yield Found(each.name, state, {}, each.found)
+            spared = each.state == "MISSING" and each.name in _SPARED
+            state = OK if each.state == "ok" else "absent"
+            note = f"{each.found}; a run needs it: {each.mend}" if spared else each.found
+            yield Found(each.name, FAILED if each.bad and not spared else state, {}, note)
         return
     start.ready(where.device)
     yield from pkgutil.resolve_name(f"megatron_dr.mcore.gpu_check.{PARTS[name].place}")(where)

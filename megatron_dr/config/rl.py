@@ -41,7 +41,7 @@ class RLConfig:
         "whole", "what a reward model reads: prompt and completion, or the completion alone", "name"
     )
     reward_workers: int = flag(1, "processes that evaluate rewards, on each rank", "count")
-    reward_timeout: float = flag(10.0, "time for a completion's reward", "seconds, > 0")
+    reward_timeout: float = flag(20.0, "time for a completion's reward", "seconds, > 0")
     unsafe_sandbox: bool = flag(
         False,
         "let the reward unit_tests run models' code as the user, where the machine can't keep it "

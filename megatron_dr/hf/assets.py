@@ -22,20 +22,54 @@ _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
 _TEMPLATES = "additional_chat_templates"  # of a tokenizer with several, beside its default
 
 
+def within(folder: Path, path: Path) -> Path:
+    """A file of a checkpoint's folder as it is; the hub's cache links to files beside its folders.
+
+    Raises:
+        ValueError: it is a link out of the folder: what lies there is not the checkpoint's to give
+            on, since what is copied may be published.
+    """
+    whole = folder.resolve()
+    if whole.parent.name == "snapshots":
+        whole = whole.parent.parent
+    if not path.resolve().is_relative_to(whole):
+        raise ValueError(
+            f"{path}: a link out of its folder, to {path.resolve()}: put the file itself there."
+        )
+    return path
+
+
+def check(folder: Path) -> None:
+    """Raises:
+    ValueError: one of its files that travel is a link out of it.
+    """
+    list(files(folder))
+
+
 def files(folder: Path) -> Iterator[Path]:
-    """Configuration, tokenizer and chat template files of a checkpoint's folder."""
+    """Configuration, tokenizer and chat template files of a checkpoint's folder.
+
+    Raises:
+        ValueError: one is a link out of it.
+    """
     for path in sorted(folder.iterdir()):
         named = path.suffix in _SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
         ours = path.name in (FLAGS, BASE, ADAPTER_CONFIG) or path.name.endswith(_WEIGHTS)
         if path.is_file() and named and not ours:
-            yield path
-    yield from sorted((folder / _TEMPLATES).glob("*.jinja"))
+            yield within(folder, path)
+    for path in sorted((folder / _TEMPLATES).glob("*.jinja")):
+        yield within(folder, path)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy them; `target` is made."""
+    """Copy them; `target` is made.
+
+    Raises:
+        ValueError: one is a link out of the folder.
+    """
+    found = list(files(source))
     target.mkdir(parents=True, exist_ok=True)
-    for path in files(source):
+    for path in found:
         place = target / path.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)

@@ -108,6 +108,7 @@ def plan(
     """
     reader = Reader(checkpoint_folder(path))
     folder = find_assets(path, reader, config)
+    assets.check(folder)
     model = read_model(folder)
     check_agreement(model, reader.arguments())
     own, model = model.vocabulary, replace(model, vocabulary=words(folder, model, widen))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_dr.hf.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_dr.hf.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check, within
 from megatron_dr.hf.mapping import Box, check_shapes
 from megatron_dr.hf.unpickling import why
 
@@ -42,7 +42,8 @@ class Source:
 
     Raises:
         ValueError: no weights, a damaged file, an index that names one that isn't there, pickles
-            not allowed, an adapter that transformers would add to the weights.
+            not allowed, an adapter that transformers would add to the weights, a link out of the
+            folder.
     """
 
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
@@ -62,6 +63,7 @@ class Source:
                 f"{folder}: {adapter[0]} and {ADAPTER_CONFIG} beside the weights, to which "
                 "transformers would add that adapter: merge it, or move the two files away."
             )
+        check(folder)
         self.pickled = found[0] == _PICKLE
         if self.pickled and not allow_pickle:
             raise ValueError(
@@ -71,7 +73,8 @@ class Source:
         self.places = self._places(found[0])
 
     def _file(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        path = self.folder / name
+        return path.is_file() and within(self.folder, path).is_file()
 
     def _places(self, name: str) -> dict[str, str]:
         index = _index_of(name)
@@ -90,12 +93,12 @@ class Source:
         """File of each tensor by an index, each of them there.
 
         Raises:
-            ValueError: the index is damaged, or doesn't fit the files.
+            ValueError: the index is damaged, doesn't fit the files, or is a link out of the folder.
         """
-        path = self.folder / index
+        path = within(self.folder, self.folder / index)
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            names = {Path(file).name == file and bool(key) for key, file in listed.items()}
+            names = {Path(file).name == file != ".." and bool(key) for key, file in listed.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: damaged, no index of weights ({why(error)}).") from None
         if names != {True}:

@@ -17,6 +17,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from megatron_dr.hf.assets import within
+
 _DCP = "torch.distributed.checkpoint"
 _OLD = "torch.distributed._shard.sharded_tensor.metadata"  # where torch 2.2 has two of them
 _METADATA = frozenset({
@@ -111,6 +113,7 @@ def check_metadata(folder: Path, metadata: Metadata) -> None:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: no such file, but the checkpoint has tensors in it.")
+        within(folder, path)
         if path.stat().st_size < end:
             raise ValueError(
                 f"{path}: cut short, {path.stat().st_size} bytes where the checkpoint has at least "
@@ -123,7 +126,7 @@ def _ends(metadata: Metadata) -> dict[str, int]:
     ends: dict[str, int] = {}
     for index, place in metadata.storage_data.items():
         name, end = place.relative_path, place.offset + place.length
-        if not isinstance(index, MetadataIndex) or Path(name).name != name:
+        if not isinstance(index, MetadataIndex) or not Path(name).name == name != "..":
             raise ValueError(f"{index} lies in {name!r}, no file of the folder")
         if min(place.offset, place.length) < 0:
             raise ValueError(f"{index} has a negative place")

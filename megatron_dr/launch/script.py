@@ -10,6 +10,7 @@ import jinja2
 
 from megatron_dr.launch import flags
 from megatron_dr.launch.recipe import Recipe
+from megatron_dr.report import hidden
 
 _PLAIN = re.compile(r"[\w.,:/@%+=#\[\]*() -]*")  # of an option of Slurm's
 
@@ -41,7 +42,7 @@ def job(recipe: Recipe, out: Path, slurm: bool, port: int = 29500) -> Job:
     """The run of a recipe.
 
     Raises:
-        ValueError: a value that can't be, or that is missing.
+        ValueError: a value that can't be, or that is missing; a key in what would be written.
     """
     config = flags.config_text(flags.ours(recipe, out))
     train = [*flags.megatron(recipe, out), "--dr-config", str(out / "dr.yaml")]
@@ -53,6 +54,13 @@ def job(recipe: Recipe, out: Path, slurm: bool, port: int = 29500) -> Job:
         "node.sh": environment.get_template("node.sh.jinja").render(common, lines=_lines(train)),
         "dr.yaml": config,
     }
+    for name, text in texts.items():
+        for line in filter(hidden.holds_key, text.splitlines()):
+            raise ValueError(
+                f"{recipe.name}: a key would be written into {name}, by "
+                f"{hidden.shown(line.strip())}: set it in your own environment, which the run "
+                "inherits."
+            )
     return Job(out, texts, log, train)
 
 

@@ -1,7 +1,6 @@
 """What a run is, for the first line of its metrics: flags, versions, sources, hardware.
 
-Nothing secret is in it: a flag's value is left out where the flag's name says that it is one, and
-of a URL the user, the password and the query.
+Nothing secret is in it: see `hidden`.
 """
 
 import contextlib
@@ -19,47 +18,10 @@ from typing import Any
 
 import psutil
 
-HIDDEN = "(left out)"
+from megatron_dr.report.hidden import flags
+
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "triton", "transformers")
-_NAMED = re.compile(r"key|token|secret|passw|credential|auth", re.I)
-_HARMLESS = re.compile(r"tokenizer|tokens(?=$|-)|per-token", re.I)  # names of Megatron's and ours
-_URL = re.compile(r"(\w[\w+.-]*://)(?:[^/\s@]*@)?([^\s?#]*)[^\s]*")
-_INSIDE = re.compile(
-    r"((?:key|token|secret|passw\w*|credential\w*|authorization|bearer)[\"']?\s*[:=]\s*|bearer\s+)"
-    r"[\"']?[^\s\"',;&}]+",
-    re.I,
-)
-_KNOWN = re.compile(r"\b(?:sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}")
 _SECONDS = 5  # for git
-
-
-def flags(words: Sequence[str]) -> list[list[str]]:
-    """[[flag, its values], ...] of a command line, without secrets."""
-    found: list[list[str]] = []
-    for word in words:
-        if re.match(r"--?[A-Za-z]", word):
-            name, equals, value = word.partition("=")
-            found.append([name, *([value] if equals else [])])
-        elif found:
-            found[-1].append(word)
-        else:
-            found.append(["", word])
-    return [[name, _value(name, values)] for name, *values in found]
-
-
-def _value(name: str, values: Sequence[str]) -> str:
-    said = " ".join(values)
-    is_number = all(re.fullmatch(r"[\d.,]+", value) for value in values)
-    is_named = _NAMED.search(_HARMLESS.sub("", name))
-    if said and (is_named or "tokens" in name and not is_number):
-        return HIDDEN
-    return without_secrets(said)
-
-
-def without_secrets(text: str) -> str:
-    """A value with what looks like a key or password taken out."""
-    text = _URL.sub(r"\1\2", text)
-    return _KNOWN.sub(HIDDEN, _INSIDE.sub(rf"\1{HIDDEN}", text))
 
 
 def of(argv: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:

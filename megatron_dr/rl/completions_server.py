@@ -30,11 +30,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron_dr.report.hidden import HIDDEN, shown
 from megatron_dr.rl.http_post import Address, Failure, Reply, post
 from megatron_dr.rl.rollouts import Completion, SamplingParams, sample_seed
 
 _TOKEN = "token_id:"
-_TEXT = 500  # bytes of a server's message, in an error
+_LOOKED_AT = 1 << 16  # bytes of a server's message
 _LONGEST_PAUSE = 60.0
 _REPLY, _REPLY_OF_TOKEN = 1 << 20, 1 << 12  # bytes that an answer may have; vLLM's has 200 a token
 
@@ -70,6 +71,7 @@ class CompletionsServer:
         self._url, self._model = f"{self._address}", model
         self._timeout, self._retries, self._pause = timeout, retries, pause
         self._concurrency = concurrency
+        self._key = key or ""
         self._headers = {"Content-Type": "application/json"}
         if key:
             if not (key.isascii() and key.isprintable()):
@@ -117,8 +119,8 @@ class CompletionsServer:
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise RuntimeError(
                 f"{self._url} answered prompt {number} against the contract "
-                f"({type(error).__name__}: {error}): {_text(answer)}"
-            ) from error
+                f"({type(error).__name__}: {self._said(str(error))}): {self._text(answer)}"
+            ) from None  # it has what the server said, too
 
     def _post(self, number: int, body: bytes, most: int) -> bytes:
         failure = ""
@@ -128,11 +130,11 @@ class CompletionsServer:
             try:
                 reply = post(self._address, body, self._headers, self._timeout, most)
             except Failure as error:
-                failure = str(error)
+                failure = self._said(str(error))
                 continue
             if reply.status == 200:
                 return reply.body
-            failure = _refusal(reply)
+            failure = self._refusal(reply)
             if reply.status not in (408, 429) and reply.status < 500:
                 raise ValueError(f"{self._url} refused prompt {number} with {failure}")
         raise RuntimeError(
@@ -140,18 +142,20 @@ class CompletionsServer:
             f"{failure}. Is the server up, and is the timeout of {self._timeout:g} s enough?"
         )
 
+    def _refusal(self, reply: Reply) -> str:
+        if reply.location is None:
+            return f"status {reply.status}: {self._text(reply.body)}"
+        return (
+            f"status {reply.status}: it redirects to {self._said(reply.location)!r:.200}, which is "
+            "not followed: give the URL of the server itself"
+        )
 
-def _refusal(reply: Reply) -> str:
-    if reply.location is None:
-        return f"status {reply.status}: {_text(reply.body)}"
-    return (
-        f"status {reply.status}: it redirects to {reply.location!r:.200}, which is not followed: "
-        "give the URL of the server itself"
-    )
+    def _text(self, answer: bytes) -> str:
+        return self._said(answer[:_LOOKED_AT].decode(errors="replace"))
 
-
-def _text(answer: bytes) -> str:
-    return answer[:_TEXT].decode(errors="replace")
+    def _said(self, text: str) -> str:
+        """Of the server, for a message: some repeat the key that they refuse."""
+        return shown(text.replace(self._key, HIDDEN) if self._key else text)
 
 
 def _completion(answer: Any) -> Completion:

@@ -47,7 +47,7 @@ class Address:
         """
         if not url.startswith(("http://", "https://")) or not (url.isascii() and url.isprintable()):
             raise ValueError(
-                f"the server's URL must begin with http:// or https://, not {url!r:.200}."
+                f"the server's URL must begin with http:// or https://, not {_told(url)!r:.200}."
             )
         parts = urlsplit(url)
         if "@" in parts.netloc:  # not shown: it is a secret
@@ -58,7 +58,8 @@ class Address:
             host = None
         if not host or parts.query or parts.fragment or " " in url:
             raise ValueError(
-                f"the server's URL needs a host, and has nothing behind its path: {url!r:.200}."
+                "the server's URL needs a host, and has nothing behind its path: "
+                f"{_told(url)!r:.200}."
             )
         secure = parts.scheme == "https"
         if not (secure or plain_http or _is_here(host)):
@@ -171,6 +172,11 @@ class _Watched:
         if self._held is not None:
             with contextlib.suppress(OSError):
                 self._held.shutdown(socket.SHUT_RDWR)
+
+
+def _told(url: str) -> str:
+    """What of it is no secret."""
+    return url.partition("?")[0].partition("#")[0].rpartition("@")[2]
 
 
 def _is_here(host: str) -> bool:

@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from megatron_dr.config.named import load_function
+from megatron_dr.report.hidden import shown
 from megatron_dr.rl.finite import finite
 from megatron_dr.rl.rewards import Reward
 from megatron_dr.rl.sandbox import Impossible
@@ -58,12 +59,12 @@ def _evaluate(reward: Reward, prompt: Any, completion: str, answer: Any) -> dict
         number = finite(value)
         if number is not None:
             return {"reward": number}
-        shown = reprlib.repr(value)  # an int of too many digits has no repr
-        return {"error": "invalid", "message": f"returned {shown}, not a finite number"[:_TEXT]}
+        said = reprlib.repr(value)[:_TEXT]  # an int of too many digits has no repr
+        return {"error": "invalid", "message": f"returned {said}, not a finite number"}
     except Impossible as error:  # of every sample
         return {"error": "load", "message": str(error)}
     except (Exception, SystemExit) as error:
-        return {"error": "raised", "message": f"{type(error).__name__}: {error}"[:_TEXT]}
+        return {"error": "raised", "message": shown(f"{type(error).__name__}: {error}")}
 
 
 def _away(descriptor: int) -> int:

@@ -73,6 +73,8 @@ FROM_HF = {
     "index without map": ("shards", INDEX, text("{}"), "damaged, no index of weights"),
     "index empty": ("shards", INDEX, text('{"weight_map": {}}'), "weight_map is empty"),
     "index leaves": ("shards", INDEX, text('{"weight_map": {"a": "../b"}}'), "no file of the"),
+    "index absolute": ("shards", INDEX, text('{"weight_map": {"a": "/etc/b"}}'), "no file of the"),
+    "index upwards": ("shards", INDEX, text('{"weight_map": {"a": ".."}}'), "no file of the"),
     "index wrong": (
         "shards", INDEX, text('{"weight_map": {"zz": "a.safetensors"}}'),
         "it places zz in a.safetensors, which doesn't have it",
@@ -119,6 +121,60 @@ def test_damaged_hugging_face(
     assert said.out == "" and said.err.count("\n") == 1
     assert str(path) in said.err and sentence in said.err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/hostname", ".."])
+def test_places_outside_of_the_folder(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    shutil.copytree(whole / "mcore", tmp_path / "mcore")
+    metadata = read_metadata(tmp_path / "mcore" / METADATA)
+    for place in metadata.storage_data.values():
+        place.relative_path = name
+    (tmp_path / "mcore" / METADATA).write_bytes(pickle.dumps(metadata))
+    assert run("mcore-to-hf", tmp_path / "mcore", tmp_path / "out") == 2
+    assert f"lies in {name!r}, no file of the folder" in capsys.readouterr().err
+
+
+LINKED = {
+    "weights": ("hf", WEIGHTS), "a shard": ("shards", "a.safetensors"), "index": ("shards", INDEX),
+    "configuration": ("hf", "config.json"), "what is copied": ("hf", "notes.txt"),
+    "a pickle": ("pickle", PICKLE), "a template": ("hf", "additional_chat_templates/a.jinja"),
+    "pieces": ("mcore", "release/__0_0.distcp"), "Megatron's": ("mcore", "hf/tokenizer.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place, file", LINKED.values(), ids=LINKED.keys())
+def test_links_out_of_the_folder(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, file: str
+) -> None:
+    """What is copied may be published: a crafted folder names no file of the user's."""
+    shutil.copytree(whole / place, tmp_path / "given")
+    path, private = tmp_path / "given" / file, tmp_path / "private"
+    if path.exists():
+        path.rename(private)
+    else:
+        private.write_text("{}")
+        path.parent.mkdir(exist_ok=True)
+    path.symlink_to("../" * (file.count("/") + 1) + "private")
+    into = ("mcore-to-hf",) if place == "mcore" else ("hf-to-mcore", "--allow-pickle")
+    assert run(into[0], tmp_path / "given", tmp_path / "out", *into[1:]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert f"{path}: a link out of its folder, to {private}" in said.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_links_inside_the_folder_are_followed(whole: Path, tmp_path: Path) -> None:
+    """Also those of the hub's cache, whose files lie beside its folders."""
+    folder = tmp_path / "models--a--b" / "snapshots" / "0a1b"
+    shutil.copytree(whole / "hf", folder)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (folder / WEIGHTS).rename(folder / "../../blobs/0")
+    (folder / WEIGHTS).symlink_to("../../blobs/0")
+    (folder / "config.json").rename(folder / "kept")
+    (folder / "config.json").symlink_to("kept")
+    assert run("hf-to-mcore", folder, tmp_path / "mcore") == 0
 
 
 def test_pickles_of_old_torch_are_read(whole: Path, tmp_path: Path) -> None:

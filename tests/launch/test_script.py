@@ -53,6 +53,18 @@ def test_words_come_through_the_shell_as_they_are(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[1:] == ["-m", "megatron_dr", "convert", "a b", "$c"]
 
 
+@pytest.mark.parametrize("given", [
+    "setup=[export WANDB_API_KEY=12f3]", "env.PROXY=https_token=12f3",
+    "slurm.more=[--export=HF_TOKEN=12f3]",
+    "flags.wandb-project=hf_aaaaaaaa12f3",
+])  # fmt: skip
+def test_no_key_is_written_into_a_script(tmp_path: Path, given: str) -> None:
+    with pytest.raises(ValueError, match="a key would be written into") as raised:
+        job(tmp_path, given, slurm=True)
+    assert "12f3" not in str(raised.value)
+    job(tmp_path, "setup=[export WANDB_API_KEY=$(cat ~/.key)]", slurm=True)
+
+
 def test_a_job_of_slurm(tmp_path: Path) -> None:
     given = ("gpus=16", "slurm.partition=gpu", "slurm.time=2:00:00", "slurm.signal=900",
              "slurm.more=[--constraint=nvlink, --exclude=n7]")  # fmt: skip

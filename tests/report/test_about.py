@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dr.report import about
-from megatron_dr.report.about import HIDDEN
+from megatron_dr.report import about, hidden
+from megatron_dr.report.hidden import HIDDEN
 
 SECRETS = [
     "--wandb-api-key 12f3", "--api_key=12f3", "--hf-token 12f3", "--apitoken 12f3",
@@ -19,7 +19,8 @@ SECRETS = [
 ]  # fmt: skip
 KEPT = [
     "--tokenizer-type HuggingFaceTokenizer", "--dr-generate-tokens 128", "--lr -1e-3",
-    "--calculate-per-token-loss", "--tokenizer-model /a/b", "--dr-target-data a@b.jsonl",
+    "--calculate-per-token-loss", "--moe-token-dispatcher-type alltoall",
+    "--tokenizer-model /a/b", "--dr-target-data a@b.jsonl",
     "--save s3://bucket/run", "--train-data-path 0.75 a.jsonl 0.25 b.jsonl", "-x 1",
 ]  # fmt: skip
 
@@ -37,8 +38,24 @@ def test_what_is_no_secret_is_said_as_it_is(given: str) -> None:
 
 
 def test_a_url_keeps_where_it_leads() -> None:
-    assert about.without_secrets("https://me:x@host:8000/v1?key=y") == "https://host:8000/v1"
+    assert hidden.without_secrets("https://me:x@host:8000/v1?key=y") == "https://host:8000/v1"
     assert about.flags(["--hf-token", "x"]) == [["--hf-token", HIDDEN]]
+
+
+@pytest.mark.parametrize("line, holds", [
+    ("export HF_TOKEN=hf_aaaaaaaaaaaa", True), ("export WANDB_API_KEY='12f3'", True),
+    ("curl -H 'Authorization: Bearer 12f3' https://host", True), ("login sk-aaaaaaaa12f3", True),
+    ('export HF_TOKEN=$(cat ~/.token)', False), ('export WANDB_API_KEY="$KEY"', False),
+    ("source keys.sh", False), ("export TOKENIZERS_PARALLELISM=false", False),
+])  # fmt: skip
+def test_a_line_holds_a_key(line: str, holds: bool) -> None:
+    assert hidden.holds_key(line) == holds
+
+
+def test_what_others_wrote_moves_no_terminal() -> None:
+    said = hidden.shown("a\x1b[2J\nINFO all is well\u202e" + "x" * 999)
+    assert said.startswith("a\\x1b[2J\\nINFO all is well\\u202exx") and said.isprintable()
+    assert len(said) < 520
 
 
 def test_git_says_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

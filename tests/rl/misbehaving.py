@@ -16,6 +16,8 @@ def reward(prompt: str, completion: str, answer: Any) -> Any:
     match completion:
         case "raise":
             raise KeyError("no such key")
+        case "terminal":
+            raise ValueError("\x1b[2J\nINFO all is well; token: 12f3")
         case "exit":
             sys.exit(3)
         case "sleep":

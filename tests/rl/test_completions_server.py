@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,33 @@ def test_a_refusal_is_told_at_once(server: Server) -> None:
     with pytest.raises(ValueError, match="prompt 0 with status 400: .*context length is 8"):
         client(server).generate([[4] * 9], PARAMS, 0)
     assert len(server.requests) == 1
+
+
+SECRET = "12f3-of-the-user"
+
+
+@pytest.mark.parametrize("status", [200, 307, 401, 500])
+def test_the_key_is_in_no_message(server: Server, status: int) -> None:
+    """Some servers repeat what they refuse; nor do signs get through that a terminal would obey."""
+    said = f"the key {SECRET} is not known\n\x1b[2Jall is well"
+    server.headers = {"Location": f"http://me:{SECRET}@host/?key={SECRET}"} if status == 307 else {}
+    server.answer = lambda body, number: (status, {"message": said, "choices": [{SECRET: said}]})
+    engine = client(server, key=SECRET, retries=0)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        engine.generate([[4]], PARAMS, 0)
+    text = "".join(traceback.format_exception(raised.value)) + repr(engine)
+    assert SECRET not in text and "\x1b" not in text
+    assert status == 307 or "(left out)" in text
+
+
+@pytest.mark.parametrize("url", [
+    f"https://host/v1?key={SECRET}", f"https://me:{SECRET}@host", f"ftp://me:{SECRET}@host/",
+    f"https://host/#{SECRET}", f"me:{SECRET}@host", f"https:///?{SECRET}",
+])  # fmt: skip
+def test_a_url_that_is_refused_is_not_shown_with_its_secret(url: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        CompletionsServer(url, "policy")
+    assert SECRET not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_server_that_hangs_is_given_up(server: Server) -> None:

@@ -43,10 +43,12 @@ def test_failures_cost_their_sample_and_are_counted(caplog: pytest.LogCaptureFix
 
 
 def test_a_failure_names_the_sample_by_where_it_is_from(caplog: pytest.LogCaptureFixture) -> None:
-    samples = [Sample("", "fine", 0), Sample("", "raise", 1, "asked.jsonl:7")]
+    """In one line that moves no terminal: completions are in messages of errors."""
+    samples = [Sample("", "terminal", 0), Sample("", "raise", 1, "asked.jsonl:7")]
     with closing(RewardPool(MISBEHAVING, workers=1, timeout=5.0)) as pool:
         pool.score(samples)
     assert f"reward {MISBEHAVING}, asked.jsonl:7: KeyError: 'no such key'" in caplog.text
+    assert "ValueError: \\x1b[2J\\nINFO all is well; token: (left out)" in caplog.text
 
 
 def test_numbers_that_training_can_not_hold_are_no_rewards(

@@ -1,8 +1,7 @@
-"""The sandbox that runs models' code."""
+"""The sandbox that runs models' code: what works in it, and how it ends; for the rest `escapes`."""
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,29 +13,16 @@ from pathlib import Path
 import pytest
 
 from megatron_dr.rl import sandbox
-from megatron_dr.rl.sandbox import Limits, passes
+from megatron_dr.rl.sandbox import Limits, passes, screen
 
-QUICK = Limits(wall_seconds=1.5, cpu_seconds=1)
+from .escapes._observed import needs_namespaces
+
 PATIENT = Limits(wall_seconds=60.0, cpu_seconds=30)  # for what passes on a busy machine
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        pytest.param("import sys; sys.exit(0)", id="exit"),
-        pytest.param("import os; os._exit(0)", id="_exit"),
-        pytest.param("while True: pass", id="loop"),
-        pytest.param("import time; time.sleep(60)", id="sleep"),
-        pytest.param("x = bytearray(2 << 30)", id="memory"),
-        pytest.param("open('big', 'wb').write(bytes(32 << 20))", id="file"),
-        pytest.param("def", id="syntax"),
-        pytest.param("\x00\ud800", id="bytes"),
-    ],
-)
+@pytest.mark.parametrize("code", ["def", "\x00\ud800", "raise ValueError"])
 def test_code_that_does_not_reach_the_end_fails(code: str) -> None:
-    began = time.monotonic()
-    assert not passes(code, "", QUICK)
-    assert time.monotonic() - began < 60
+    assert not passes(code, "", PATIENT)
 
 
 def test_code_may_print() -> None:
@@ -49,16 +35,6 @@ def test_code_runs_in_its_own_folder_with_an_empty_environment() -> None:
     assert passes(code, f"assert here != {str(Path.cwd())!r} and 'HOME' not in os.environ")
 
 
-CAN = """
-import os
-os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWPID | os.CLONE_NEWNS)
-"""
-apart = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", CAN], capture_output=True).returncode != 0,
-    reason="this kernel forbids user namespaces",
-)
-
-
 @pytest.fixture
 def outside() -> Iterator[Path]:
     """A folder of the user's, in no place that the sandbox hides."""
@@ -68,61 +44,7 @@ def outside() -> Iterator[Path]:
         yield Path(folder)
 
 
-FORBIDDEN = [
-    "os.unlink(f'{outside}/checkpoint')",
-    "open(f'{outside}/target.jsonl', 'a').write('poison')",
-    "open(f'{outside}/new', 'w')",
-    "os.rename(f'{outside}/checkpoint', f'{outside}/moved')",
-    "os.chmod(f'{outside}/checkpoint', 0)",
-    "os.truncate(f'{outside}/target.jsonl', 0)",
-    "os.makedirs(f'{outside}/folder')",
-    "os.symlink('/', f'{outside}/link')",
-    "open('/proc/sys/vm/swappiness', 'w')",
-    "open('/proc/self/oom_score_adj', 'w')",
-    "open('/dev/new', 'w')",
-    "call('mount', b'none', b'/', b'none', 32 | 4096, b'')",
-    "call('umount2', b'/tmp', 2)",
-    "call('shmget', 0, 1 << 20, 0o1600)",
-    "os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)",
-    "os.memfd_create('unseen')",
-    "socket.socket(socket.AF_UNIX).connect(f'{outside}/listening')",
-    "socket.socket(socket.AF_VSOCK)",
-    "socket.create_connection(socket.create_server(('127.0.0.1', 0)).getsockname(), 1)",
-]
-TRYING = """
-import ctypes, os, socket
-def call(name, *arguments):
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
-        raise OSError(ctypes.get_errno(), name)
-done = []
-for attempt in forbidden:
-    try:
-        exec(attempt)
-    except OSError:
-        continue
-    done.append(attempt)
-assert not done, done
-assert open(f"{outside}/target.jsonl").read() == "data\\n"
-assert not os.listdir("/run") and len([p for p in os.listdir("/proc") if p.isdigit()]) == 2
-os.kill(1, 9)  # who watches does not hear it
-"""
-
-
-@apart
-def test_code_can_change_nothing_of_the_users(outside: Path) -> None:
-    """It can read; there is no network, and no process but its own and the one that watches."""
-    given = f"outside = {str(outside)!r}\nforbidden = {FORBIDDEN!r}\n"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(outside / "listening"))
-        listening.listen()
-        assert passes(given + TRYING, "", PATIENT)
-    (outside / "listening").unlink()
-    assert {path.name: path.read_text() for path in outside.iterdir()} == {
-        "checkpoint": "weights", "target.jsonl": "data\n",
-    }  # fmt: skip
-
-
-@apart
+@needs_namespaces
 def test_places_for_temporary_files_are_one_private_folder() -> None:
     code = """
 import asyncio, multiprocessing, os, subprocess, tempfile, threading
@@ -142,38 +64,7 @@ print("said", tempfile.mkdtemp())
     assert not Path("/tmp/program.py").exists()
 
 
-HOGS = {
-    "memory": """
-for _ in range(4):
-    if os.fork() == 0:
-        x = bytearray(b"1") * (60 << 20)
-        time.sleep(60)
-time.sleep(60)
-""",
-    "files": """
-for n in range(9):
-    open(f"/tmp/{n}", "wb").write(bytes(1 << 20))
-""",
-    "processes": """
-for _ in range(20):
-    if os.fork() == 0:
-        time.sleep(60)
-time.sleep(60)
-""",
-}
-
-
-@apart
-@pytest.mark.parametrize("kind", HOGS)
-def test_limits_are_those_of_all_processes_together(kind: str) -> None:
-    """Each of them alone is far below."""
-    limits = Limits(60.0, 30, memory_mib=150, file_mib=8, processes=12)
-    began = time.monotonic()
-    assert not passes("import os, time\n" + HOGS[kind], "", limits)
-    assert time.monotonic() - began < 50
-
-
-@apart
+@needs_namespaces
 def test_what_processes_share_counts_once() -> None:
     code = """
 import os, time
@@ -192,7 +83,7 @@ def without(*names: str) -> str:
     """What boots a launcher on a kernel that forbids these, of the launcher's or of `os`."""
     return "".join(f"""
 import os
-from megatron_dr.rl.sandbox import calls
+from megatron_dr.rl.sandbox import apart, calls, landlock, screen
 def forbidden(*_):
     raise PermissionError("{name}: forbidden")
 {name} = forbidden
@@ -204,19 +95,44 @@ def forbidding(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(sandbox, "_BOOT", f"{first}\n{without(*names)}\n{rest}")
 
 
-@pytest.mark.parametrize("name", ["os.unshare", "calls.mount", "calls.make_read_only",
-                                  "calls.forbid_some"])  # fmt: skip
 def test_a_machine_that_cant_keep_code_apart_does_not_run_it(
-    name: str, monkeypatch: pytest.MonkeyPatch, outside: Path
+    monkeypatch: pytest.MonkeyPatch, outside: Path
 ) -> None:
-    forbidding(monkeypatch, name)
+    forbidding(monkeypatch, "os.unshare")
     code = f"import os; os.unlink({str(outside / 'checkpoint')!r})"
-    with pytest.raises(sandbox.Impossible, match=f"{name}: forbidden.*--dr-rl-unsafe-sandbox"):
+    with pytest.raises(sandbox.Impossible, match="os.unshare: forbidden.*--dr-rl-unsafe-sandbox"):
         passes(code, "")
     assert (outside / "checkpoint").exists()
     monkeypatch.setenv(sandbox.UNSAFE, "1")
     assert passes(code, "", PATIENT) and not (outside / "checkpoint").exists()
-    assert passes("import os; open('a', 'w'); assert 'HOME' not in os.environ", "", PATIENT)
+    code = "import os; open('a', 'w'); assert 'HOME' not in os.environ"
+    assert passes(code, "assert os.stat('.').st_mode & 0o777 == 0o700", PATIENT)
+
+
+@needs_namespaces
+@pytest.mark.parametrize("name", ["calls.mount", "calls.make_read_only", "apart.show_processes",
+                                  "landlock.write_only_in", "screen.forbid_some"])  # fmt: skip
+def test_each_part_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidding(monkeypatch, name)
+    with pytest.raises(sandbox.Impossible, match=f"{name}: forbidden"):
+        sandbox.check()
+
+
+def test_a_kernel_that_refuses_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filter of the sandbox, set before it begins, makes this kernel one."""
+    first, rest = sandbox._BOOT.split("\n", 1)
+    filtered = "from megatron_dr.rl.sandbox import calls, screen\ncalls.prctl(38, 1)\n"
+    monkeypatch.setattr(sandbox, "_BOOT", f"{first}\n{filtered}screen.forbid_some()\n{rest}")
+    with pytest.raises(sandbox.Impossible, match="Operation not permitted"):
+        sandbox.check()
+
+
+def test_the_filter_has_a_table_for_two_machines() -> None:
+    for machine in ("x86_64", "aarch64"):
+        code = screen._filter(machine)
+        assert len(code) % 8 == 0 and len(code) < 8 * 256
+    with pytest.raises(OSError, match="no table of system calls for riscv64"):
+        screen._filter("riscv64")
 
 
 def test_a_launcher_that_cant_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

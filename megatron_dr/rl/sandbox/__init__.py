@@ -3,10 +3,10 @@
 The code sees the machine's files read-only and as the user may read them. It writes to one private
 folder in memory, which is its /tmp and /var/tmp, too, and ends with it. /dev has the harmless
 devices alone, /run is empty, /proc has its own processes, there is no network, the environment is
-empty, and system calls are refused that give memory outside of all this, or sockets on which the
-user's programs listen. Linux namespaces do so, without root. `Limits` holds for all processes of a
-run together, which are looked at every 20 milliseconds; address space and CPU time are limited for
-each. Nothing outlives a run.
+empty, and system calls are refused that give memory outside of all this, the user's keys, or
+sockets on which the user's programs listen. Linux namespaces do so, without root. `Limits` holds
+for all processes of a run together, which are looked at every 20 milliseconds; address space is
+limited for each. Nothing outlives a run.
 
 Where the machine can't give that, `passes` refuses, unless the environment variable
 MEGATRON_DR_UNSAFE_SANDBOX is 1, as --dr-rl-unsafe-sandbox sets it for reward workers. The code then
@@ -15,24 +15,21 @@ those of each process (of a user's processes together, but for root's), and what
 killed, unless it kills the launcher first.
 
 What remains: the code may read what the user may read, though nothing but its result leaves the
-sandbox, and the kernel is the user's own. Against code that attacks kernels, train in a virtual
-machine.
+sandbox; it runs in one interpreter with its tests; and the kernel is the user's own. Against code
+that attacks kernels, train in a virtual machine.
 """
 
 import contextlib
 import json
 import os
-import secrets
 import signal
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+# what the launcher, which loads this file for each run, does not need is imported late
 
 UNSAFE = "MEGATRON_DR_UNSAFE_SANDBOX"
-_ROOT = str(Path(__file__).parents[3])
+_ROOT = os.path.abspath(f"{__file__}/../../../..")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1])\n" \
         "from megatron_dr.rl.sandbox import launcher; launcher.main()"  # fmt: skip
 _GRACE = 5.0  # seconds for the launcher to start and to clear up
@@ -42,11 +39,10 @@ class Impossible(ValueError):
     """This machine can't keep the code apart from the user's files."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one run may use, all its processes together: seconds, MiB, processes.
+class Limits(NamedTuple):
+    """What one run may use, all its processes together: seconds, MiB, processes and threads.
 
-    `cpu_seconds` is each process's; `file_mib` is memory beside `memory_mib`.
+    `file_mib` is memory beside `memory_mib`.
     """
 
     wall_seconds: float = 8.0
@@ -57,19 +53,38 @@ class Limits:
 
 
 def passes(code: str, tests: str, limits: Limits | None = None) -> bool:
-    """Whether `code`, followed by `tests`, runs to its end without an error.
+    """Whether `code`, and then `tests` in the same names, run to their end without an error.
 
-    The end is told by a token printed after the tests, so that code which exits early fails. Code
-    that reads its own source and prints the token does pass.
+    The end is told by a token, which code that exits early does not have. Code that finds it, or
+    leaves tests out by other means, would pass any tests: what passes runs once more with tests
+    that fail at their end, and fails if it passes them, too.
 
     Raises:
         Impossible: the machine can't keep the code apart, and may not run it otherwise.
     """
     limits = limits or Limits()
-    token = secrets.token_hex(16)
-    ending = f"import os as _os\n_os.write(1, b'\\n{token}\\n')\n"
-    program = f"{code}\n{tests}\n{ending}".encode(errors="replace")
-    answer = _run(program, token, limits, "/")
+    if not _reaches_end(code, tests, limits):
+        return False
+    if _reaches_end(code, f"{tests}\nraise AssertionError", limits):
+        import logging
+
+        logging.getLogger(__name__).warning(
+            "code of a model passes tests that fail: it forges the result, and fails."
+        )
+        return False
+    return True
+
+
+def check() -> None:
+    """Raise Impossible where `passes` would."""
+    _reaches_end("", "", Limits())
+
+
+def _reaches_end(code: str, tests: str, limits: Limits) -> bool:
+    import tempfile
+
+    about = {"code": code, "tests": tests, "limits": limits, "token": os.urandom(16).hex()}
+    answer = _run(about | {"unsafe": False}, limits, "/")
     if "impossible" in answer:
         if os.environ.get(UNSAFE) != "1":
             raise Impossible(
@@ -79,28 +94,25 @@ def passes(code: str, tests: str, limits: Limits | None = None) -> bool:
                 "--dr-rl-unsafe-sandbox to let the code read, write and delete what the user may."
             )
         with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
-            answer = _run(program, token, limits, folder, unsafe=True)
+            answer = _run(about | {"unsafe": True}, limits, folder)
     return answer.get("passed", False) is True
 
 
-def check() -> None:
-    """Raise Impossible where `passes` would."""
-    passes("", "")
-
-
-def _run(
-    program: bytes, token: str, limits: Limits, folder: str, unsafe: bool = False
-) -> dict[str, Any]:
+def _run(about: dict[str, Any], limits: Limits, folder: str) -> dict[str, Any]:
     """What the launcher answers; nothing where it had to be killed."""
-    about = {"limits": asdict(limits), "token": token, "unsafe": unsafe}
+    import subprocess
+
     answer = b""
     with subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _BOOT, _ROOT, json.dumps(about)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
-        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, start_new_session=True,
+        [sys.executable, "-I", "-S", "-c", _BOOT, _ROOT], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
+        # one thread of mathematics: threads count
+        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            answer, _ = process.communicate(program, limits.wall_seconds + _GRACE)
+            text = json.dumps(about).encode()
+            answer, _ = process.communicate(text, limits.wall_seconds + _GRACE)
         except subprocess.TimeoutExpired:
             pass
         finally:

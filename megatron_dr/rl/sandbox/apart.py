@@ -13,7 +13,7 @@ from megatron_dr.rl.sandbox import calls
 
 FOLDER = "/tmp"  # all that can be written to
 _ALSO = ("/var/tmp", "/dev/shm")  # the same folder
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 _NOBODY = 65534  # no user with powers, inside; outside it is the user
 
 
@@ -71,12 +71,12 @@ def _private(file_mib: int) -> None:
 def _devices() -> None:
     """A /dev without disks and other devices that root may write to."""
     with contextlib.ExitStack() as stack:
-        held = {name: stack.enter_context(_held(f"/dev/{name}")) for name in _DEVICES}
+        held = {path: stack.enter_context(_held(path)) for path in DEVICES}
         flags = calls.MS_NOSUID | calls.MS_NOEXEC
         calls.mount("tmpfs", "/dev", "tmpfs", flags, "size=4k,nr_inodes=32,mode=755")
-        for name, source in held.items():
-            _write(f"/dev/{name}", "")
-            calls.mount(source, f"/dev/{name}", "none", calls.MS_BIND)
+        for path, source in held.items():
+            _write(path, "")
+            calls.mount(source, path, "none", calls.MS_BIND)
     os.mkdir("/dev/shm")
     os.symlink("/proc/self/fd", "/dev/fd")
     calls.mount("none", "/dev", "none", calls.MS_REMOUNT | calls.MS_BIND | calls.MS_RDONLY | flags)

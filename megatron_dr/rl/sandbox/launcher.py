@@ -1,6 +1,6 @@
 """The process that `sandbox` starts: cuts the program off, runs it, and ends all that it started.
 
-It reads the program from its input and answers with one line of JSON, {"passed": ...}, or
+It reads what to run from its input and answers with one line of JSON, {"passed": ...}, or
 {"impossible": why} where the program was not run. Standard library alone.
 """
 
@@ -14,25 +14,25 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_dr.rl.sandbox import Limits, apart, calls, watch
+from megatron_dr.rl.sandbox import Limits, apart, calls, landlock, screen, watch
 
 _MIB = 1 << 20
 _FILES = 128  # open at a time, in each process: what is unread in pipes and sockets is memory
-_TAIL = 1 << 20  # bytes of what was printed
+_CORE = 1  # byte: no dump, and unlike 0 no start of the program that the machine has for dumps
 _WAKING = {signal.SIGCHLD, signal.SIGTERM}
 
 
 def main() -> None:
-    about, program = json.loads(sys.argv[2]), sys.stdin.buffer.read()
-    limits, token = Limits(**about["limits"]), about["token"].encode()
+    about = json.load(sys.stdin)
+    limits, program = Limits(*about["limits"]), _Program(about)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAKING)  # `_ended` takes them
     calls.prctl(calls.PR_SET_PDEATHSIG, signal.SIGTERM)  # who waits for the result is gone: clear
     calls.prctl(calls.PR_SET_CHILD_SUBREAPER, 1)  # orphans become this process's children
     calls.prctl(calls.PR_SET_NO_NEW_PRIVS, 1)  # all that the program starts can be killed
     if about["unsafe"]:
-        _run_as_the_user(program, token, limits)
+        _run_as_the_user(program, limits)
     else:
-        _run_apart(program, token, limits)
+        _run_apart(program, limits)
     os._exit(0)
 
 
@@ -41,7 +41,7 @@ def _answer(**values: Any) -> None:
 
 
 # -- apart from the user's files -------------------------------------------------------------------
-def _run_apart(program: bytes, token: bytes, limits: Limits) -> None:
+def _run_apart(program: "_Program", limits: Limits) -> None:
     """The answer is given by the first process of the namespace, which sees all others."""
     try:
         apart.leave(limits.file_mib)
@@ -50,44 +50,52 @@ def _run_apart(program: bytes, token: bytes, limits: Limits) -> None:
     first = os.fork()
     if not first:
         with _no_return():
-            _first_process(program, token, limits)
+            _first_process(program, limits)
     if _ended(first, limits.wall_seconds) is None:
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)  # it ends when all processes of the namespace have
 
 
-def _first_process(program: bytes, token: bytes, limits: Limits) -> None:
+def _first_process(program: "_Program", limits: Limits) -> None:
     calls.prctl(calls.PR_SET_PDEATHSIG, signal.SIGKILL)
     calls.prctl(calls.PR_SET_DUMPABLE, 0)
     try:
         apart.show_processes()
-        calls.forbid_some()
+        landlock.write_only_in(apart.FOLDER, apart.DEVICES)
+        _lower(resource.RLIMIT_CORE, _CORE)
+        screen.forbid_some()
     except OSError as error:
         return _answer(impossible=str(error))
     os.chdir(apart.FOLDER)
-    printed = _write_program(program)
+    program.write()
+    readable, closed = os.pipe()
     child = os.fork()
     if not child:
         with _no_return():
-            _become_program(printed, limits)
+            calls.prctl(calls.PR_SET_DUMPABLE, 1)  # else who watches could not look
+            os.close(closed)
+            program.begin(limits)
+    os.close(closed)
+    os.read(readable, 1)
     passed = watch.ends_well(child, limits)
     watch.end_all()
-    _answer(passed=passed and _told(printed, token))
+    _answer(passed=passed and program.told())
 
 
 # -- as the user -----------------------------------------------------------------------------------
-def _run_as_the_user(program: bytes, token: bytes, limits: Limits) -> None:
-    printed = _write_program(program)
+def _run_as_the_user(program: "_Program", limits: Limits) -> None:
+    program.write()
+    _lower(resource.RLIMIT_CORE, _CORE)
     with contextlib.suppress(OSError):  # at least no network, and an end of its processes
         os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWPID)
     child = os.fork()  # the first process of a new process namespace: all of it ends with it
     if not child:
         with _no_return():
             calls.prctl(calls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            _become_program(printed, limits)
+            program.begin(limits)
     passed = _ended(child, limits.wall_seconds) == 0
     _end_children()
-    _answer(passed=passed and _told(printed, token))
+    _answer(passed=passed and program.told())
 
 
 def _end_children() -> None:
@@ -111,38 +119,56 @@ def _children() -> Iterator[int]:
 
 
 # -- the program -----------------------------------------------------------------------------------
-def _write_program(program: bytes) -> int:
-    """In this folder; what it prints goes to a file that is given."""
-    with open("program.py", "wb") as file:
-        file.write(program)
-    return os.open("printed", os.O_RDWR | os.O_CREAT, 0o600)
+class _Program:
+    """Its code in this folder, its tests in a file without a name, a pipe for what it tells."""
 
+    def __init__(self, about: dict[str, Any]) -> None:
+        names = ("code", "tests", "token")
+        texts: list[bytes] = [about[name].encode(errors="replace") for name in names]
+        self._code, self._tests, self._token = texts
+        with open(f"{os.path.dirname(__file__)}/harness.py") as file:  # the sandbox may hide it
+            self._harness = file.read()
 
-def _become_program(printed: int, limits: Limits) -> None:
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for own, number in ((nothing, 0), (printed, 1), (nothing, 2)):
-        os.dup2(own, number)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAKING)
-    os.nice(5)  # who watches is heard
-    _limit(limits)
-    os.execv(sys.executable, [sys.executable, "-I", "program.py"])
+    def write(self) -> None:
+        with open("program.py", "wb") as file:
+            file.write(self._code)
+        self._given = open("tests", "w+b", buffering=0)
+        os.unlink("tests")
+        self._given.write(self._token + b"\n" + self._tests)
+        self._heard, self._tells = os.pipe()
+
+    def begin(self, limits: Limits) -> None:
+        """This process becomes it, with nothing open but what it is given."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(nothing, number)
+        given = (self._given.fileno(), self._tells)
+        for number in given:
+            os.set_inheritable(number, True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAKING)
+        os.setsid()  # signals to its process group don't reach this one's parents
+        os.nice(5)  # who watches is heard
+        _limit(limits)
+        os.execv(sys.executable, [sys.executable, "-I", "-c", self._harness, *map(str, given)])
+
+    def told(self) -> bool:
+        """Whether it told the token and nothing else; all its processes have ended."""
+        os.close(self._tells)
+        return os.read(self._heard, 1 << 16) == self._token
 
 
 def _limit(limits: Limits) -> None:
-    for kind, amount in (
-        (resource.RLIMIT_CPU, limits.cpu_seconds),
-        (resource.RLIMIT_AS, limits.memory_mib * _MIB),
-        (resource.RLIMIT_FSIZE, limits.file_mib * _MIB), (resource.RLIMIT_NOFILE, _FILES),
-        (resource.RLIMIT_NPROC, limits.processes), (resource.RLIMIT_CORE, 0),
-    ):  # fmt: skip
-        hard = resource.getrlimit(kind)[1]
-        amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-        resource.setrlimit(kind, (amount, amount))
+    _lower(resource.RLIMIT_CPU, limits.cpu_seconds)
+    _lower(resource.RLIMIT_AS, limits.memory_mib * _MIB)
+    _lower(resource.RLIMIT_FSIZE, limits.file_mib * _MIB)
+    _lower(resource.RLIMIT_NOFILE, _FILES)
+    _lower(resource.RLIMIT_NPROC, limits.processes)
 
 
-def _told(printed: int, token: bytes) -> bool:
-    """Whether the token was printed at the end: what Python prints as it exits may follow."""
-    return token in os.pread(printed, _TAIL, max(0, os.fstat(printed).st_size - _TAIL))
+def _lower(kind: int, amount: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+    resource.setrlimit(kind, (amount, amount))
 
 
 def _ended(child: int, seconds: float) -> int | None:
