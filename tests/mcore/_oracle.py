@@ -178,12 +178,25 @@ def rows(layout: Layout, p: Parameters, step: int) -> tuple[list[Parameters], Pa
     target = targets(layout, step)
     t = {k: torch.zeros_like(v.detach()) for k, v in p.items() if v.requires_grad}
     if target:
-        t = _gradient(p, target, _tokens(target, layout))
+        t = _target(layout, p, target)
     if layout.domains:
         return [_gradient(p, row, _tokens(row, layout)) for row in data], t
     tokens = _tokens([b for row in data for b in row], layout)
     divisor = None if tokens is None else tokens / len(data)
     return [_gradient(p, row, divisor) for row in data], t
+
+
+def _target(layout: Layout, p: Parameters, target: list[dict]) -> Parameters:
+    """The target's gradient; of several sets their own gradients' mean by weight."""
+    if not layout.target_sets:
+        return _gradient(p, target, _tokens(target, layout))
+    t: Parameters = {}
+    for number, weight in enumerate(_data.SET_WEIGHTS):
+        own = [one for n, one in enumerate(target)
+               if layout.target_sets[n % len(layout.target_sets)] == number]  # fmt: skip
+        for name, value in _gradient(p, own, _tokens(own, layout)).items():
+            t[name] = t.get(name, 0.0) + weight * value
+    return t
 
 
 def targets(layout: Layout, step: int) -> list[dict]:

@@ -142,7 +142,7 @@ class BufferRows:
         with meter.part("solve"):
             bad = BadRows(apart, gram, layout.projected, rows)
             with_target = row_map.target_groups > 0 or router.num_target > 0
-            lacks = row_groups.lacks(dr, row_map, call.num_target)
+            lacks = row_groups.lacks(dr, row_map, call)
             its = call.shares(None if lacks else bad.seen_BRR, lacks) if with_target else _NONE
             update = project(
                 bad.gram_BRR[:, : rows + 1, : rows + 1], dr.feasible_set(), dr.norm, its.alpha,
