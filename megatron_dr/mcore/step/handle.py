@@ -193,9 +193,13 @@ class Handle:
         """What several target sets need, and the step with its data as they were (collective)."""
         if call.sets is None:
             return call, None
-        tokens_n, data = None, call.target_data
+        tokens_n, data, ranks = None, call.target_data, self.dr.target_ranks
         if self.config.calculate_per_token_loss:
-            tokens_n, data = tokens_ahead(data, call.num_target, self.rows.device)
+            runs = not ranks or parallel_state.get_data_parallel_rank() < ranks
+            tokens_n, again = tokens_ahead(
+                data if runs else None, call.num_target, self.rows.device
+            )
+            data = again if runs else data
         scale_n = call.sets.scales(tokens_n, self.rows.device)
         return dataclasses.replace(call, target_data=data), Weighing(scale_n)
 
