@@ -56,9 +56,12 @@ class Panel:
 
 
 _LOSSES, _RULE, _COST = "Losses", "The rule", "Time, network, memory"
+_OF_SET = r"target loss .+"
 PANELS = (
     Rule(_LOSSES, "Loss in training", "loss", TRAIN, r".*\bloss"),
     Rule(_LOSSES, "Held-out loss", "loss", HELD_OUT, r".*\bloss"),
+    Rule(_LOSSES, "Target loss in training, by set", "loss", TRAIN, _OF_SET, drop="target loss "),
+    Rule(_LOSSES, "Held-out target loss, by set", "loss", HELD_OUT, _OF_SET, drop="target loss "),
     Rule(_RULE, "Cosine with the target", "cosine", TRAIN, r"dr cos .*", drop="dr cos "),
     Rule(_RULE, "Effective rows, rows of weight 0", "rows", TRAIN, r"dr (zero )?rows", drop="dr "),
     Rule(_RULE, "Distance of d from t", "lengths of t", TRAIN, r"dr residual", drop="dr "),

@@ -186,14 +186,20 @@ def rows(layout: Layout, p: Parameters, step: int) -> tuple[list[Parameters], Pa
     return [_gradient(p, row, divisor) for row in data], t
 
 
+def target_sets(layout: Layout, target: list[dict]) -> list[tuple[float, list[dict]]]:
+    """The sets of a step's targets, each with its weight in t."""
+    if not layout.target_sets:
+        return [(1.0, target)]
+    own: list[list[dict]] = [[] for _ in _data.SET_WEIGHTS]
+    for n, one in enumerate(target):
+        own[layout.target_sets[n % len(layout.target_sets)]].append(one)
+    return list(zip(_data.SET_WEIGHTS, own, strict=True))
+
+
 def _target(layout: Layout, p: Parameters, target: list[dict]) -> Parameters:
     """The target's gradient; of several sets their own gradients' mean by weight."""
-    if not layout.target_sets:
-        return _gradient(p, target, _tokens(target, layout))
     t: Parameters = {}
-    for number, weight in enumerate(_data.SET_WEIGHTS):
-        own = [one for n, one in enumerate(target)
-               if layout.target_sets[n % len(layout.target_sets)] == number]  # fmt: skip
+    for weight, own in target_sets(layout, target):
         for name, value in _gradient(p, own, _tokens(own, layout)).items():
             t[name] = t.get(name, 0.0) + weight * value
     return t

@@ -6,7 +6,6 @@ once, and nothing is chosen by it.
 """
 
 import math
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 from megatron_dr.mcore.loop.best import Best
 from megatron_dr.mcore.loop.run import TrainingRun
 from megatron_dr.mcore.loop.target_role import with_means
+from megatron_dr.report.run_log import is_loss
 
-_LOSS = re.compile(r"\bloss( [\w-]+)?$")
 _END, _TEST = " on validation set", " on test set"  # how Megatron's prefixes end
 
 
@@ -107,7 +106,7 @@ class Evaluations:
         weights = self.run.watching.weights_of(name for name, *_ in self.run.tests if name)
         values = with_means(values, weights)
         said = [f"{n} value: {float(v):.6E} | {n} PPL: {math.exp(min(20, float(v))):.6E} | "
-                if _LOSS.search(n) else f"{n}: {float(v):.6E} | "
+                if is_loss(n) else f"{n}: {float(v):.6E} | "
                 for n, v in values.items()]  # fmt: skip
         print_rank_last(f" target test set at iteration {iteration} | {''.join(said)}")
         if self.run.file is not None:
