@@ -9,10 +9,14 @@ from megatron_dr.data.order import TargetStream
 Batch = dict[str, Any]
 
 
-def order_of(microbatches: Mapping[str, int]) -> tuple[str, ...]:
+def order_of(microbatches: Mapping[str, int], in_turn: bool = False) -> tuple[str, ...]:
     """The set of each microbatch of a step, of so many of each: in as many equal rounds as there
-    can be, so that where all are even each half of the step has a like share of every set."""
-    rounds = math.gcd(*microbatches.values())
+    can be, so that where all are even each half of the step has a like share of every set.
+
+    Args:
+        in_turn: one set's microbatches after the other's.
+    """
+    rounds = 1 if in_turn else math.gcd(*microbatches.values())
     of_round = [name for name, n in microbatches.items() for _ in range(n // rounds)]
     return tuple(of_round * rounds)
 

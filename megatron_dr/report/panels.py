@@ -72,6 +72,8 @@ PANELS = (
     Rule(_RULE, "Wear of the target", "passes / P", TRAIN, r"dr wear", drop="dr "),
     Rule(_RULE, "E: passes of the run over the target", "passes", TRAIN, r"dr E", drop="dr "),
     Rule(_RULE, "Weights of the corpora", "weight", TRAIN, r"dr weight .*", drop="dr weight "),
+    Rule(_RULE, "Weights of the target sets", "weight", TRAIN, r"dr target weight .*",
+         drop="dr target weight "),
     Rule(_RULE, "Sketch error", "share", TRAIN, r"dr sketch error", drop="dr "),
     Rule(_COST, "A step, whole", "seconds", TRAIN, r"step seconds", drop=" seconds"),
     Rule(_COST, "The plugin's own work, by phase", "ms", TRAIN, r"dr .* ms", drop="dr | ms$"),

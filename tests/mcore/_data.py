@@ -49,13 +49,14 @@ class Layout:
     average: bool = False  # the collective averages
     bf16_buffers: bool = False
     target_sets: tuple[int, ...] = ()  # target n is of set target_sets[n % len], of SET_WEIGHTS
+    maximin: bool = False  # of the two target sets
 
     @property
     def alone(self) -> "Layout":
         """The same model and data with nothing parallel but what makes rows: the oracle's."""
         same = ("per_token", "tied", "moe", "qk_layernorm", "layer_norm", "sequences", "targets",
                 "full_masks", "target_ranks", "packed", "domains", "frozen",
-                "target_sets")  # fmt: skip
+                "target_sets", "maximin")  # fmt: skip
         dp = self.dp if self.target_ranks else 1
         return Layout(**{name: getattr(self, name) for name in same}, dp=dp)
 

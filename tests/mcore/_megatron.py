@@ -236,7 +236,8 @@ def target_sets(layout: Layout, number: int) -> TargetSets | None:
     if not layout.target_sets or not number:
         return None
     of = layout.target_sets * (number // len(layout.target_sets))
-    return TargetSets(("first", "second"), _data.SET_WEIGHTS, of)
+    weights = (0.5, 0.5) if layout.maximin else _data.SET_WEIGHTS
+    return TargetSets(("first", "second"), weights, of)
 
 
 def train(

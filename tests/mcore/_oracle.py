@@ -198,11 +198,18 @@ def target_sets(layout: Layout, target: list[dict]) -> list[tuple[float, list[di
 
 def _target(layout: Layout, p: Parameters, target: list[dict]) -> Parameters:
     """The target's gradient; of several sets their own gradients' mean by weight."""
-    t: Parameters = {}
-    for weight, own in target_sets(layout, target):
-        for name, value in _gradient(p, own, _tokens(own, layout)).items():
-            t[name] = t.get(name, 0.0) + weight * value
-    return t
+    sets = target_sets(layout, target)
+    each = [_gradient(p, own, _tokens(own, layout)) for _, own in sets]
+    weights = nearest_to_zero(*each) if layout.maximin else [weight for weight, _ in sets]
+    return {name: sum(w * t[name] for w, t in zip(weights, each, strict=True)) for name in each[0]}
+
+
+def nearest_to_zero(a: Parameters, b: Parameters) -> tuple[float, float]:
+    """Weights of the point between two gradients that is nearest to 0."""
+    dot = lambda x, y: sum(float((x[name] * y[name]).sum()) for name in x)  # noqa: E731
+    apart = {name: a[name] - b[name] for name in a}
+    of_a = min(1.0, max(0.0, -dot(b, apart) / dot(apart, apart)))
+    return of_a, 1.0 - of_a
 
 
 def targets(layout: Layout, step: int) -> list[dict]:

@@ -139,7 +139,7 @@ SKETCHED = {
 }
 EXACT = {
     "set": "ball", "radius": 0.1, "ridge": 0.7, "rows": "rank", "gram": "exact", "target_ranks": 1,
-    "row_ranks": 1, "alpha_style": "constant",
+    "row_ranks": 1, "alpha_style": "constant", "targets": "mean",
 }  # fmt: skip
 SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1, "alpha": 0.3}
 AUTO = {
@@ -254,6 +254,12 @@ WRONG_SETS = {
     f"{NAMED} --dr-target-batch-size law=0": "target_batch_size must be at least 1, not 0.",
     f"{NAMED} --dr-target-batch-size nat=4": "--dr-target-batch-size has nat, but",
     f"{NAMED} --dr-target-valid-data nat=c.jsonl": "--dr-target-valid-data has nat, but",
+    "--dr-target-data a.jsonl --dr-targets maximin": "--dr-targets maximin needs several target",
+    f"{NAMED} --dr-targets maximin --dr-target-weights law=2": "maximin finds the weights",
+    f"{NAMED} --dr-targets maximin --dr-rows sample": "does not go with rows='sample'",
+    f"{NAMED} --dr-targets maximin --dr-rows rank --dr-target-ranks 1": "with target_ranks=1",
+    f"{NAMED} --dr-targets maximin --dr-alpha-style auto": "and alpha_style='auto' one for each",
+    f"{NAMED} --dr-targets maximin --dr-on-bad-gradient mean": "as on_bad_gradient='mean' does",
     f"{NAMED} --dr-rows sample --dr-target-pass merged": "--dr-target-pass merged takes one target",
     "--dr-target-data a.jsonl --dr-target-weights law=2": "--dr-target-data has no names",
     "--dr-set mean --dr-target-weights law=2": "--dr-target-weights has law, but --dr-target-data",

@@ -38,6 +38,26 @@ def test_buffer_rows_equal_the_oracle(layout: Layout) -> None:
     check(layout, Problem(alpha=0.5))
 
 
+MAXIMIN = {
+    "world1": Layout(target_sets=(0, 0, 0, 1), maximin=True),
+    "dp2-token": Layout(dp=2, target_sets=(0, 1), per_token=True, maximin=True,
+                        distributed_optimizer=True, overlap=True),
+    "pp2-vpp2-token": Layout(pp=2, vpp=2, target_sets=(0, 1, 1, 1), per_token=True, maximin=True),
+    "tp2-dp2": Layout(tp=2, dp=2, target_sets=(0, 1), maximin=True, sequence_parallel=True),
+    "domains": Layout(dp=2, domains=2, target_sets=(0, 1), per_token=True, maximin=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", some(MAXIMIN, "dp2-token", "pp2-vpp2-token"))
+def test_maximin_equals_the_oracle(layout: Layout) -> None:
+    """The point between the sets' gradients that is nearest to 0."""
+    check(layout, Problem(alpha=0.5))
+
+
+def test_maximin_has_one_mean_for_all_blocks() -> None:
+    check(MAXIMIN["world1"], Problem(alpha=0.5, blocks="layer"))
+
+
 SAMPLE_ROWS = {
     "DP 2 token": (Layout(dp=2, target_sets=(0, 1), per_token=True), "exact"),
     "TP 2 means": (Layout(tp=2, target_sets=(0, 1)), "step cone"),

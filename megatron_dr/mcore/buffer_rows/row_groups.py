@@ -35,7 +35,10 @@ def row_map_of(dr: DRConfig) -> RowMap:
     halves: Literal["none", "groups", "buffers"] = "none"
     if dr.alpha_style == "auto" and not target_groups % 2:
         halves = "buffers" if (target_groups or groups) % 2 else "groups"
-    return RowMap(groups, dr.num_slots, target_groups, halves, dr.row_kind.named, peers)
+    targets = dr.target_sets if dr.targets == "maximin" else 1
+    if dr.targets == "maximin" and targets < 2:
+        raise ValueError("targets='maximin' needs target_sets, how many there are: 2 or more.")
+    return RowMap(groups, dr.num_slots, target_groups, halves, dr.row_kind.named, peers, targets)
 
 
 def ranks_per_row(dr: DRConfig) -> int:

@@ -139,7 +139,8 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     itself = any(part.is_target(its) for part, its in found)
     has_target = itself or "target_data" in given
     is_open = set_named(given.get("set", DRConfig.set)).alpha is None
-    if has_target and is_open and not given.keys() & _ALPHA:
+    one_target = given.get("targets", DRConfig.targets) == DRConfig.targets
+    if has_target and is_open and one_target and not given.keys() & _ALPHA:
         given["alpha_style"] = "auto"
     for name in given.keys() & NAMED.keys():
         given[name] = parsed(f"--dr-{name.replace('_', '-')}", given[name], NAMED[name])
@@ -183,6 +184,8 @@ def _check_together(
             "--dr-sketch-error sets the sketch's sides, and so do --dr-kronecker-out and "
             "--dr-kronecker-in: drop it, or one of these."
         )
+    if dr.targets == "maximin":
+        _check_maximin(given, target)
     if dr.merges_target and len(target.target_sets) > 1:
         raise ValueError(
             "--dr-target-pass merged takes one target set: of several each has microbatches of its "
@@ -207,6 +210,19 @@ def _check_together(
             )
         if "alpha" in given and dr.alpha > 0:
             raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
+
+
+def _check_maximin(given: dict[str, Any], target: TargetConfig) -> None:
+    if len(target.target_sets) < 2:
+        raise ValueError(
+            "--dr-targets maximin needs several target sets: give --dr-target-data NAME=PATH "
+            "NAME=PATH, or drop it."
+        )
+    if "target_weights" in given:
+        raise ValueError(
+            "--dr-targets maximin finds the weights of the target sets at every step, and "
+            "--dr-target-weights gives them: drop one of them."
+        )
 
 
 def _check_switches(given: dict[str, Any]) -> None:

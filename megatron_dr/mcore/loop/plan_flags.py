@@ -93,6 +93,8 @@ def read(argv: Sequence[str], gpus: int, one_rank: bool = False) -> Asked:
         raise ValueError(
             f"{WHO} what --dr-rows sample keeps in the layers: drop it for the plan of buffer rows."
         )
+    if dr is not None and dr.targets == "maximin":
+        raise ValueError(f"{WHO} --dr-targets maximin: give the plan --dr-targets mean.")
     layout, size = _layout(args), 0
     if dr is not None and target is not None and target.target_data is not None:
         target_microbatches(args, dr, target)  # refuses what can't be divided

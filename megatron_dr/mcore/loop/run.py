@@ -81,7 +81,10 @@ class TrainingRun:
         if target is not None:
             self._most, size = most_repeated(samples, target)
         self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
-        dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
+        number = 1 if target is None else len(target.target_sets)
+        dr = dataclasses.replace(
+            dr, alpha_steps=args.train_iters, target_size=size, target_sets=number
+        )
         self.handle: Handle = attach(model, optimizer, config, dr)
         last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
         self.file = MetricsFile(args.dr_metrics) if args.dr_metrics and last else None

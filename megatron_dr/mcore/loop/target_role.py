@@ -93,17 +93,18 @@ def by_set(samples: Any) -> dict[str, Any]:
 
 def role(
     source: Source, samples: Any, microbatches: Mapping[str, int], size: int, ranks: int,
-    chunks: int, weights: Mapping[str, float],
+    chunks: int, weights: Mapping[str, float], in_turn: bool = False,
 ) -> TargetRole:  # fmt: skip
     """Of samples as a source gave them.
 
     Args:
         microbatches, weights: by set.
+        in_turn: one set's microbatches after the other's (`order_of`).
     """
     each = {name: source.streams(one, size, ranks, chunks) for name, one in by_set(samples).items()}
     if "" in each:
         return TargetRole(each[""], microbatches[""], size, ranks)
-    order, names = order_of(microbatches), tuple(each)
+    order, names = order_of(microbatches, in_turn), tuple(each)
     mixed = [
         None if any(streams[chunk] is None for streams in each.values()) else
         MixedStream({name: streams[chunk] for name, streams in each.items()}, order)
@@ -121,7 +122,8 @@ def of_steps(
     microbatches = target_microbatches(args, dr, target)
     size = target.target_batch // (sum(microbatches.values()) * ranks)
     weights = {one.name: one.weight for one in target.target_sets}
-    return role(source, samples, microbatches, size, ranks, chunks, weights)
+    in_turn = dr.targets == "maximin"
+    return role(source, samples, microbatches, size, ranks, chunks, weights, in_turn)
 
 
 def most_repeated(samples: Any, target: TargetConfig) -> tuple[TargetSet, int]:
@@ -136,9 +138,10 @@ def say_sets(samples: Any, target: TargetConfig, dr: DRConfig) -> None:
     """Several sets, in a line each."""
     sizes = {name: len(one) for name, one in by_set(samples).items()}
     for one in target.target_sets if "" not in sizes else ():
+        weight = "found at every step" if dr.targets == "maximin" else f"{one.weight:.3g}"
         say(
             f"target set {one.name}: {sizes[one.name]} samples, {one.batch} of them a step, weight "
-            f"{one.weight:.3g}"
+            f"{weight}"
         )
     if dr.alpha_style == "auto" and len(sizes) > 1:
         most, _ = most_repeated(samples, target)
