@@ -8,7 +8,7 @@ The direction of unit length whose least gain is the largest has the direction o
 the point of the gradients' convex hull that is nearest to 0, as by the minimax theorem the maximum
 over |u| <= 1 of min over w of <sum_k w_k t_k, u> is min over w of |sum_k w_k t_k|. Along it all
 targets with a weight gain the same, |t|^2, the others more: <t_k, t> >= |t|^2 for every k. Where t
-is 0, no direction is a gain for all. MGDA: Desideri, Comptes Rendus Mathematique 350 (2012) 313-318;
+is 0, no direction is a gain for all. MGDA: Desideri, Comptes Rendus Mathematique 350 (2012) 313;
 for the losses of several tasks, Sener and Koltun, arXiv 1810.04650. It is t for which this holds:
 what general gradients can say of t is projected after.
 

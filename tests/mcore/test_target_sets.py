@@ -54,6 +54,7 @@ def test_maximin_equals_the_oracle(layout: Layout) -> None:
     check(layout, Problem(alpha=0.5))
 
 
+@pytest.mark.soak
 def test_maximin_has_one_mean_for_all_blocks() -> None:
     check(MAXIMIN["world1"], Problem(alpha=0.5, blocks="layer"))
 
@@ -135,3 +136,28 @@ def test_halves_have_as_many_of_each_set() -> None:
     alike = {(0, 1, 0, 1): True, (0, 0, 1, 1): False, (0, 1, 1): False, (0, 1, 1, 0, 1, 1): True}
     found = {of: TargetSets(("a", "b"), (0.5, 0.5), of).halves_alike for of in alike}
     assert found == alike
+
+
+def test_maximin_needs_its_sets_in_turn() -> None:
+    """A step whose microbatches would not fill the sets' buffers one after the other."""
+
+    def case() -> None:
+        layout = Layout(maximin=True)
+        _megatron.initialize(layout)
+        dials = {"targets": "maximin", "target_sets": 2}
+        handle = megatron_dr.attach(*_megatron.build(layout), DRConfig(slots=4, **dials))
+        call = _megatron.schedule(layout, handle.model, _data.general(layout, 0, 0))
+        for of, weights in (((0, 1, 0, 1), (0.5, 0.5)), ((0, 0, 1, 1), (0.7, 0.3)), (None, None)):
+            sets = None if of is None else TargetSets(("a", "b"), weights, of)
+            with pytest.raises(ValueError, match="needs target_sets in each step"):
+                handle.step(
+                    get_forward_backward_func(), num_target_microbatches=4, target_sets=sets,
+                    target_data_iterator=iter(_data.target(layout, 0, 0)), **call,
+                )  # fmt: skip
+        handle.detach()
+        with pytest.raises(ValueError, match="how many there are: 2 or more"):
+            megatron_dr.attach(
+                handle.model, handle.optimizer, handle.config, DRConfig(slots=4, targets="maximin")
+            )
+
+    run_ranks(1, case)

@@ -61,7 +61,7 @@ def test_a_resumed_run_of_two_sets_is_the_uninterrupted_one(
 
 
 def test_what_is_said_of_sets(sets: str, data: dict[str, str], tmp_path: Path) -> None:
-    """At the start of a run; a set without a name and one with a name are the same."""
+    """At the start of a run, and where a rank has no two halves of a set."""
     code, out, error = run(flags(data, f"{sets} --eval-iters 0", 1), 1)[0]
     assert code == 2 and "--dr-target-valid-data needs validation" in error
     code, out, error = run(flags(data, sets, 2), 1)[0]
@@ -70,6 +70,9 @@ def test_what_is_said_of_sets(sets: str, data: dict[str, str], tmp_path: Path) -
     assert "megatron_dr: target set med: 5 samples, 2 of them a step, weight 0.25" in out
     assert "note: --dr-alpha-style auto counts passes over law, the target set" in out
     assert "alpha auto: the target set has 6 samples (n), a step 4 (b)" in out
+    code, out, error = run(flags(data, sets.replace("med=2", "med=1"), 1), 1)[0]
+    assert code == 0, error
+    assert "a rank's 5 target microbatches make no two halves with as many of each target" in out
 
 
 @pytest.mark.soak
@@ -93,3 +96,24 @@ def test_one_set_with_a_name_is_one_without(
         found.append(kinds)
     for plain, named in zip(*found, strict=True):
         assert plain == {key: value for key, value in named.items() if not key.endswith(" law")}
+
+
+@pytest.mark.soak
+def test_a_resumed_run_with_maximin_is_the_uninterrupted_one(
+    sets: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    own = sets.replace("--dr-target-weights law=3", "--dr-targets maximin --dr-alpha 0.2")
+    whole, parts, folder = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "saved"
+    code, out, error = run(flags(data, f"{own} --dr-metrics {whole}", 4), 2)[0]
+    assert code == 0, error
+    assert "target set med: 5 samples, 2 of them a step, weight found at every step" in out
+    saved = f"{own} --save {folder} --save-interval 2 --dr-metrics {parts}"
+    assert run(flags(data, f"{saved} --exit-interval 2", 4), 2)[0][0] == 0
+    assert run(flags(data, f"{saved} --load {folder}", 4), 2)[0][0] == 0
+    found = numbers(parts, "train")
+    assert found == numbers(whole, "train") and len(found) == 4
+    for line in found:
+        weights = [line[f"dr target weight {name}"] for name in ("law", "med")]
+        assert sum(weights) == pytest.approx(1.0) and min(weights) >= 0
+        both = [line[f"target loss {name}"] for name in ("law", "med")]
+        assert line["target loss"] == pytest.approx(sum(both) / 2)

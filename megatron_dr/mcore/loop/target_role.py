@@ -41,12 +41,9 @@ class TargetRole:
     @property
     def weights(self) -> dict[str, float]:
         """Of each set that has a name."""
-        return {} if self.sets is None else dict(zip(*self._by_name, strict=True))
-
-    @property
-    def _by_name(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        assert self.sets is not None
-        return self.sets.names, self.sets.weights
+        if self.sets is None:
+            return {}
+        return dict(zip(self.sets.names, self.sets.weights, strict=True))
 
     def begins_at(self, place: Place) -> Place:
         """The place as these streams have one; what is of other sets (--dr-changed-ok) begins."""
