@@ -25,7 +25,7 @@ from megatron_dr.report.run_log import Curve, Line, RunLog
 
 _NUMBER = 10  # letters
 _SECONDS = 1.0  # between two looks
-_PLAIN = ("loss", "dr cos update", "dr rows", "dr alpha", "reward", "step seconds")
+_PLAIN = ("dr cos update", "dr rows", "dr alpha", "reward", "step seconds")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def _curves(run: RunLog) -> Iterator[tuple[str, Curve]]:
     """Losses first."""
     kinds = [kind for kind in run.kinds if kind == "train" or kind.startswith("validation")]
     named = [(kind, name) for kind in kinds for name in run.names(kind)]
-    for kind, name in sorted(named, key=lambda of: not of[1].endswith("loss")):
+    for kind, name in sorted(named, key=lambda of: not run_log.is_loss(of[1])):
         curve = run.curve(kind, name)
         if curve is not None:
             yield name if kind == "train" else f"{name}, {tables.set_of(kind)}", curve
@@ -73,7 +73,7 @@ def line_of(line: Line, run: RunLog) -> str | None:
     shown = [
         f"{name} {tables.number(float(value))}" for name, value in line.items()
         if isinstance(value, (int, float)) and name != "iteration"
-        and (kind != "train" or name.endswith(_PLAIN))
+        and (kind != "train" or run_log.is_loss(name) or name.endswith(_PLAIN))
     ]  # fmt: skip
     said = [f"step {line['iteration']}{of}", *([kind] if kind != "train" else []), *shown]
     return " | ".join(said)

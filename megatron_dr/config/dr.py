@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_dr.config import together
 from megatron_dr.config.fields import choices, flag, known, must_be
 from megatron_dr.config.kinds import FEASIBLE_SETS, ROW_KINDS, RowKind, set_named
 from megatron_dr.projection import FeasibleSet
@@ -151,6 +152,12 @@ class DRConfig:
     target_refresh: int = flag(
         1, "steps between two target passes of their own; in between the last one is used", "steps"
     )
+    targets: Literal["mean", "maximin"] = flag(
+        "mean",
+        "of several target sets, the target's gradient: their mean by weight, or that of all their "
+        "means along which the set that gains least gains most",
+        "name",
+    )
     on_bad_gradient: Literal["stop", "skip", "mean"] = flag(
         "stop",
         "where a role's gradient has NaN or Inf: end the run, leave out the step, or, with rows in "
@@ -164,6 +171,7 @@ class DRConfig:
     log_blocks: bool = flag(False, "log each block's values beside the model's", "flag")
     alpha_steps: int | None = known(None)  # the run's length in steps, where alpha changes
     target_size: int | None = known(None)  # samples of the whole target set, for auto
+    target_sets: int = known(1)  # how many, for maximin
     packed: bool = known(False)  # a microbatch is one pack of samples (sample rows)
     sequences: int = known(1)  # of a sample: 2 of a preference pair (sample rows)
     domains: tuple[str, ...] = known(())  # names of the general corpora, for domain rows
@@ -200,8 +208,10 @@ class DRConfig:
         steps = self.alpha_steps
         if self.alpha_style != "constant" and steps is not None and steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}.")
+        if self.targets == "maximin":
+            together.check_maximin(self)
         if self.row_kind.in_layers:
-            self._check_samples()
+            together.check_samples(self)
         elif self.norm == "tokens":
             raise ValueError(f"norm='tokens' needs rows='sample', not rows={self.rows!r}.")
         if len(set(self.domains)) != len(self.domains):
@@ -215,36 +225,6 @@ class DRConfig:
             object.__setattr__(self, "rows", "rank")
         if self.rows == "slot" and self.slots is None:
             object.__setattr__(self, "slots", 8)
-
-    def _check_samples(self) -> None:
-        """What only sample rows have."""
-        if self.on_bad_gradient == "mean":
-            raise ValueError(
-                "on_bad_gradient='mean' needs rows in gradient buffers: rows='sample' adds up "
-                "gradients before all are known; take 'skip' or 'stop'."
-            )
-        for name in ("kronecker_out", "kronecker_in", "target_refresh"):
-            number = getattr(self, name)
-            must_be("at least 1", number is None or number >= 1, name, number)
-        must_be("1 or 2", self.passes in (1, 2), "passes", self.passes)
-        own = set_named(self.set)
-        if own.target_weight and own.alpha is None and self.target_pass == "own":
-            raise ValueError(
-                f"set={self.set!r} with sample rows needs target_pass='merged': how much of the "
-                "target enters is known only after its own microbatches."
-            )
-        streams = own.by_score and self.blocks == "matrix" and self.passes == 1
-        if self.window == "streaming" and not streams:
-            raise ValueError(
-                "window='streaming' needs set='topk', blocks='matrix' and passes=1, not "
-                f"{self.set!r}, {self.blocks!r} and {self.passes}."
-            )
-        cached = self.target_refresh > 1
-        if cached and (self.target_pass == "merged" or self.alpha or own.alpha):
-            raise ValueError(
-                "target_refresh above 1 keeps the target's scores, not its gradient: it needs "
-                "target_pass='own' and alpha=0."
-            )
 
     def feasible_set(self) -> FeasibleSet:
         """The set as an object, with its dials."""

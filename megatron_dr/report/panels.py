@@ -56,9 +56,12 @@ class Panel:
 
 
 _LOSSES, _RULE, _COST = "Losses", "The rule", "Time, network, memory"
+_OF_SET = r"target loss .+"
 PANELS = (
     Rule(_LOSSES, "Loss in training", "loss", TRAIN, r".*\bloss"),
     Rule(_LOSSES, "Held-out loss", "loss", HELD_OUT, r".*\bloss"),
+    Rule(_LOSSES, "Target loss in training, by set", "loss", TRAIN, _OF_SET, drop="target loss "),
+    Rule(_LOSSES, "Held-out target loss, by set", "loss", HELD_OUT, _OF_SET, drop="target loss "),
     Rule(_RULE, "Cosine with the target", "cosine", TRAIN, r"dr cos .*", drop="dr cos "),
     Rule(_RULE, "Effective rows, rows of weight 0", "rows", TRAIN, r"dr (zero )?rows", drop="dr "),
     Rule(_RULE, "Distance of d from t", "lengths of t", TRAIN, r"dr residual", drop="dr "),
@@ -69,6 +72,8 @@ PANELS = (
     Rule(_RULE, "Wear of the target", "passes / P", TRAIN, r"dr wear", drop="dr "),
     Rule(_RULE, "E: passes of the run over the target", "passes", TRAIN, r"dr E", drop="dr "),
     Rule(_RULE, "Weights of the corpora", "weight", TRAIN, r"dr weight .*", drop="dr weight "),
+    Rule(_RULE, "Weights of the target sets", "weight", TRAIN, r"dr target weight .*",
+         drop="dr target weight "),
     Rule(_RULE, "Sketch error", "share", TRAIN, r"dr sketch error", drop="dr "),
     Rule(_COST, "A step, whole", "seconds", TRAIN, r"step seconds", drop=" seconds"),
     Rule(_COST, "The plugin's own work, by phase", "ms", TRAIN, r"dr .* ms", drop="dr | ms$"),

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,11 @@ from megatron_dr.report import gpus, metrics
 NAME = "metrics.jsonl"
 _OTHER = ("run", "blocks", "end")  # kinds whose lines are not numbers by name
 Line = dict[str, Any]
+
+
+def is_loss(name: str) -> bool:
+    """Whether less of a figure is better: losses, those of one of several target sets too."""
+    return re.search(r"loss$|^target .*\bloss [\w-]+$", name) is not None
 
 
 @dataclass(frozen=True)

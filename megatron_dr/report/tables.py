@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_dr.report.panels import Panel
-from megatron_dr.report.run_log import RunLog
+from megatron_dr.report.run_log import RunLog, is_loss
 
 _CURVES = ("train", "validation", "run", "blocks", "end")
 
@@ -46,7 +46,7 @@ def losses(runs: Sequence[RunLog]) -> Table:
             curve = run.curve(kind, name)
             if curve is None:
                 continue
-            best = curve.extreme(min if name.endswith("loss") else max)
+            best = curve.extreme(min if is_loss(name) else max)
             at = [s for s, v in zip(curve.steps, curve.values, strict=True) if v == best]
             what = f"{name}, {'in training' if kind == 'train' else set_of(kind)}"
             shown = map(number, (curve.values[0], curve.last, best))
@@ -64,7 +64,7 @@ def _judged(run: RunLog) -> list[tuple[str, str]]:
 
 
 def _says_how_good(kind: str, name: str) -> bool:
-    return name.endswith("loss") or (kind != "train" and name != "validation seconds")
+    return is_loss(name) or (kind != "train" and name != "validation seconds")
 
 
 def set_of(kind: str) -> str:

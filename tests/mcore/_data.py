@@ -9,6 +9,7 @@ from megatron_dr.data import packing
 from megatron_dr.data.sample import Part
 
 VOCAB, LENGTH, ROWS, TARGETS = 61, 8, 4, 4
+SET_WEIGHTS = (0.7, 0.3)
 PACK = 3 * LENGTH + 2
 
 
@@ -47,12 +48,15 @@ class Layout:
     instances: int = 1  # of the distributed optimizer; each is a row unless row_ranks says else
     average: bool = False  # the collective averages
     bf16_buffers: bool = False
+    target_sets: tuple[int, ...] = ()  # target n is of set target_sets[n % len], of SET_WEIGHTS
+    maximin: bool = False  # of the two target sets
 
     @property
     def alone(self) -> "Layout":
         """The same model and data with nothing parallel but what makes rows: the oracle's."""
         same = ("per_token", "tied", "moe", "qk_layernorm", "layer_norm", "sequences", "targets",
-                "full_masks", "target_ranks", "packed", "domains", "frozen")  # fmt: skip
+                "full_masks", "target_ranks", "packed", "domains", "frozen",
+                "target_sets", "maximin")  # fmt: skip
         dp = self.dp if self.target_ranks else 1
         return Layout(**{name: getattr(self, name) for name in same}, dp=dp)
 

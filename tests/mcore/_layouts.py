@@ -28,6 +28,8 @@ def config(layout: Layout, problem: Problem, **changes: Any) -> DRConfig:
         changes["row_ranks"] = layout.row_ranks
     if layout.target_ranks:
         changes["target_ranks"] = layout.target_ranks
+    if layout.maximin:
+        changes |= {"targets": "maximin", "target_sets": 2}
     if problem.gram == "exact":
         del values["sketch_size"]
     return DRConfig(

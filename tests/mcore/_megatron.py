@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.cpu.layers import layer_spec
 from megatron_dr.mcore.ownership import owned_parameters
+from megatron_dr.mcore.step.sets import TargetSets
 
 from . import _data
 from ._data import Layout
@@ -230,6 +231,15 @@ def schedule(layout: Layout, model: list[Any], batches: list[Any]) -> dict[str, 
     }
 
 
+def target_sets(layout: Layout, number: int) -> TargetSets | None:
+    """Of so many target microbatches of a rank."""
+    if not layout.target_sets or not number:
+        return None
+    of = layout.target_sets * (number // len(layout.target_sets))
+    weights = (0.5, 0.5) if layout.maximin else _data.SET_WEIGHTS
+    return TargetSets(("first", "second"), weights, of)
+
+
 def train(
     layout: Layout,
     steps: int,
@@ -257,6 +267,7 @@ def train(
                 target_data_iterator=target if layout.vpp else target[0],
                 num_target_microbatches=layout.num_target if layout.targets else 0,
                 domains=_data.domains(layout, dp_rank) if layout.domains else (),
+                target_sets=target_sets(layout, layout.num_target),
                 **kwargs,
             )
         log.append((reports, handle.rows.update if handle else None))

@@ -178,12 +178,38 @@ def rows(layout: Layout, p: Parameters, step: int) -> tuple[list[Parameters], Pa
     target = targets(layout, step)
     t = {k: torch.zeros_like(v.detach()) for k, v in p.items() if v.requires_grad}
     if target:
-        t = _gradient(p, target, _tokens(target, layout))
+        t = _target(layout, p, target)
     if layout.domains:
         return [_gradient(p, row, _tokens(row, layout)) for row in data], t
     tokens = _tokens([b for row in data for b in row], layout)
     divisor = None if tokens is None else tokens / len(data)
     return [_gradient(p, row, divisor) for row in data], t
+
+
+def target_sets(layout: Layout, target: list[dict]) -> list[tuple[float, list[dict]]]:
+    """The sets of a step's targets, each with its weight in t."""
+    if not layout.target_sets:
+        return [(1.0, target)]
+    own: list[list[dict]] = [[] for _ in _data.SET_WEIGHTS]
+    for n, one in enumerate(target):
+        own[layout.target_sets[n % len(layout.target_sets)]].append(one)
+    return list(zip(_data.SET_WEIGHTS, own, strict=True))
+
+
+def _target(layout: Layout, p: Parameters, target: list[dict]) -> Parameters:
+    """The target's gradient; of several sets their own gradients' mean by weight."""
+    sets = target_sets(layout, target)
+    each = [_gradient(p, own, _tokens(own, layout)) for _, own in sets]
+    weights = nearest_to_zero(*each) if layout.maximin else [weight for weight, _ in sets]
+    return {name: sum(w * t[name] for w, t in zip(weights, each, strict=True)) for name in each[0]}
+
+
+def nearest_to_zero(a: Parameters, b: Parameters) -> tuple[float, float]:
+    """Weights of the point between two gradients that is nearest to 0."""
+    dot = lambda x, y: sum(float((x[name] * y[name]).sum()) for name in x)  # noqa: E731
+    apart = {name: a[name] - b[name] for name in a}
+    of_a = min(1.0, max(0.0, -dot(b, apart) / dot(apart, apart)))
+    return of_a, 1.0 - of_a
 
 
 def targets(layout: Layout, step: int) -> list[dict]:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_dr.projection.kronecker import Kronecker
 
-from . import _megatron, _oracle, _problem
+from . import _data, _megatron, _oracle, _problem
 from ._data import Layout
 from ._oracle import Parameters
 from ._problem import Problem
@@ -107,7 +107,7 @@ class Oracle:
                             for n in numbers] for r in ranks]  # fmt: skip
         target = self.cached
         tokens = sum(t.sum() for rank in general for _, t in rank)
-        mean_t = self._mean([part for rank in target for part in rank])
+        mean_t = self._target(target)
         self.solved = []
         windows = []
         if case.window == "step":
@@ -152,6 +152,14 @@ class Oracle:
             return _mix(samples, [1 / tokens] * len(samples))
         each = [_mix(samples, [1 / own.sum()] * len(samples)) for samples, own in parts]
         return _mix(each, [1 / len(each)] * len(each))
+
+    def _target(self, target: list[list[Any]]) -> Parameters:
+        """The mean of all, or of several sets' own means by weight; microbatch n is of set n."""
+        if not self.layout.target_sets:
+            return self._mean([part for rank in target for part in rank])
+        assert self.layout.target_sets == (0, 1)
+        means = [self._mean([rank[n] for rank in target]) for n in range(2)]
+        return _mix(means, _data.SET_WEIGHTS)
 
     def _project(self, window: Window) -> Parameters:
         """A window's part of the gradient."""

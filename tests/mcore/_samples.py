@@ -94,6 +94,7 @@ def train(layout: Layout, case: Case, steps: int, initial: Parameters) -> Any:
             seq_length=length, micro_batch_size=size, forward_only=False,
             target_data_iterator=t, num_target_microbatches=wanted,
             target_micro_batch_size=TARGETS if case.target_pass == "merged" else size,
+            target_sets=_megatron.target_sets(layout, wanted),
         )  # fmt: skip
         log.append(_megatron.logged(reports))
         optimizer.step()

@@ -105,9 +105,10 @@ def test_device_default(
 
 
 TARGET = {
-    "target_data": "target.jsonl",
+    "target_data": (("law", "target.jsonl"), ("med", "a=b.jsonl")),
     "target_batch_size": 4,
-    "target_valid_data": "heldout.jsonl",
+    "target_weights": (("law", 2.0),),
+    "target_valid_data": (("med", "heldout.jsonl"),),
     "target_test_data": "test.jsonl",
     "keep_best": True,
     "metrics": "metrics.jsonl",
@@ -138,7 +139,7 @@ SKETCHED = {
 }
 EXACT = {
     "set": "ball", "radius": 0.1, "ridge": 0.7, "rows": "rank", "gram": "exact", "target_ranks": 1,
-    "row_ranks": 1, "alpha_style": "constant",
+    "row_ranks": 1, "alpha_style": "constant", "targets": "mean",
 }  # fmt: skip
 SIZED = {"set": "hull", "rows": "domain", "sketch_error": 0.1, "alpha": 0.3}
 AUTO = {
@@ -157,7 +158,10 @@ def test_round_trip(values: dict[str, Any]) -> None:
     assert FIELDS.keys() == {n for v in (SKETCHED, EXACT, SIZED, SAMPLES, AUTO, TARGET) for n in v}
     flags = []
     for name, value in {**values, **TARGET}.items():
-        flags += [option(name)] if value is True else [option(name), str(value)]
+        if isinstance(value, tuple):
+            flags += [option(name), *(f"{key}={one}" for key, one in value)]
+        else:
+            flags += [option(name)] if value is True else [option(name), str(value)]
     assert configs(*flags) == (DRConfig(**values), TargetConfig(**TARGET))
 
 
@@ -234,3 +238,48 @@ def test_watching_alone_leaves_the_step_to_megatron() -> None:
 def test_what_is_of_answers_needs_them(name: str) -> None:
     said = refusal(option(name), str(FIELDS[name].default))
     assert said == f"{option(name)} needs --dr-generate: give it, or drop the flag."
+
+
+NAMED = "--dr-target-data law=a.jsonl med=b.jsonl"
+WRONG_SETS = {
+    "--dr-target-data law=a.jsonl b.jsonl": "--dr-target-data b.jsonl: where there are several",
+    "--dr-target-data law=a.jsonl law=b.jsonl": "--dr-target-data has law twice",
+    f"{NAMED} --dr-target-weights nat=2": "--dr-target-weights has nat, but --dr-target-data has "
+    "law, med: give both the same names.",
+    f"{NAMED} --dr-target-weights 2": "--dr-target-weights 2.0: a weight is of a set",
+    f"{NAMED} --dr-target-weights law=0": "target_weights must be finite and above 0, not 0.0.",
+    f"{NAMED} --dr-target-weights law=nan": "target_weights must be finite and above 0, not nan.",
+    f"{NAMED} --dr-target-weights law=x": "--dr-target-weights x: a number is needed.",
+    f"{NAMED} --dr-target-batch-size law=1.5": "--dr-target-batch-size 1.5: a whole number is",
+    f"{NAMED} --dr-target-batch-size law=0": "target_batch_size must be at least 1, not 0.",
+    f"{NAMED} --dr-target-batch-size nat=4": "--dr-target-batch-size has nat, but",
+    f"{NAMED} --dr-target-valid-data nat=c.jsonl": "--dr-target-valid-data has nat, but",
+    "--dr-target-data a.jsonl --dr-targets maximin": "--dr-targets maximin needs several target",
+    f"{NAMED} --dr-targets maximin --dr-target-weights law=2": "maximin finds the weights",
+    f"{NAMED} --dr-targets maximin --dr-rows sample": "does not go with rows='sample'",
+    f"{NAMED} --dr-targets maximin --dr-rows rank --dr-target-ranks 1": "with target_ranks=1",
+    f"{NAMED} --dr-targets maximin --dr-alpha-style auto": "and alpha_style='auto' one for each",
+    f"{NAMED} --dr-targets maximin --dr-on-bad-gradient mean": "as on_bad_gradient='mean' does",
+    f"{NAMED} --dr-rows sample --dr-target-pass merged": "--dr-target-pass merged takes one target",
+    "--dr-target-data a.jsonl --dr-target-weights law=2": "--dr-target-data has no names",
+    "--dr-set mean --dr-target-weights law=2": "--dr-target-weights has law, but --dr-target-data",
+}
+
+
+@pytest.mark.parametrize("flags, sentence", WRONG_SETS.items())
+def test_sets_that_do_not_fit_together(flags: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        configs(*flags.split())
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_held_out_sets_have_weights() -> None:
+    """Those of the target sets of their names; without any, alike."""
+    target = configs(*f"{NAMED} --dr-target-weights law=3".split())[1]
+    assert target.weights_of(("law", "med")) == {"law": 0.75, "med": 0.25}
+    assert target.weights_of(("med",)) == {"med": 1.0}
+    plain = configs("--dr-target-data", "a.jsonl", "--dr-target-valid-data", "x=b", "y=c")[1]
+    assert plain.weights_of(("x", "y")) == {"x": 0.5, "y": 0.5}
+    assert [(s.name, s.path, s.batch) for s in target.target_sets] == [
+        ("law", "a.jsonl", 8), ("med", "b.jsonl", 8),
+    ]  # fmt: skip

@@ -28,6 +28,7 @@ LAYOUTS = {
     "groups-instances": Layout(dp=2, distributed_optimizer=True, instances=2),
     "groups-pp2-distopt": Layout(dp=2, pp=2, distributed_optimizer=True),
     "domains": Layout(dp=2, domains=2),
+    "buffers-two-sets-token": Layout(target_sets=(0, 1), per_token=True),
 }
 LOSS_SCALE = 1024.0
 
@@ -62,13 +63,16 @@ def expected(layout: Layout, initial: Any, blocks: str) -> tuple[list[float], li
     """From dense gradients in one process."""
     parameters = {k: v.double().requires_grad_() for k, v in initial.items()}
     general, target = _oracle.rows(layout, parameters, 0)
-    sequences = _oracle.targets(layout, 0)
-    tokens = _oracle._tokens(sequences, layout)  # a half has its tokens' part in t, doubled
-    a, b = (
-        _oracle._gradient(parameters, half, None if tokens is None else tokens / 2)
-        for half in (sequences[:2], sequences[2:])
-    )
-    error = {name: (a[name] - b[name]) / 2 for name in target}
+    error = {name: torch.zeros_like(value) for name, value in target.items()}
+    for weight, sequences in _oracle.target_sets(layout, _oracle.targets(layout, 0)):
+        tokens = _oracle._tokens(sequences, layout)  # a half has its tokens' part in t, doubled
+        middle = len(sequences) // 2
+        a, b = (
+            _oracle._gradient(parameters, half, None if tokens is None else tokens / 2)
+            for half in (sequences[:middle], sequences[middle:])
+        )
+        for name, value in error.items():
+            value += weight * (a[name] - b[name]) / 2
     grams = []
     for members in _problem.blocks(blocks, target).values():
         flat = lambda g: torch.cat([g[name].reshape(-1) for name in members])  # noqa: B023, E731

@@ -103,6 +103,7 @@ REFUSED = [
     ({}, {"eval_interval": None}, "--dr-keep-best needs --eval-interval"),
     ({}, {"eval_iters": 0}, "--dr-keep-best needs validation"),
     ({}, {"full_validation": True}, "--full-validation needs --multiple-validation-sets"),
+    ({}, {"multiple_validation_sets": True}, "--multiple-validation-sets needs --full-validation"),
     ({}, {"skip_train": True}, "--dr-keep-best is of a run that trains: drop it, or --skip-train."),
     (
         {"keep_best": False}, {"skip_train": True},

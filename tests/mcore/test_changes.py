@@ -33,6 +33,15 @@ def target(tmp_path: Path) -> str:
 PLUGIN = "--dr-target-data {target} --dr-slots 2"
 REFUSED = {
     "target": ("{plugin}", "--dr-target-data {other}", "dr-target-data", "its place in that data"),
+    "one of several targets": (
+        "--dr-target-data law={target} med={target}", "--dr-target-data law={target} med={other}",
+        "dr-target-data:med", "had --dr-target-data med 16 bytes, sha256",
+    ),
+    "their names": (
+        "--dr-target-data law={target} med={target}", "--dr-target-data law={target} nat={other}",
+        "dr-target-data", "had --dr-target-data law med, and this one has law nat",
+    ),
+    "a name": (PLUGIN, "--dr-target-data law={target}", "dr-target-data", "its place in that data"),
     "off": ("{plugin}", "", "plugin", "what it has learnt and gathered by it would be lost"),
     "a part off": ("{plugin} --dr-lora-rank 4", "{plugin}", "dr-lora-rank", "would be lost"),
     "set off": ("{plugin} --dr-lora-rank 4", "--dr-lora-rank 4", "dr-set", "would be lost"),

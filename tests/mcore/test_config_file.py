@@ -53,6 +53,17 @@ def test_a_file_is_as_its_flags(tmp_path: Path) -> None:
     assert of[0] == of[1] and of[0]["dr-alpha"] == 0.1
 
 
+def test_sets_by_name_are_a_table(tmp_path: Path) -> None:
+    text = "target-data: {law: a.jsonl, med: b.jsonl}\ntarget-weights: {law: 2}\n"
+    given = parse(*"--dr-target-data law=a.jsonl med=b.jsonl --dr-target-weights law=2".split())
+    found = read(tmp_path, f"{text}target-batch-size: {{med: 4}}")
+    assert (found.dr_target_data, found.dr_target_weights) == (
+        given.dr_target_data, given.dr_target_weights,
+    )  # fmt: skip
+    configs = configs_from_args(found)
+    assert configs is not None and [one.batch for one in configs[1].target_sets] == [8, 4]
+
+
 def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
     for more in (["--dr-set", "hull"], ["--dr-set=hull"]):
         assert read(tmp_path, FILE, *more).dr_set == "hull"
@@ -76,6 +87,7 @@ def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
     ("pack: 1", ":1: pack must be true or false, not '1'."),
     ("set:", ":1: set must have one value."),
     ("set: [a, b]", ":1: set must have one value."),
+    ("target-data: {a: [b]}", ":1: target-data must have one value, or a table of them by name."),
     ("changed-ok: {a: b}", ":1: changed-ok must have one value or a list of them."),
     ("set: span\nset: hull", ":2: 'set' is there twice; first in 1."),
     ("- set", ":1: no table of names and values."),

@@ -34,7 +34,8 @@ class Leaving:
 
     def step(self, function: Any, **schedule: Any) -> Any:
         if self.handle is None:
-            for name in ("target_data_iterator", "num_target_microbatches", "domains"):
+            own = ("target_data_iterator", "num_target_microbatches", "domains", "target_sets")
+            for name in own:
                 del schedule[name]
             return function(**schedule)
         reports = self.handle.step(function, **schedule)

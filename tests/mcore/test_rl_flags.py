@@ -36,6 +36,7 @@ WRONG = {
     "--data-path a.jsonl --dr-rows domain": "does not go with --dr-rows domain",
     "--data-path a.jsonl --dr-target-ranks 1": "does not go with --dr-target-ranks",
     "--data-path a.jsonl --dataloader-type cyclic": "drop --dataloader-type cyclic",
+    "--data-path a.jsonl --dr-target-data a=b": "takes one target set, of prompts, without a name",
     "--data-path a.jsonl --dr-rl-valid-data b.jsonl": "held-out prompts need --eval-interval",
 }
 

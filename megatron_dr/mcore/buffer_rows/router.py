@@ -21,6 +21,7 @@ class RoleRouter(MicrobatchRouter):
         backward: called when a microbatch's backward begins: its chunk, its local buffer, and
             whether it is the last of a run of microbatches of that buffer.
         domains: domain number of each general microbatch, with domain rows.
+        sets: set number of each target microbatch, where each set has a buffer.
 
     Attributes:
         tokens, microbatches: of each domain (one entry without domain rows) and, last, the target.
@@ -29,10 +30,11 @@ class RoleRouter(MicrobatchRouter):
     def __init__(
         self, model: list[torch.nn.Module], buffers: Buffers,
         backward: Callable[[int, int, bool], None], num_target: int, num_general: int,
-        target_data_iterator: Any, domains: Sequence[int],
+        target_data_iterator: Any, domains: Sequence[int], sets: Sequence[int] = (),
     ) -> None:  # fmt: skip
         super().__init__(model, num_target, num_general, target_data_iterator)
         self._backward = backward
+        self._sets = sets if buffers.row_map.targets > 1 else ()
         self.buffers, self._domains, row_map = buffers, domains, buffers.row_map
         kinds = row_map.slots if row_map.by_domain else 1
         self.tokens: list[torch.Tensor | int] = [0] * (kinds + 1)
@@ -53,6 +55,8 @@ class RoleRouter(MicrobatchRouter):
         general, row_map = microbatch - self.num_target, self.buffers.row_map
         if general < 0 and row_map.target_groups:
             return 0
+        if general < 0 and self._sets:
+            return row_map.slots + self._sets[microbatch]
         if general < 0:
             return row_map.slots + microbatch * row_map.num_targets // self.num_target
         if row_map.by_domain:

@@ -30,6 +30,7 @@ def settled(dr: DRConfig, model: list[compat.Chunk]) -> tuple[DRConfig, str]:
     buffers = compat.grad_buffers(model)
     each = sum(b.grad_data.numel() for b in buffers) * (2 if dr.slot_dtype == "bf16" else 4)
     target = sum(b.grad_data.nbytes for b in buffers)
+    target *= dr.target_sets if dr.targets == "maximin" else 1
     device = compat.device()  # a stage may have no gradients at all
     fit = torch.tensor((dr.memory * free_bytes(device) - target) // max(each, 1), device=device)
     dist.all_reduce(fit, op=dist.ReduceOp.MIN)

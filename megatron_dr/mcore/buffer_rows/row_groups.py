@@ -10,6 +10,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.buffer_rows import levels
 from megatron_dr.mcore.buffer_rows.row_map import RowMap
+from megatron_dr.mcore.step.rows import Call
 from megatron_dr.plan.rows import near_a_node, nests
 
 
@@ -34,7 +35,10 @@ def row_map_of(dr: DRConfig) -> RowMap:
     halves: Literal["none", "groups", "buffers"] = "none"
     if dr.alpha_style == "auto" and not target_groups % 2:
         halves = "buffers" if (target_groups or groups) % 2 else "groups"
-    return RowMap(groups, dr.num_slots, target_groups, halves, dr.row_kind.named, peers)
+    targets = dr.target_sets if dr.targets == "maximin" else 1
+    if dr.targets == "maximin" and targets < 2:
+        raise ValueError("targets='maximin' needs target_sets, how many there are: 2 or more.")
+    return RowMap(groups, dr.num_slots, target_groups, halves, dr.row_kind.named, peers, targets)
 
 
 def ranks_per_row(dr: DRConfig) -> int:
@@ -105,21 +109,12 @@ def check_batch(dr: DRConfig, row_map: RowMap, num_general: int) -> None:
         )
 
 
-def lacks(dr: DRConfig, row_map: RowMap, num_target: int) -> str:
-    """Why alpha and beta can't be chosen from a step's gram; empty where they can, or are not.
-
-    Args:
-        num_target: microbatches of a rank that runs them.
-    """
+def lacks(dr: DRConfig, row_map: RowMap, call: Call) -> str:
+    """Why alpha and beta can't be chosen from a step's gram; empty where they can, or are not."""
     if dr.alpha_style != "auto":
         return ""
     if row_map.halves == "none":
         return f"an odd number of row groups runs the target (--dr-target-ranks {dr.target_ranks})"
     if dr.weighs_rows and row_map.num_rows < 2:
         return "a step has one row, which leaves a projection nothing to choose"
-    if row_map.halves == "buffers" and num_target % 2:
-        return (
-            f"a rank has {num_target} target microbatch(es), which are no two halves "
-            "(--dr-target-batch-size)"
-        )
-    return ""
+    return call.no_halves if row_map.halves == "buffers" else ""

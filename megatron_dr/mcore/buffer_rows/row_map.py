@@ -41,6 +41,8 @@ class RowMap:
         halves: how the target is halved: not, by neighbouring groups, or in two local buffers.
         by_domain: a row is a domain's gradient over all ranks.
         ranks: neighbouring data x context ranks of a row group.
+        targets: K target sets that are kept apart, each in a local buffer of its own; then there is
+            a row for each, K times what the buffers hold, and no halves.
     """
 
     groups: int
@@ -49,13 +51,14 @@ class RowMap:
     halves: Literal["none", "groups", "buffers"] = "none"
     by_domain: bool = False
     ranks: int = 1
+    targets: int = 1
 
     @property
     def num_targets(self) -> int:
         """Buffers of a rank that hold the target alone."""
         if self.target_groups:
             return 0
-        return 2 if self.halves == "buffers" else 1
+        return 2 if self.halves == "buffers" else self.targets
 
     @property
     def local(self) -> int:
@@ -71,8 +74,8 @@ class RowMap:
 
     @property
     def num_vectors(self) -> int:
-        """R: rows, target, and the halves' difference."""
-        return self.num_rows + (1 if self.halves == "none" else 2)
+        """R: rows, target or targets, and the halves' difference."""
+        return self.num_rows + (self.targets if self.halves == "none" else 2)
 
     @property
     def num_general(self) -> int:
@@ -83,7 +86,7 @@ class RowMap:
     def num_sums(self) -> int:
         """P."""
         halved = self.halves != "none"
-        return self.num_general + (0 if self.target_groups else 2 if halved else 1)
+        return self.num_general + (0 if self.target_groups else 2 if halved else self.targets)
 
     def vector(self, group: int, row: int) -> int:
         """Which of the P vectors a group's local buffer is summed into."""
@@ -131,6 +134,9 @@ class RowMap:
         whole = (
             slice(0, self.target_groups) if self.target_groups else slice(self.num_general, None)
         )
+        if self.targets > 1:
+            mix_RP[rows:, whole].fill_diagonal_(1.0).mul_(self.targets * ratio)
+            return mix_RP
         mix_RP[rows, whole] = ratio
         if self.halves != "none":
             mix_RP[rows + 1, whole][0::2] = ratio

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import meter
-from megatron_dr.mcore.buffer_rows import normalisation, notes, row_groups
+from megatron_dr.mcore.buffer_rows import maximin, normalisation, notes, row_groups
 from megatron_dr.mcore.buffer_rows.bad_rows import BadRows
 from megatron_dr.mcore.buffer_rows.buffers import Buffers
 from megatron_dr.mcore.buffer_rows.gram_choice import choose
@@ -91,6 +91,7 @@ class BufferRows:
 
     def passes(self, call: Call, log: StepLog) -> Passes:
         row_map, num_target, num_general = self.layout.row_map, call.num_target, call.num_general
+        maximin.check(row_map, call)
         ranks = 1.0
         if row_map.target_groups:  # a rank has one role
             on_target = self.layout.group < row_map.target_groups
@@ -99,7 +100,7 @@ class BufferRows:
             ranks = row_map.groups / (row_map.target_groups if on_target else others)
         router = RoleRouter(
             self.model, self.buffers, self.source.backward, num_target, num_general,
-            call.target_data, call.domains,
+            call.target_data, call.domains, call.sets.of if call.sets is not None else (),
         )  # fmt: skip
 
         def finalize(stock: Finalize, num_tokens: torch.Tensor | None) -> None:
@@ -140,9 +141,13 @@ class BufferRows:
         apart = dr.on_bad_gradient == "mean"
         gram = self.source.gram(mix_RP, call.step, apart)
         with meter.part("solve"):
+            if row_map.targets > 1 and call.sets is not None:
+                gram, mix_RP, weights_K = maximin.of_one(gram, mix_RP, rows, layout.projected)
+                for name, weight in zip(call.sets.names, weights_K, strict=True):
+                    log.put(f"dr target weight {name}", weight)
             bad = BadRows(apart, gram, layout.projected, rows)
             with_target = row_map.target_groups > 0 or router.num_target > 0
-            lacks = row_groups.lacks(dr, row_map, call.num_target)
+            lacks = row_groups.lacks(dr, row_map, call)
             its = call.shares(None if lacks else bad.seen_BRR, lacks) if with_target else _NONE
             update = project(
                 bad.gram_BRR[:, : rows + 1, : rows + 1], dr.feasible_set(), dr.norm, its.alpha,

@@ -7,10 +7,10 @@ from typing import Any
 
 from megatron_dr.config.dpo import PreferenceConfig
 from megatron_dr.config.target import TargetConfig
-from megatron_dr.data.pairs import Pairs
+from megatron_dr.config.target_sets import by_name
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.data import datasets
-from megatron_dr.mcore.data.source import noted
+from megatron_dr.mcore.data.source import each
 from megatron_dr.mcore.dpo import data, reference
 from megatron_dr.mcore.dpo.step import preference_step
 from megatron_dr.mcore.seams.source import Source, new_folder, resumes
@@ -30,21 +30,19 @@ class PairSource(Source):
         self.args, self.target, self.forward_step = args, target, partial(preference_step, dpo)
         config = datasets.dataset_config(args)
         own = (target.target_data, target.target_valid_data, target.target_test_data)
-        paths = [*data.general_paths(config), *own]
+        named = [path for paths in own for path in by_name(paths).values()]
+        paths = [*data.general_paths(config), *named]
         with errors.agreed():  # before the reference, for which ranks wait for one another
-            self.pairs = {p: data.open_pairs(p, config) for p in dict.fromkeys(filter(None, paths))}
+            self.pairs = {p: data.open_pairs(p, config) for p in dict.fromkeys(paths)}
 
-    def target_samples(self) -> Pairs | None:
-        path = self.target.target_data
-        return None if path is None else noted(self.pairs[path], self.target)
+    def target_samples(self) -> Any:
+        return each(self.target.target_data, self.pairs.__getitem__, self.target)
 
-    def validation_samples(self) -> Pairs | None:
-        path = self.target.target_valid_data
-        return None if path is None else self.pairs[path]
+    def validation_samples(self) -> Any:
+        return each(self.target.target_valid_data, self.pairs.__getitem__)
 
-    def test_samples(self) -> Pairs | None:
-        path = self.target.target_test_data
-        return None if path is None else self.pairs[path]
+    def test_samples(self) -> Any:
+        return each(self.target.target_test_data, self.pairs.__getitem__)
 
     def streams(self, samples: Any, micro_batch_size: int, ranks: int, chunks: int) -> list[Any]:
         return datasets.target_streams(

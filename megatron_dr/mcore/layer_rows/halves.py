@@ -7,18 +7,20 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dr.config.dr import DRConfig
+from megatron_dr.mcore.step.rows import Call
 
 
-def signs(dr: DRConfig, microbatches: int, merged: int) -> list[list[float]]:
+def signs(dr: DRConfig, call: Call, merged: int) -> list[list[float]]:
     """+1 for half A, -1 for half B, of this rank's target microbatches and, where the target is
     merged, the samples in each (else one entry for all); empty where there are no two halves.
 
-    Microbatches are halved where their number is even, else a merged one's samples, else ranks.
+    Microbatches are halved where their number is even, of each target set, else a merged one's
+    samples, else ranks.
     """
-    samples = merged or 1
+    samples, microbatches = merged or 1, call.num_target
     if dr.alpha_style != "auto" or not dr.can_choose_alpha or not microbatches:
         return []
-    if microbatches % 2 == 0:
+    if not call.no_halves:
         return [[_sign(n, microbatches)] * samples for n in range(microbatches)]
     if merged and merged % 2 == 0:
         return [[_sign(n, merged) for n in range(merged)]] * microbatches

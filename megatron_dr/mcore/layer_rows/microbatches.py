@@ -16,6 +16,7 @@ from megatron_dr.mcore import collectives, compat
 from megatron_dr.mcore.layer_rows import packs
 from megatron_dr.mcore.layer_rows.packs import Packs
 from megatron_dr.mcore.step.rows import Call
+from megatron_dr.mcore.step.sets import read
 
 Batch = dict[str, Any]
 
@@ -41,8 +42,8 @@ class Microbatches:
         general, num_general = call.schedule["data_iterator"], call.num_general
         self._sizes = sizes = (call.schedule["micro_batch_size"], call.target_size)
         self._many = isinstance(general, list)
-        self._general = _read(general, num_general)
-        self._target = _read(call.target_data, call.num_target)
+        self._general = read(general, num_general)
+        self._target = read(call.target_data, call.num_target)
         self.counts, self.packs = [sizes[0]] * num_general, None
         if dr.packed:
             self.packs = self._packs(call, device)
@@ -91,12 +92,6 @@ class Microbatches:
             ]  # fmt: skip
             out[name] = torch.cat(per_sample) if len(per_sample) == 2 else value
         return out
-
-
-def _read(data: Any, number: int) -> list[list[Batch] | None]:
-    """Microbatches of each model chunk; None where this rank reads none."""
-    per_chunk = data if isinstance(data, list) else [data]
-    return [None if i is None else [next(i) for _ in range(number)] for i in per_chunk]
 
 
 def _counts(

@@ -166,7 +166,7 @@ class _Step:
         self.batches = Microbatches(call, dr, rows.device)
         merged = self.batches.merged
         self.own = 0 if merged else call.num_target  # target microbatches by themselves
-        self.signs = halves.signs(dr, call.num_target, merged)
+        self.signs = halves.signs(dr, call, merged)
         self.shape = rows._shape_of(self.size, merged, schedule["seq_length"])
         # Megatron waits for the device, too, where it checks gradients
         self.checked = bool(rows.model[0].ddp_config.check_for_nan_in_grad)

@@ -236,7 +236,7 @@ def _skip(stock: Callable[..., Any], data_iterator: Any) -> None:
 def _log_training(stock: Callable[..., Any], loss_dict: Any, total: Any, rate: Any, iteration: int,
                   *rest: Any, **kwargs: Any) -> Any:  # fmt: skip
     if _run is not None:
-        _run.log(iteration, {**loss_dict, "learning rate": rate})
+        loss_dict = _run.log(iteration, loss_dict, rate)
         stock = functools.partial(first_line.log, stock)
     result = stock(loss_dict, total, rate, iteration, *rest, **kwargs)
     if _run is not None and _run.handle.log is not None and _run.handle.dr.log_blocks:

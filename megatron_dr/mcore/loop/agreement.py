@@ -102,6 +102,7 @@ def difference(found: list[Record]) -> str:
             what = {text: json.loads(text) for text in ranks}
             each = [f"{said(what[text])} on {collectives.said(on)}" for text, on in ranks.items()]
             flag = "the plugin" if name == PLUGIN else name if " " in name else f"--{name}"
+            flag = flag.replace(":", " ")  # of one of several sets
             return (
                 f"ranks were started differently: {flag} is {' and '.join(each)}: start every "
                 "rank with the same flags, data and version."

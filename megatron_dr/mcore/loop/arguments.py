@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.kinds import set_named
-from megatron_dr.config.target import WATCHING, TargetConfig
+from megatron_dr.config.target import NAMED, WATCHING, TargetConfig
+from megatron_dr.config.target_sets import parsed
 from megatron_dr.mcore import cpu
 from megatron_dr.mcore.loop import parts
 
@@ -24,6 +25,7 @@ _DIALS = {  # flags of what another switches on
     "generate": ("generate_metrics", "generate_tokens"),
     "record": ("record_every", "record_rows"),
 }
+_BATCH = "target_batch_size"
 _ALPHA = {"alpha", "beta", "end_alpha", "alpha_style"}  # with none of them, alpha is auto
 
 
@@ -78,13 +80,27 @@ def _add(group: Any, name: str, field: Any, off: str | None) -> None:
         "default": None,
         "help": f"{field.metadata['help']} [{field.metadata['unit']}] (default: {default})",
     }
-    if field.type is bool:
+    if name in NAMED:
+        options |= {"action": _Named, "nargs": "+", "type": _whole if name == _BATCH else str}
+    elif field.type is bool:
         options["action"] = "store_true"
     elif get_origin(field.type) is Literal:
         options["choices"] = get_args(field.type)
     else:
         options["type"] = _number(field.type) or str
     group.add_argument(f"--dr-{name.replace('_', '-')}", **options)
+
+
+def _whole(text: str) -> int | str:
+    """A whole number, where it is one; what else it is, is told later, on every rank."""
+    return int(text) if text.isdecimal() else text
+
+
+class _Named(argparse.Action):
+    """One value as it is, without a list around it."""
+
+    def __call__(self, parser: Any, args: Any, values: Any, option: str | None = None) -> None:
+        setattr(args, self.dest, values[0] if len(values) == 1 else values)
 
 
 def _number(kind: Any) -> type | None:
@@ -123,8 +139,11 @@ def configs_from_args(args: argparse.Namespace) -> tuple[DRConfig, TargetConfig]
     itself = any(part.is_target(its) for part, its in found)
     has_target = itself or "target_data" in given
     is_open = set_named(given.get("set", DRConfig.set)).alpha is None
-    if has_target and is_open and not given.keys() & _ALPHA:
+    one_target = given.get("targets", DRConfig.targets) == DRConfig.targets
+    if has_target and is_open and one_target and not given.keys() & _ALPHA:
         given["alpha_style"] = "auto"
+    for name in given.keys() & NAMED.keys():
+        given[name] = parsed(f"--dr-{name.replace('_', '-')}", given[name], NAMED[name])
     own = {f.name for f in dataclasses.fields(TargetConfig)}
     dr = DRConfig(**{k: v for k, v in given.items() if k not in own})
     target = TargetConfig(**{k: v for k, v in given.items() if k in own})
@@ -165,15 +184,22 @@ def _check_together(
             "--dr-sketch-error sets the sketch's sides, and so do --dr-kronecker-out and "
             "--dr-kronecker-in: drop it, or one of these."
         )
+    if dr.targets == "maximin":
+        _check_maximin(given, target)
+    if dr.merges_target and len(target.target_sets) > 1:
+        raise ValueError(
+            "--dr-target-pass merged takes one target set: of several each has microbatches of its "
+            "own, so drop it, or give one set."
+        )
     if target.target_data is None and not itself:
         if "on_bad_gradient" in given and not dr.row_kind.named:
             raise ValueError(
                 "--dr-on-bad-gradient needs --dr-target-data or domain rows: without them a step "
                 "is Megatron's own; give one of them, or drop the flag."
             )
-        if "target_batch_size" in given:
+        for name in (name for name in (_BATCH, "target_weights") if name in given):
             raise ValueError(
-                "--dr-target-batch-size needs --dr-target-data: give it, or drop the flag."
+                f"--dr-{name.replace('_', '-')} needs --dr-target-data: give it, or drop the flag."
             )
         if dr.needs_target:
             style = f" with --dr-alpha-style {dr.alpha_style}"
@@ -184,6 +210,19 @@ def _check_together(
             )
         if "alpha" in given and dr.alpha > 0:
             raise ValueError("--dr-alpha needs --dr-target-data: give it, or drop the flag.")
+
+
+def _check_maximin(given: dict[str, Any], target: TargetConfig) -> None:
+    if len(target.target_sets) < 2:
+        raise ValueError(
+            "--dr-targets maximin needs several target sets: give --dr-target-data NAME=PATH "
+            "NAME=PATH, or drop it."
+        )
+    if "target_weights" in given:
+        raise ValueError(
+            "--dr-targets maximin finds the weights of the target sets at every step, and "
+            "--dr-target-weights gives them: drop one of them."
+        )
 
 
 def _check_switches(given: dict[str, Any]) -> None:

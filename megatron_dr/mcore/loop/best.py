@@ -39,6 +39,11 @@ def check(args: Namespace, target: TargetConfig) -> None:
         "--dr-target-test-data": target.target_test_data,
         "--dr-target-valid-data": target.target_valid_data,
     }
+    if args.multiple_validation_sets and not args.full_validation:
+        raise ValueError(
+            "--multiple-validation-sets needs --full-validation: without it Megatron fails when it "
+            "reads the data: give both."
+        )
     if args.full_validation and not args.multiple_validation_sets:
         raise ValueError(
             "--full-validation needs --multiple-validation-sets, of one set too: without it "

@@ -15,6 +15,7 @@ from megatron_dr.mcore.loop.record import PACKAGE, PLUGIN, Record
 from megatron_dr.mcore.say import say
 from megatron_dr.mcore.seams.part import Part
 
+_TARGET = "dr-target-data"
 ATTRIBUTE = "megatron_dr_record"
 _PLACE = "its place in that data is of no use in other data"
 _OFF = "what it has learnt and gathered by it would be lost"
@@ -94,11 +95,17 @@ def _refused(args: Namespace, before: Namespace, then: Record, now: Record) -> d
     """Names that must be as they were, and why."""
     if args.skip_train:
         return _of_the_model(args, before, then, now)
-    found = {} if then.get("dr-target-data") is None else {"dr-target-data": _PLACE}
+    has_target = then.get(_TARGET) is not None
+    found = dict.fromkeys([_TARGET, *_of_sets(then)], _PLACE) if has_target else {}
     for part, own in parts.on(args):
         found |= part.kept(own, before)
     found |= {name: _OFF for name in _switches() if name in then and name not in now}
     return found | ({PLUGIN: _OFF} if now[PLUGIN] == "off" else {})
+
+
+def _of_sets(then: Record) -> list[str]:
+    """The records of each target set's data by itself."""
+    return [name for name in then if name.startswith(f"{_TARGET}:")]
 
 
 def _of_the_model(args: Namespace, before: Namespace, then: Record, now: Record) -> dict[str, str]:
@@ -112,4 +119,6 @@ def _of_the_model(args: Namespace, before: Namespace, then: Record, now: Record)
 
 
 def _named(name: str) -> str:
+    """A record's name in a sentence; of one of several sets, with the set's."""
+    name = name.replace(":", " ")
     return "the plugin" if name == PLUGIN else name if name == PACKAGE else f"--{name}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_dr.config.target import NAMED
 from megatron_dr.config.yaml_file import Entry, read
 from megatron_dr.mcore import cpu
 from megatron_dr.mcore.loop import validation
@@ -78,11 +79,16 @@ def _words(name: str, entry: Entry, action: argparse.Action, where: str) -> list
         if not isinstance(value, bool):
             raise ValueError(f"{where}: {name} must be true or false, not {entry.text!r}.")
         return [flag] if value else []
-    if isinstance(value, list) and action.nargs == "+":
+    by_name = action.dest.removeprefix("dr_") in NAMED
+    if isinstance(value, dict) and by_name:
+        if value and all(one.text for one in value.values()):
+            return [flag, *(f"{key}={one.text}" for key, one in value.items())]
+    elif isinstance(value, list) and action.nargs == "+":
         texts = [one.text for one in value]
         if texts and all(texts) and not any(text.startswith("-") for text in texts):
             return [flag, *texts]
     elif value is not None and not isinstance(value, list | dict):
         return [f"{flag}={entry.text}"]
     kind = "one value or a list of them" if action.nargs == "+" else "one value"
+    kind = "one value, or a table of them by name" if by_name else kind
     raise ValueError(f"{where}: {name} must have {kind}.")

@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron_dr.mcore.loop.best import Best
 from megatron_dr.mcore.loop.run import TrainingRun
+from megatron_dr.mcore.loop.target_role import with_means
+from megatron_dr.report.run_log import is_loss
 
 _END, _TEST = " on validation set", " on test set"  # how Megatron's prefixes end
 
@@ -56,6 +58,8 @@ class Evaluations:
         kind, began = self.run.begin_validation(), time.monotonic()
         result = stock(*rest, **kwargs)
         if result[0] is not None:
+            found = with_means(result[0], {} if self.run.is_test else self.run.valid.weights)
+            result = (found, *result[1:])
             self._found = result[0]
             if self.run.file is not None:
                 values = {**result[0], "validation seconds": time.monotonic() - began}
@@ -83,21 +87,26 @@ class Evaluations:
         self, iteration: int, forward_step: Any, model: Any, config: Any, groups: dict[str, Any]
     ) -> None:
         """The target's test set, whole; of the last batch the set's first samples fill up."""
-        streams, batches = self.run.test_streams, self.run.num_test
-        if not batches:
+        if not self.run.tests:
             return
         self.run.is_test = True
-        data = streams if len(streams) > 1 else streams[0]
         from megatron.training import training
         from megatron.training.utils import print_rank_last
 
         evaluate = training.evaluate.__wrapped__  # Megatron's own
-        found = evaluate(forward_step, data, model, None, config, eval_iters=batches, **groups)[0]
-        if found is None:  # out of time
-            return
-        values = {_named(name): value for name, value in found.items()}
+        values: dict[str, Any] = {}
+        for name, batches, role in self.run.tests:
+            data = role.iterators
+            found = evaluate(
+                forward_step, data, model, None, config, eval_iters=batches, **groups
+            )[0]  # fmt: skip
+            if found is None:  # out of time
+                return
+            values |= {_named(key) + f" {name}" * bool(name): value for key, value in found.items()}
+        weights = self.run.watching.weights_of(name for name, *_ in self.run.tests if name)
+        values = with_means(values, weights)
         said = [f"{n} value: {float(v):.6E} | {n} PPL: {math.exp(min(20, float(v))):.6E} | "
-                if n.endswith("loss") else f"{n}: {float(v):.6E} | "
+                if is_loss(n) else f"{n}: {float(v):.6E} | "
                 for n, v in values.items()]  # fmt: skip
         print_rank_last(f" target test set at iteration {iteration} | {''.join(said)}")
         if self.run.file is not None:

@@ -19,7 +19,7 @@ from megatron_dr.mcore import compat, cpu
 from megatron_dr.mcore.loop import config_file, needed, parts, script_flags, validation
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.refuse import Rule, refuse, rules
-from megatron_dr.mcore.seams.source import num_target_microbatches
+from megatron_dr.mcore.seams.source import target_microbatches
 from megatron_dr.plan.activations import Kept, Recompute, Shape
 from megatron_dr.plan.asked import Asked
 from megatron_dr.plan.choice import Wanted
@@ -93,10 +93,12 @@ def read(argv: Sequence[str], gpus: int, one_rank: bool = False) -> Asked:
         raise ValueError(
             f"{WHO} what --dr-rows sample keeps in the layers: drop it for the plan of buffer rows."
         )
+    if dr is not None and dr.targets == "maximin":
+        raise ValueError(f"{WHO} --dr-targets maximin: give the plan --dr-targets mean.")
     layout, size = _layout(args), 0
     if dr is not None and target is not None and target.target_data is not None:
-        num_target_microbatches(args, dr, target)  # refuses what can't be divided
-        size = target.target_batch_size
+        target_microbatches(args, dr, target)  # refuses what can't be divided
+        size = target.target_batch
     kept = Kept(
         Shape(args.micro_batch_size, args.seq_length), _recompute(args),
         fused=args.transformer_impl != "local", dropout=args.hidden_dropout > 0,

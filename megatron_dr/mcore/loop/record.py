@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dr.config.dr import DRConfig
-from megatron_dr.config.target import TargetConfig
+from megatron_dr.config.target import NAMED, TargetConfig
 from megatron_dr.data.encode import FORMS
 from megatron_dr.mcore.data.preparation import TOKENIZER_FILES
 from megatron_dr.mcore.data.samples import MASK
@@ -72,8 +72,12 @@ def _fields(prefix: str, config: Any, data: bool) -> Record:
     for field in dataclasses.fields(config):
         if not field.metadata or field.name in _SAID:
             continue
-        name, value = f"{prefix}-{_dashed(field.name)}", _plain(getattr(config, field.name))
+        name, value = f"{prefix}-{_dashed(field.name)}", getattr(config, field.name)
         is_data = field.metadata["unit"] in ("path", "folder") and value is not None
+        if isinstance(config, TargetConfig) and field.name in NAMED and isinstance(value, tuple):
+            found |= _named(name, dict(value), is_data) if data or not is_data else {}
+            continue
+        value = _plain(value)
         if not is_data:
             found[name] = value
         elif data:
@@ -88,6 +92,12 @@ def data_paths(args: Namespace, more: Iterable[str | None] = ()) -> list[Path]:
         value = getattr(args, name, None) or []
         found += [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
     return sorted({file for path in found for file in _files(path)})
+
+
+def _named(name: str, values: dict[str, Any], is_data: bool) -> Record:
+    """Of several sets: their names, and under FLAG:NAME what each has."""
+    kept = {key: _content(one, whole=True) if is_data else one for key, one in values.items()}
+    return {name: list(values), **{f"{name}:{key}": one for key, one in kept.items()}}
 
 
 def _general(value: Any) -> Any:

@@ -19,16 +19,25 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
+from megatron_dr.config.target_sets import TargetSet
 from megatron_dr.data.domains import DomainPlan
+from megatron_dr.data.mixed import MixedStream
 from megatron_dr.data.order import TargetStream
 from megatron_dr.mcore import cpu, errors, meter
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domains, origins
-from megatron_dr.mcore.loop import header, kept_target
+from megatron_dr.mcore.loop import header, kept_target, target_role
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
 from megatron_dr.mcore.loop.recorder import Recorder
-from megatron_dr.mcore.seams.source import Source, num_target_microbatches, resumes
+from megatron_dr.mcore.loop.target_role import (
+    TargetRole,
+    Tested,
+    by_set,
+    most_repeated,
+    with_means,
+)  # fmt: skip
+from megatron_dr.mcore.seams.source import Source, resumes
 from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.gpus import Gpus
 from megatron_dr.report.metrics import MetricsFile
@@ -60,36 +69,36 @@ class TrainingRun:
         self, model: list[Any], optimizer: Any, config: Any, args: Namespace, dr: DRConfig,
         target: TargetConfig | None, source: Source, scheduler: Any, watching: TargetConfig,
     ) -> None:  # fmt: skip
-        self.args, self.source = args, source
-        self.num_target = self.num_valid = self.target_size = 0
-        self.train_streams: list[Any] = [None] * len(model)
-        self.valid_streams: list[Any] = [None] * len(model)
-        self.test_streams: list[Any] = [None] * len(model)
-        self.is_test, self.num_test = False, int(source.tests)  # batches of the target's test set
-        self.target_ranks = dr.target_ranks or args.data_parallel_size
+        self.args, self.source, self.watching = args, source, watching
+        self.train = self.valid = TargetRole([None] * len(model))
+        self.is_test = False
+        self.tests: list[Tested] = []
         with errors.agreed():  # before attach, in which ranks wait for one another
             samples, held_out = source.target_samples(), source.validation_samples()
             tested = source.test_samples()
-        size = None if target is None else source.distinct(samples)
+        self._most: TargetSet | None = None
+        size = None
+        if target is not None:
+            self._most, size = most_repeated(source, samples, target)
         self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
-        dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
+        number = 1 if target is None else len(target.target_sets)
+        dr = dataclasses.replace(
+            dr, alpha_steps=args.train_iters, target_size=size, target_sets=number
+        )
         self.handle: Handle = attach(model, optimizer, config, dr)
         last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
         self.file = MetricsFile(args.dr_metrics) if args.dr_metrics and last else None
         self.gpus = of_node(args)
         if target is not None:
-            self.num_target = num_target_microbatches(args, dr, target)
-            self.target_size = target.target_batch_size // (self.num_target * self.target_ranks)
-            self.train_streams = source.streams(
-                samples, self.target_size, self.target_ranks, len(model)
-            )
-        self._open_validation(held_out, tested, len(model))
-        self.handle.check_batch(get_num_microbatches(), self.num_target)
+            self.train = target_role.of_steps(source, samples, args, dr, target, len(model))
+            target_role.say_sets(source, samples, target, dr)
+        self._open_validation(held_out, tested)
+        self.handle.check_batch(get_num_microbatches(), self.train.number)
         self._fresh_validation = True
         self._is_training = False
         self.validations = 0  # sets of this validation so far
         self._iteration: int | None = None
-        self._before: tuple[int, int, Any] = (0, 0, None)
+        self._before: tuple[int, Any, Any] = (0, self.train.begins_at(0), None)
         self.general: Any = None  # the general training set, where this rank reads it
         self.step_began = 0.0
         if dr.alpha_style == "auto":
@@ -104,28 +113,29 @@ class TrainingRun:
         if self.file is not None:
             self.file.begin(args.iteration, header.of(args, self.handle))
 
-    def _open_validation(self, samples: Any, tested: Any, chunks: int) -> None:
-        size, ranks = self.args.eval_micro_batch_size, self.args.data_parallel_size
-        if tested is not None:
-            self.num_test = -(-len(tested) // self.args.eval_global_batch_size)
-            self.test_streams = self.source.streams(tested, size, ranks, chunks)
-        if samples is not None:
-            self.valid_streams = self.source.streams(samples, size, ranks, chunks)
-            self.num_valid = self.args.eval_global_batch_size // (size * ranks)
-            check_number(
-                self.handle.model, self.num_valid, self.num_valid, "--eval-global-batch-size"
-            )
+    def _open_validation(self, held_out: Any, tested: Any) -> None:
+        args, chunks = self.args, len(self.handle.model)
+        size, ranks = args.eval_micro_batch_size, args.data_parallel_size
+        number = args.eval_global_batch_size // (size * ranks)
+        if self.source.tests:
+            self.tests.append(Tested("", 1, self.valid))
+        for name, samples in by_set(tested).items():
+            each = target_role.role(self.source, samples, {"": number}, size, ranks, chunks, {})
+            batches = -(-len(samples) // args.eval_global_batch_size)
+            self.tests.append(Tested(name, batches, each))
+        if held_out is None:
+            return
+        names = tuple(by_set(held_out))
+        self.valid = target_role.role(
+            self.source, held_out, dict.fromkeys(names, number), size, ranks, chunks,
+            self.watching.weights_of(names),
+        )  # fmt: skip
+        check_number(self.handle.model, self.valid.number, number, "--eval-global-batch-size")
 
     @property
     def steps_done(self) -> int:
         """Iterations of Megatron's loop so far, those before a resume included."""
         return 0 if self._iteration is None else self._iteration + 1
-
-    @staticmethod
-    def _place(streams: list[Any], consumed: int) -> None:
-        for stream in streams:
-            if stream is not None:
-                stream.consumed = consumed
 
     def is_for(self, model: Any) -> bool:
         first = model[0] if isinstance(model, list) else model
@@ -171,8 +181,8 @@ class TrainingRun:
     def _origins(self, role: str, microbatch: int) -> list[str]:
         """Where the samples of a microbatch of the step under way are from, if that is known."""
         if role == "target":
-            stream = next((one for one in self.train_streams if one is not None), None)
-            if not isinstance(stream, TargetStream):
+            stream = next((one for one in self.train.streams if one is not None), None)
+            if not isinstance(stream, TargetStream | MixedStream):
                 return []
             return stream.origins(self._before[1], microbatch)
         rank = parallel_state.get_data_parallel_rank()
@@ -204,14 +214,16 @@ class TrainingRun:
         self.general = train
         return train if self.recorder is None else self.recorder.of_data(train)
 
-    def log(self, iteration: int, values: dict[str, Any]) -> None:
-        """A training step is logged (collective where it is recorded)."""
+    def log(self, iteration: int, losses: dict[str, Any], rate: Any) -> dict[str, Any]:
+        """A training step is logged (collective where it is recorded): its losses as Megatron logs
+        them, with the means of several target sets."""
+        losses = with_means(losses, self.train.weights)
         if self.file is not None:
             more = {
                 "step seconds": time.monotonic() - self.step_began,
                 "peak memory bytes": meter.peak_memory(self.handle.rows.device),
             }
-            self.file.write("train", iteration, {**values, **more})
+            self.file.write("train", iteration, {**losses, "learning rate": rate, **more})
             log = self.handle.log
             if self.handle.dr.log_blocks and log is not None and log.projects:
                 self.file.write("blocks", iteration, log.blocks())
@@ -219,6 +231,7 @@ class TrainingRun:
             self.gpus.write(iteration)
         if self.recorder is not None:
             self.recorder.logged(iteration)
+        return losses
 
     def end_record(self) -> None:
         """What was recorded so far is on the disk."""
@@ -236,40 +249,40 @@ class TrainingRun:
         if reports is not None:
             return reports
         if self.is_test:  # the general role's streams, or the target's in their place
-            return self._step(stock, [None], 0, schedule)
+            return self._step(stock, self.valid, 0, schedule)
         if self._fresh_validation:
-            self._place(self.valid_streams, 0)  # every validation sees the same samples
+            self.valid.put(self.valid.begins_at(0))  # every validation sees the same samples
         self._fresh_validation = False
-        return self._step(stock, self.valid_streams, self.num_valid, schedule)
+        return self._step(stock, self.valid, self.valid.number, schedule)
 
     def _train(self, stock: Callable[..., Any], schedule: dict[str, Any]) -> Any:
         args = self.args
         self.step_began = time.monotonic()
         if args.curr_iteration != self._iteration:
             self._iteration = args.curr_iteration
-            self._before = (getattr(args, _STEPS), getattr(args, _CONSUMED), getattr(args, _DIAL))
-        steps, consumed, dial = self._before  # Megatron may run an iteration again: the same data
+            place = self.train.begins_at(getattr(args, _CONSUMED))
+            self._before = (getattr(args, _STEPS), place, getattr(args, _DIAL))
+        steps, place, dial = self._before  # Megatron may run an iteration again: the same data
         self.handle.load_state_dict({"steps": steps, "dial": dial})
         schedule = self.source.before_step(stock, schedule, steps)
         if self.recorder is not None:
             schedule = self.recorder.watched(schedule, args.curr_iteration + 1)
-        self._place(self.train_streams, consumed)
-        number = self.num_target if self.handle.target_due else 0
+        self.train.put(place)
+        number = self.train.number if self.handle.target_due else 0
         own = args.micro_batch_size
         try:
             if self.handle.dr.merges_target:  # where Megatron's batch functions look it up
-                args.micro_batch_size += self.target_size
-            reports = self._step(stock, self.train_streams, number, schedule)
+                args.micro_batch_size += self.train.size
+            reports = self._step(stock, self.train, number, schedule)
         finally:
             args.micro_batch_size = own
-        taken = number * self.target_size * self.target_ranks
         setattr(args, _STEPS, steps + 1)
         setattr(args, _DIAL, self.handle.state_dict()["dial"])
-        setattr(args, _CONSUMED, consumed + taken)
+        setattr(args, _CONSUMED, self.train.after(place) if number else place)
         return self.source.logged(reports)
 
     def _step(
-        self, stock: Callable[..., Any], streams: list[Any], number: int, schedule: dict[str, Any]
+        self, stock: Callable[..., Any], role: TargetRole, number: int, schedule: dict[str, Any]
     ) -> Any:
         training = not schedule.get("forward_only", False)
         if self.source.forward_step is not None:
@@ -283,8 +296,8 @@ class TrainingRun:
             return stock(**{**call, "micro_batch_size": size})
 
         return self.handle.step(
-            of_sequences, target_data_iterator=streams if len(streams) > 1 else streams[0],
-            num_target_microbatches=number,
-            target_micro_batch_size=self.target_size if training else None, domains=of_step,
-            **schedule,
+            of_sequences, target_data_iterator=role.iterators, num_target_microbatches=number,
+            target_micro_batch_size=role.size if training else None, domains=of_step,
+            target_samples=self._most.batch if self._most and role.sets else None,
+            target_sets=role.sets, **schedule,
         )  # fmt: skip

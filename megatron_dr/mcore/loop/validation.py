@@ -23,7 +23,7 @@ from megatron_dr.mcore.loop import (
 )  # fmt: skip
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.refuse import refuse
-from megatron_dr.mcore.seams.source import num_target_microbatches
+from megatron_dr.mcore.seams.source import target_microbatches
 
 Configs = tuple[DRConfig, TargetConfig] | None
 of_script: list[Callable[[Namespace], None]] = []  # checks of the entry itself, of arguments
@@ -97,7 +97,7 @@ def _settle(args: Namespace, configs: Configs) -> record.Record:
         recorder.check(args, *configs)
         target = parts.step_target(args, *configs)
         if target is not None:
-            num_target_microbatches(args, configs[0], target)
+            target_microbatches(args, configs[0], target)
     return record.of(args, configs)
 
 

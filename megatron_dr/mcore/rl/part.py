@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.rl import RLConfig
-from megatron_dr.config.target import WATCHING, TargetConfig
+from megatron_dr.config.target import NAMED, WATCHING, TargetConfig
+from megatron_dr.config.target_sets import parsed
 from megatron_dr.data.files import SUFFIXES
 from megatron_dr.mcore.data.samples import is_file
 from megatron_dr.mcore.refuse import Rule, rules
@@ -98,6 +99,7 @@ class RLPart(Part):
 
     def prepare(self, own: RLConfig, args: Namespace) -> None:
         _check_prompts(args.data_path)
+        _check_one_target(args)
         args.dataloader_type = "external"
         args.calculate_per_token_loss = True  # a mean over all tokens, however they are split
         validates = own.valid_data is not None or args.dr_target_valid_data is not None
@@ -184,6 +186,17 @@ def _refuse_given(names: tuple[str, ...], given: dict[str, Any], beside: str) ->
     for name in names:
         if name in given:
             raise ValueError(f"--dr-{name.replace('_', '-')} has no meaning with {beside}")
+
+
+def _check_one_target(args: Namespace) -> None:
+    """Raise ValueError where there are several target sets."""
+    for name in NAMED:
+        value, flag = getattr(args, f"dr_{name}", None), f"--dr-{name.replace('_', '-')}"
+        if value is not None and isinstance(parsed(flag, value), tuple):
+            raise ValueError(
+                f"--dr-rl-algorithm takes one target set, of prompts, without a name: give {flag} "
+                "one value."
+            )
 
 
 def _check_prompts(paths: list[str] | None) -> None:

@@ -12,6 +12,7 @@ from megatron.core import mpu, parallel_state
 
 from megatron_dr.config.rl import RLConfig
 from megatron_dr.config.target import TargetConfig
+from megatron_dr.config.target_sets import Named, by_name
 from megatron_dr.data.order import EpochOrder
 from megatron_dr.mcore import errors
 from megatron_dr.mcore.data.datasets import dataset_config
@@ -47,9 +48,9 @@ class RolloutSource(Source):
         self.forward_step = partial(policy_step, rl)
         self.tokenizer = dataset_config(args).tokenizer
         self.prompts: dict[str, list[Prompt]] = {GENERAL: self._read(args.data_path)}
-        held_out = {GENERAL: rl.valid_data, TARGET: target.target_valid_data}
+        held_out = {GENERAL: rl.valid_data, TARGET: _one(target.target_valid_data)}
         self.held_out = {r: self._read([path]) for r, path in held_out.items() if path is not None}
-        path = target.target_test_data
+        path = _one(target.target_test_data)
         self.tested = [] if path is None else self._read([path])
         self.tests = bool(self.tested)
         self.experiences: dict[str, Experience] = {}
@@ -57,9 +58,10 @@ class RolloutSource(Source):
 
     def target_samples(self) -> Sequence[Any]:
         """Target prompts; without any, the rollout's own completions."""
-        if self.target.target_data is None:
+        path = _one(self.target.target_data)
+        if path is None:
             return range(self.rl.completions)
-        self.prompts[TARGET] = self._read([self.target.target_data])
+        self.prompts[TARGET] = self._read([path])
         return self.prompts[TARGET]
 
     def distinct(self, samples: Sequence[Any]) -> int:
@@ -75,7 +77,7 @@ class RolloutSource(Source):
     ) -> list[ExperienceStream]:
         """The target's; what they give is shown to them at each rollout."""
         whole = self.rl.completions if self.target.target_data is None else None
-        batch = whole or self.target.target_batch_size
+        batch = whole or self.target.target_batch
         plain = not self.rl.target_has_ratio
         self._target = [self._stream(micro_batch_size, batch, plain) for _ in range(chunks)]
         return self._target
@@ -224,3 +226,8 @@ def _with_values(reports: Any, values: dict[str, float]) -> Any:
             pair = [value, 1.0] if number == 0 else [0.0, 0.0]
             report[name] = torch.tensor(pair, device=torch.cuda.current_device())
     return reports
+
+
+def _one(path: Named[str] | None) -> str | None:
+    """Of a flag whose names `RLPart` has refused."""
+    return next(iter(by_name(path).values()), None)

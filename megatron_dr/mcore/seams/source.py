@@ -24,7 +24,8 @@ class Source:
     tests = False
 
     def target_samples(self) -> Any:
-        """The whole target set; None without one. Before the plugin is attached.
+        """The whole target set, of several a table by name; None without one. Before the plugin
+        is attached.
 
         Raises:
             ValueError: no such data, or a wrong line; so below.
@@ -36,18 +37,18 @@ class Source:
         return len(samples)
 
     def validation_samples(self) -> Any:
-        """The held-out target set; None where `validate` needs no streams."""
+        """As `target_samples`, held out; None where `validate` needs no streams."""
         return None
 
     def test_samples(self) -> Any:
-        """The target's test set; None without one."""
+        """As `target_samples`, for the end of the run."""
         return None
 
     def streams(self, samples: Any, micro_batch_size: int, ranks: int, chunks: int) -> list[Any]:
         """This rank's microbatches of the samples, an iterator per model chunk.
 
         Args:
-            samples: what `target_samples` or `validation_samples` gave.
+            samples: of one set of what `target_samples` or another gave.
             ranks: the first so many data-parallel ranks share them.
         """
         raise NotImplementedError
@@ -98,27 +99,28 @@ def new_folder(args: Namespace) -> Path | None:
     return None if resumes(args) and Path(args.load).resolve() == folder.resolve() else folder
 
 
-def num_target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig) -> int:
-    """Target microbatches per step and rank that runs any.
+def target_microbatches(args: Namespace, dr: DRConfig, target: TargetConfig) -> dict[str, int]:
+    """Target microbatches per step and rank that runs any, by set.
 
     Raises:
-        ValueError: the target batch can't be divided into them.
+        ValueError: a set's batch can't be divided into them.
     """
     ranks: int = dr.target_ranks or args.data_parallel_size
     if dr.merges_target:
-        general: int = args.global_batch_size // args.micro_batch_size
-        if target.target_batch_size % general:
+        (only,), general = target.target_sets, args.global_batch_size // args.micro_batch_size
+        if only.batch % general:
             raise ValueError(
-                f"--dr-target-batch-size {target.target_batch_size} is not a multiple of the "
-                f"{general} general microbatches of a step, as --dr-target-pass merged needs: "
-                "change it."
+                f"--dr-target-batch-size {only.batch} is not a multiple of the {general} general "
+                "microbatches of a step, as --dr-target-pass merged needs: change it."
             )
-        return general // ranks
+        return {only.name: general // ranks}
     together: int = args.micro_batch_size * ranks
-    if target.target_batch_size % together:
-        what = "--dr-target-ranks" if dr.target_ranks else "data-parallel size"
-        raise ValueError(
-            f"--dr-target-batch-size {target.target_batch_size} is not a multiple of "
-            f"--micro-batch-size x {what} = {together}: change one of them."
-        )
-    return target.target_batch_size // together
+    for one in target.target_sets:
+        if one.batch % together:
+            what = "--dr-target-ranks" if dr.target_ranks else "data-parallel size"
+            said = f"{one.name}={one.batch}" if one.name else one.batch
+            raise ValueError(
+                f"--dr-target-batch-size {said} is not a multiple of --micro-batch-size x {what} "
+                f"= {together}: change one of them."
+            )
+    return {one.name: one.batch // together for one in target.target_sets}

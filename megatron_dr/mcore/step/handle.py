@@ -1,6 +1,7 @@
 """`Handle`: the plugin on one model: its life, and `step`, one data-regularised step."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_dr.mcore.step.bad import Guard
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.roles import MicrobatchRouter, merge_reports
 from megatron_dr.mcore.step.rows import Call, Rows
+from megatron_dr.mcore.step.sets import TargetSets, Weighing, tokens_ahead
 
 _ATTRIBUTE = "_megatron_dr_handle"
 
@@ -123,7 +125,8 @@ class Handle:
     def step(
         self, forward_backward_func: Callable[..., Any], *, target_data_iterator: Any = None,
         num_target_microbatches: int = 0, target_micro_batch_size: int | None = None,
-        target_samples: int | None = None, domains: Sequence[int] = (), **schedule: Any,
+        target_samples: int | None = None, target_sets: TargetSets | None = None,
+        domains: Sequence[int] = (), **schedule: Any,
     ) -> Any:  # fmt: skip
         """`forward_backward_func(**schedule)` with the target's microbatches run first.
 
@@ -137,13 +140,17 @@ class Handle:
                 they differ from the general ones' number.
             target_samples: of this step over all ranks, where microbatches are packs; none:
                 microbatches times their size. Only alpha's rule counts them.
+            target_sets: of which set each target microbatch is, where there are several: t is the
+                mean of the sets' gradients by their weights. Of validation, for the log alone. Not
+                with sample rows whose target is merged.
             domains: with domain rows, the domain number of each general microbatch of this rank.
             schedule: the schedule's own arguments; `num_microbatches` counts the general ones.
                 With sample rows a microbatch is a dictionary of tensors [samples, ...], with
                 'loss_mask' [samples, tokens].
 
         Returns:
-            What the schedule returns, with 'target loss' and 'dr ...' values in the reports.
+            What the schedule returns, with 'target loss' and 'dr ...' values in the reports; of
+            several sets 'target loss NAME' of each.
         """
         forward_only = schedule.get("forward_only", False)
         plain = not self.dr.feasible_set().reads_target and not self.dr.row_kind.named
@@ -164,7 +171,7 @@ class Handle:
 
         call = Call(
             forward_backward_func, schedule, target_data_iterator, num_target_microbatches, size,
-            domains, self.steps, shares,
+            domains, self.steps, shares, target_sets if num_target_microbatches else None,
         )  # fmt: skip
         if forward_only:
             return self._validate(call)
@@ -180,9 +187,24 @@ class Handle:
         changes = {"forward_step_func": forward_step, "num_microbatches": number}
         with books.opened(self.model, router):
             reports = call.function(**{**call.schedule, **changes})
-        return merge_reports(reports, call.num_target, {}, both=True)
+        return merge_reports(reports, call.num_target, {}, True, call.sets)
+
+    def _weighing(self, call: Call) -> tuple[Call, Weighing | None]:
+        """What several target sets need, and the step with its data as they were (collective)."""
+        if call.sets is None:
+            return call, None
+        tokens_n, data, ranks = None, call.target_data, self.dr.target_ranks
+        if self.config.calculate_per_token_loss:
+            runs = not ranks or parallel_state.get_data_parallel_rank() < ranks
+            tokens_n, again = tokens_ahead(
+                data if runs else None, call.num_target, self.rows.device
+            )
+            data = again if runs else data
+        scale_n = call.sets.scales(tokens_n, self.rows.device)
+        return dataclasses.replace(call, target_data=data), Weighing(scale_n)
 
     def _train(self, call: Call, log: StepLog) -> Any:
+        call, weighing = self._weighing(call)
         with (
             stall.told_who_is_gone(),
             progress.in_step(call.step),
@@ -191,6 +213,7 @@ class Handle:
             contextlib.closing(self.rows.passes(call, log)) as passes,
         ):
             for one in passes:
+                one.router.weighing = weighing
                 reports = schedules.run(call.function, call.schedule, one, self.config)
         self.steps += 1
         if log.bad is not None and self.dr.on_bad_gradient != "stop":
@@ -201,4 +224,4 @@ class Handle:
         log.put("dr bytes", float(self._meter.bytes))
         self.log, self.metrics = log, log.metrics()
         self.guard.found(self.steps - 1, log.bad)
-        return merge_reports(reports, one.router.num_target, self.metrics, one.both)
+        return merge_reports(reports, one.router.num_target, self.metrics, one.both, call.sets)

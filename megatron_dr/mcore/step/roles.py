@@ -13,6 +13,7 @@ import torch
 
 from megatron_dr.mcore import progress
 from megatron_dr.mcore.step.probe import Probe
+from megatron_dr.mcore.step.sets import TargetSets, Weighing, of_sets
 
 Report = dict[str, torch.Tensor]
 
@@ -31,10 +32,12 @@ class MicrobatchRouter:
     Attributes:
         books: told of each microbatch's role when its forward or backward begins (`step.books`).
         probe: tells which microbatches' gradients are not finite, where somebody asks.
+        weighing: of several target sets.
     """
 
     books: Opens | None = None
     probe: Probe | None = None
+    weighing: Weighing | None = None
 
     def __init__(
         self, model: list[torch.nn.Module], num_target: int, num_general: int,
@@ -64,6 +67,8 @@ class MicrobatchRouter:
                 target = self._target_data
                 data_iterator = target[chunk] if isinstance(target, list) else target
             output, loss_func = forward_step_func(data_iterator, module, *args)
+            if self.weighing is not None and loss_func is not None and microbatch < self.num_target:
+                loss_func = self.weighing.loss(loss_func, microbatch)
             if isinstance(output, torch.Tensor):
                 self._mark_backward(output, chunk, microbatch)
             else:  # a last stage with several outputs: backward begins at their loss
@@ -99,6 +104,8 @@ class MicrobatchRouter:
             self.books.open(is_target, forward=not backward)
         if backward and self.probe is not None:
             self.probe.backward(chunk, microbatch)
+        if backward and self.weighing is not None:
+            self.weighing.backward(number if is_target else None)
         self.enter(chunk, microbatch, backward)
 
     def bad(self) -> list[tuple[str, int, list[int]]]:
@@ -122,8 +129,9 @@ class MicrobatchRouter:
 
 
 def merge_reports(
-    reports: list[Report], num_target: int, metrics: Report, both: bool
-) -> list[Report]:
+    reports: list[Report], num_target: int, metrics: Report, both: bool,
+    sets: TargetSets | None = None,
+) -> list[Report]:  # fmt: skip
     """The general microbatches' reports, with the target's and the step's values beside their own.
 
     Megatron's loop sums two-element values (sum, count) over microbatches and data ranks and
@@ -133,17 +141,29 @@ def merge_reports(
     Args:
         both: whether this rank ran both roles; else all of its reports are of one, and it reports
             the other's pairs as zero, since every rank must report the same names.
+        sets: of several, each has values of its own, 'target loss NAME'.
     """
     if not reports:
         return reports
     target, general = reports[:num_target], [dict(r) for r in reports[num_target:]]
+    blank = {key: torch.zeros_like(value) for key, value in reports[0].items()}
     if not both:
-        like = {key: torch.zeros_like(value) for key, value in reports[0].items()}
-        target, general = target or [like], general or [dict(like)]
+        target, general = target or [blank], general or [dict(blank)]
     if not general:
         return reports
-    for key in target[0] if target else ():
-        name = "target loss" if key == "lm loss" else f"target {key}"
+    for ending, numbers in of_sets(sets, num_target) if target else ():
+        _add_target(general, [target[n] for n in numbers] or [blank], ending)
+    for name, value in metrics.items():
+        pair_value = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
+        for number, report in enumerate(general):
+            report[name] = pair_value if number == 0 else torch.zeros_like(pair_value)
+    return general
+
+
+def _add_target(general: list[Report], target: list[Report], ending: str) -> None:
+    """The values of one target set's microbatches, under names of their own."""
+    for key in target[0]:
+        name = ("target loss" if key == "lm loss" else f"target {key}") + ending
         values = torch.stack([t[key].view(-1) for t in target])
         pair = values.shape[1] == 2
         for number, report in enumerate(general):
@@ -151,8 +171,3 @@ def merge_reports(
                 report[name] = values.mean(0)
             else:
                 report[name] = values.sum(0) if number == 0 else torch.zeros_like(values[0])
-    for name, value in metrics.items():
-        pair_value = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
-        for number, report in enumerate(general):
-            report[name] = pair_value if number == 0 else torch.zeros_like(pair_value)
-    return general

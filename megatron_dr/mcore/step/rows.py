@@ -11,6 +11,7 @@ from megatron_dr.mcore.compat import Schedule
 from megatron_dr.mcore.step.alpha import Shares
 from megatron_dr.mcore.step.log import StepLog
 from megatron_dr.mcore.step.schedule import Pass
+from megatron_dr.mcore.step.sets import TargetSets
 
 Passes = Generator[Pass, None, None]
 
@@ -23,6 +24,7 @@ class Call:
         step: steps done before.
         shares: alpha and beta of this step, from its gram where that decides them (`Alpha.shares`
             from there on).
+        sets: of the target microbatches, where there are several.
     """
 
     function: Schedule
@@ -33,10 +35,27 @@ class Call:
     domains: Sequence[int]
     step: int
     shares: Callable[..., Shares]
+    sets: TargetSets | None = None
 
     @property
     def num_general(self) -> int:
         return int(self.schedule["num_microbatches"])
+
+    @property
+    def no_halves(self) -> str:
+        """Why a rank's target microbatches make no two halves that are alike; empty where they do.
+        Each set is in both halves with the same share, or they would not be of one target."""
+        if self.sets is not None and not self.sets.halves_alike:
+            return (
+                f"a rank's {self.num_target} target microbatches make no two halves with as many "
+                "of each target set (--dr-target-batch-size)"
+            )
+        if self.num_target % 2:
+            return (
+                f"a rank has {self.num_target} target microbatch(es), which are no two halves "
+                "(--dr-target-batch-size)"
+            )
+        return ""
 
 
 class Rows(Protocol):
