@@ -94,10 +94,12 @@ class DomainPart(Part):
     def settle(self, own: Any, args: argparse.Namespace) -> None:
         domain_names(args)
         DomainPlan(domain_weights(args))
+
+    def resume(self, own: Any, args: argparse.Namespace, before: argparse.Namespace) -> None:
         together = args.micro_batch_size * args.data_parallel_size
-        if args.consumed_train_samples % together:
+        if before.consumed_train_samples % together and not args.skip_train:
             raise ValueError(
-                f"--dr-rows domain can't resume after {args.consumed_train_samples} samples, not "
+                f"--dr-rows domain can't resume after {before.consumed_train_samples} samples, not "
                 f"a multiple of --micro-batch-size x data-parallel size = {together}: resume with "
                 "the sizes of the run before."
             )
