@@ -7,7 +7,7 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-from megatron_dr.data.domains import DomainPlan
+from megatron_dr.data.domains import DomainPlan, Order
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.data.domains import domain_names, domain_weights
 from megatron_dr.mcore.data.samples import SampleDataset
@@ -33,7 +33,7 @@ class DomainBlend(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(
-        self, datasets: list[MegatronDataset], plan: DomainPlan, unit_size: int, size: int
+        self, datasets: list[MegatronDataset], plan: Order, unit_size: int, size: int
     ) -> None:
         self.datasets, self.plan, self.unit_size, self.size = datasets, plan, unit_size, size
 
