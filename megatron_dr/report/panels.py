@@ -69,6 +69,8 @@ PANELS = (
     Rule(_RULE, "Wear of the target", "passes / P", TRAIN, r"dr wear", drop="dr "),
     Rule(_RULE, "E: passes of the run over the target", "passes", TRAIN, r"dr E", drop="dr "),
     Rule(_RULE, "Weights of the corpora", "weight", TRAIN, r"dr weight .*", drop="dr weight "),
+    Rule(_RULE, "How much of each corpus is read", "share", TRAIN, r"dr share .*",
+         drop="dr share "),
     Rule(_RULE, "Sketch error", "share", TRAIN, r"dr sketch error", drop="dr "),
     Rule(_COST, "A step, whole", "seconds", TRAIN, r"step seconds", drop=" seconds"),
     Rule(_COST, "The plugin's own work, by phase", "ms", TRAIN, r"dr .* ms", drop="dr | ms$"),

@@ -19,11 +19,10 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
-from megatron_dr.data.domains import DomainPlan
 from megatron_dr.data.order import TargetStream
 from megatron_dr.mcore import cpu, errors, meter
 from megatron_dr.mcore.attach import Handle, attach
-from megatron_dr.mcore.data import domains, origins
+from megatron_dr.mcore.data import domain_sampling, origins
 from megatron_dr.mcore.loop import header, kept_target
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
@@ -35,7 +34,7 @@ from megatron_dr.report.metrics import MetricsFile
 
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
 _DIAL = "megatron_dr_dial"
-START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None}
+START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None, domain_sampling.STATE: None}
 
 
 def of_node(args: Namespace) -> Gpus | None:
@@ -71,9 +70,9 @@ class TrainingRun:
             samples, held_out = source.target_samples(), source.validation_samples()
             tested = source.test_samples()
         size = None if target is None else len(samples)
-        self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
         dr = dataclasses.replace(dr, alpha_steps=args.train_iters, target_size=size)
         self.handle: Handle = attach(model, optimizer, config, dr)
+        self.corpora = domain_sampling.of_run(args, dr, self.handle.rows.device)
         last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
         self.file = MetricsFile(args.dr_metrics) if args.dr_metrics and last else None
         self.gpus = of_node(args)
@@ -194,6 +193,8 @@ class TrainingRun:
         """
         machine = get_rerun_state_machine()
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        if self.corpora is not None:
+            self.corpora.reach()
         while machine.should_run_forward_backward(data_iterator):
             for iterator in iterators:
                 for _ in range(0 if iterator is None else get_num_microbatches()):
@@ -202,6 +203,8 @@ class TrainingRun:
     def of_data(self, train: Any) -> Any:
         """The general training set, as the run needs it."""
         self.general = train
+        if self.corpora is not None:
+            self.corpora.of_data(train)
         return train if self.recorder is None else self.recorder.of_data(train)
 
     def log(self, iteration: int, values: dict[str, Any]) -> None:
@@ -228,6 +231,8 @@ class TrainingRun:
     def save(self, iteration: int) -> None:
         """A checkpoint of this iteration is about to be written."""
         self.source.save(iteration)
+        if self.corpora is not None:
+            self.corpora.save()
         self.end_record()
         kept_target.save(self.args, iteration, self.handle, getattr(self.args, _STEPS))
 
@@ -274,17 +279,17 @@ class TrainingRun:
         training = not schedule.get("forward_only", False)
         if self.source.forward_step is not None:
             schedule = {**schedule, "forward_step_func": watched(timed(self.source.forward_step))}
-        of_step = []
-        if training and self._plan is not None:
-            of_step = domains.of_step(self._plan, self.args, schedule["num_microbatches"])
+        corpora = self.corpora if training else None
+        of_step = [] if corpora is None else corpora.begin_step(schedule["num_microbatches"])
 
         def of_sequences(**call: Any) -> Any:  # what stages send each other
             size = call["micro_batch_size"] * self.handle.dr.sequences
             return stock(**{**call, "micro_batch_size": size})
 
-        return self.handle.step(
+        reports = self.handle.step(
             of_sequences, target_data_iterator=streams if len(streams) > 1 else streams[0],
             num_target_microbatches=number,
             target_micro_batch_size=self.target_size if training else None, domains=of_step,
             **schedule,
         )  # fmt: skip
+        return reports if corpora is None else corpora.end_step(self.handle.metrics, reports)

@@ -151,8 +151,13 @@ def merge_reports(
                 report[name] = values.mean(0)
             else:
                 report[name] = values.sum(0) if number == 0 else torch.zeros_like(values[0])
-    for name, value in metrics.items():
+    return with_values(general, metrics)
+
+
+def with_values(reports: list[Report], values: Report) -> list[Report]:
+    """A step's reports with values of the step, which Megatron's loop logs as they are."""
+    for name, value in values.items():
         pair_value = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
-        for number, report in enumerate(general):
+        for number, report in enumerate(reports):
             report[name] = pair_value if number == 0 else torch.zeros_like(pair_value)
-    return general
+    return reports
