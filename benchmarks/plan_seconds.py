@@ -197,7 +197,7 @@ def main() -> int:
         flops = rate(found[FIRST], data, file, of)
         said = {name: planned(case, data, file) for name, case in chosen.items()}
     console.print(f"{processor()}: {flops / 1e9:.1f} GFLOP/s, memory {of.memory / 1e9:.1f} GB/s, "
-                  f"a collective {of.link / 1e9:.2f} GB/s and {of.latency * 1e6:.0f} µs")  # fmt: skip
+                  f"a collective {of.link / 1e9:.2f} GB/s, {of.latency * 1e6:.0f} µs")  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("run", no_wrap=True)
     for head in ("measured, s", "planned, s", "off %", "of it beside computation, s"):

@@ -3,11 +3,22 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
 # Longest period of a plan: 0.2 s to make, 0.8 MB to keep; weights of five decimals are exact.
 MAX_PERIOD = 100_000
+
+
+class Order(Protocol):
+    """Which domain a unit holds, by its number in the run."""
+
+    def domain(self, q: int) -> int:
+        """The domain of unit q."""
+
+    def count_before(self, q: int) -> int:
+        """How many units before q have q's domain."""
 
 
 class DomainPlan:
@@ -37,6 +48,7 @@ class DomainPlan:
 
     Attributes:
         weights: the weights w that the order follows.
+        counts: the whole numbers c, with the period L as their sum.
 
     Raises:
         ValueError: no weight, or one that is not positive and finite.
@@ -46,8 +58,8 @@ class DomainPlan:
         counts = _whole(weights)
         period = sum(counts)
         self.weights = tuple(c / period for c in counts)
-        self._counts = counts
-        self._domain, self._earlier = _order(counts)
+        self.counts = counts
+        self._domain, self._earlier, _ = order(counts, period, period)
 
     def domain(self, q: int) -> int:
         """The domain of unit q."""
@@ -56,11 +68,17 @@ class DomainPlan:
     def count_before(self, q: int) -> int:
         """How many units before q have q's domain."""
         periods, place = divmod(q, len(self._domain))
-        return periods * self._counts[int(self._domain[place])] + int(self._earlier[place])
+        return periods * self.counts[int(self._domain[place])] + int(self._earlier[place])
+
+    def counts_before(self, q: int) -> list[int]:
+        """How many units before q each domain has."""
+        periods, place = divmod(q, len(self._domain))
+        begun = np.bincount(self._domain[:place], minlength=len(self.counts))
+        return [periods * count + int(more) for count, more in zip(self.counts, begun, strict=True)]
 
 
 def domains_of_step(
-    plan: DomainPlan, first_microbatch: int, num_microbatches: int, rank: int, ranks: int,
+    plan: Order, first_microbatch: int, num_microbatches: int, rank: int, ranks: int,
     peers: int,
 ) -> list[int]:  # fmt: skip
     """Domains of a data-parallel rank's general microbatches in a step.
@@ -89,16 +107,25 @@ def _whole(weights: Sequence[float]) -> list[int]:
     return [max(1, round(s * period)) for s in shares]
 
 
-def _order(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """A period's domain of each unit, and number of units before it of the same; int32 [L]."""
-    period = sum(counts)
-    domain, earlier = np.empty(period, np.int32), np.empty(period, np.int32)
-    share, seen = np.array(counts, np.int64), [0] * len(counts)
-    lag = np.zeros(len(counts), np.int64)
-    for q in range(period):
-        lag += share  # L (w_d (q + 1) - count_d), exactly
-        served = int(lag.argmax())
-        lag[served] -= period
+def order(
+    shares: Sequence[int], total: int, units: int, lag: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """`DomainPlan`'s rule for so many units with w = shares / total, from the lags that there are.
+
+    Args:
+        lag: total times each domain's sum of w - count over the units before; none: zeros.
+
+    Returns:
+        Domain of each unit, number of these units before it of the same domain; int32 [units].
+        The lags after them.
+    """
+    domain, earlier = np.empty(units, np.int32), np.empty(units, np.int32)
+    share, seen = np.array(shares, np.int64), [0] * len(shares)
+    behind = np.zeros(len(shares), np.int64) if lag is None else np.array(lag, np.int64)
+    for q in range(units):
+        behind += share  # exact: whole numbers
+        served = int(behind.argmax())
+        behind[served] -= total
         domain[q], earlier[q] = served, seen[served]
         seen[served] += 1
-    return domain, earlier
+    return domain, earlier, behind.tolist()

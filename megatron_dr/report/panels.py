@@ -74,6 +74,8 @@ PANELS = (
     Rule(_RULE, "Weights of the corpora", "weight", TRAIN, r"dr weight .*", drop="dr weight "),
     Rule(_RULE, "Weights of the target sets", "weight", TRAIN, r"dr target weight .*",
          drop="dr target weight "),
+    Rule(_RULE, "How much of each corpus is read", "share", TRAIN, r"dr share .*",
+         drop="dr share "),
     Rule(_RULE, "Sketch error", "share", TRAIN, r"dr sketch error", drop="dr "),
     Rule(_COST, "A step, whole", "seconds", TRAIN, r"step seconds", drop=" seconds"),
     Rule(_COST, "The plugin's own work, by phase", "ms", TRAIN, r"dr .* ms", drop="dr | ms$"),

@@ -72,7 +72,7 @@ def test_a_part_of_its_own(name: str) -> None:
     args = parse(option(switch), "4", *([] if is_switch else [option(name), str(field.default)]))
     config = part.of(args)
     assert configs_from_args(args) is None and config is not None
-    assert getattr(config, field.name) == (4 if is_switch else field.default)
+    assert getattr(config, field.name) == (field.type("4") if is_switch else field.default)
     assert all(other is part or other.of(args) is None for other in LIST)
     if not is_switch:
         with pytest.raises(ValueError, match=f"{option(name)} needs {option(switch)}"):

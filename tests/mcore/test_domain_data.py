@@ -91,6 +91,7 @@ def by_domain(args: Any, numbers: list[int]) -> tuple[Any, Any, Any]:
     part = domain_blend.DomainPart()
     part.refuse(args)
     part.settle(True, args)
+    part.resume(True, args, args)
     train, valid, test = datasets.general_datasets(args, numbers, None)
     return part.on_data(args, train), valid, test
 

@@ -1,5 +1,6 @@
 """Prepared datasets and packs through Megatron's builder and the training entry."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from pyarrow import parquet
 
 from megatron_dr.mcore.data import datasets
 from megatron_dr.mcore.data.samples import PreparedSamples
+from megatron_dr.mcore.loop import data_watch
 from megatron_dr.report import metrics
 
 from ..data import _chat
@@ -229,6 +231,19 @@ def test_packs_train_alike_in_every_layout(data: dict[str, str], tmp_path: Path,
     assert found[0][-1] < found[0][1] and found[0][-2] < found[0][0]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=2e-4)
+
+
+def test_a_file_that_changes_is_said(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both roles, training and held out, before a checkpoint."""
+    times = itertools.count()
+    monkeypatch.setattr(data_watch, "_state", lambda file: (0, 0, next(times)))
+    saved = f"--save {tmp_path / 'saved'} --save-interval 1"
+    ((code, out, error),) = run(flags(data, f"{SLOTS} {saved}", 1), 1)
+    assert code == 0, error
+    for path in data.values():
+        assert f"WARNING: {path}.bin was changed while the run reads it" in out, path
 
 
 @pytest.mark.soak

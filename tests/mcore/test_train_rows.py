@@ -18,9 +18,9 @@ def test_domain_rows_are_weighed_and_logged_by_name(data: dict[str, str], tmp_pa
     more = f"""{two_corpora(data, tmp_path)} --dr-target-data {data["target"]}
         --dr-target-batch-size 4 --dr-rows domain --dr-blocks layer --dr-log-blocks
         --dr-metrics {metrics_path}"""
-    code, out, error = run(flags(data, more))[1]
+    (_, said, _), (code, out, error) = run(flags(data, more))
     assert code == 0, error
-    assert "2 rows a step (domain)" in run(flags(data, more))[0][1]
+    assert "2 rows a step (domain)" in said
     assert re.search(r"iteration +6/.*dr weight english: .*dr weight german: ", out)
     assert re.search(r"iteration 6 \| decoder.layers.1 \| dr cos general: ", out)
     for line in metrics.read(metrics_path, "train"):

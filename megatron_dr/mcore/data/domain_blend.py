@@ -7,7 +7,7 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-from megatron_dr.data.domains import DomainPlan
+from megatron_dr.data.domains import DomainPlan, Order
 from megatron_dr.mcore import compat
 from megatron_dr.mcore.data.domains import domain_names, domain_weights
 from megatron_dr.mcore.data.samples import SampleDataset
@@ -33,7 +33,7 @@ class DomainBlend(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(
-        self, datasets: list[MegatronDataset], plan: DomainPlan, unit_size: int, size: int
+        self, datasets: list[MegatronDataset], plan: Order, unit_size: int, size: int
     ) -> None:
         self.datasets, self.plan, self.unit_size, self.size = datasets, plan, unit_size, size
 
@@ -94,10 +94,12 @@ class DomainPart(Part):
     def settle(self, own: Any, args: argparse.Namespace) -> None:
         domain_names(args)
         DomainPlan(domain_weights(args))
+
+    def resume(self, own: Any, args: argparse.Namespace, before: argparse.Namespace) -> None:
         together = args.micro_batch_size * args.data_parallel_size
-        if args.consumed_train_samples % together:
+        if before.consumed_train_samples % together and not args.skip_train:
             raise ValueError(
-                f"--dr-rows domain can't resume after {args.consumed_train_samples} samples, not "
+                f"--dr-rows domain can't resume after {before.consumed_train_samples} samples, not "
                 f"a multiple of --micro-batch-size x data-parallel size = {together}: resume with "
                 "the sizes of the run before."
             )

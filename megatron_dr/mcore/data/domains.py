@@ -6,12 +6,12 @@ import os
 from megatron.core import mpu
 from megatron.core.datasets.utils import Split
 
-from megatron_dr.data.domains import DomainPlan, domains_of_step
+from megatron_dr.data.domains import Order, domains_of_step
 from megatron_dr.data.files import ending
 from megatron_dr.mcore import compat
 
 
-def of_step(plan: DomainPlan, args: argparse.Namespace, num_microbatches: int) -> list[int]:
+def of_step(plan: Order, args: argparse.Namespace, num_microbatches: int) -> list[int]:
     """Domain of each of this rank's general microbatches in the step that is under way."""
     ranks = args.data_parallel_size
     first = args.consumed_train_samples // (args.micro_batch_size * ranks)

@@ -44,7 +44,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dr.mcore import compat, cpu, errors, stall, unpickling
-from megatron_dr.mcore.data import datasets, vocabulary
+from megatron_dr.mcore.data import datasets, domain_sampling, vocabulary
 from megatron_dr.mcore.loop import (
     begin,
     changes,
@@ -199,7 +199,7 @@ def _build_iterators(stock: Callable[..., Any], provider: Any, *rest: Any, **kwa
         stage = getattr(provider, "keywords", {}).get("vp_stage")
         provider = functools.partial(datasets_provider, vp_stage=stage)
         provider.is_distributed = True
-    return stock(provider, *rest, **kwargs)
+    return stock(domain_sampling.with_room(get_args(), provider), *rest, **kwargs)
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_dr.config.target import TargetConfig
+from megatron_dr.config.target_sets import by_name
 from megatron_dr.mcore.loop.record import data_paths
 from megatron_dr.mcore.say import log
 
@@ -24,12 +26,14 @@ class DataWatch:
         self._seen: dict[Path, State | None] = {file: _state(file) for file in files}
 
     @classmethod
-    def of(cls, args: Namespace, more: Iterable[str | None]) -> "DataWatch":
-        """The indexed datasets among the general data, and among more paths; on the first rank of
-        each machine."""
+    def of(cls, args: Namespace, targets: Iterable[TargetConfig]) -> "DataWatch":
+        """The indexed datasets of both roles; on the first rank of each machine."""
         if int(os.environ.get("LOCAL_RANK", dist.get_rank())) != 0:
             return cls([])
-        return cls(file for file in data_paths(args, more) if file.suffix in (".bin", ".idx"))
+        given = [(one.target_data, one.target_valid_data, one.target_test_data) for one in targets]
+        named = [by_name(each) for values in given for each in values]
+        files = data_paths(args, [path for paths in named for path in paths.values()])
+        return cls(file for file in files if file.suffix in (".bin", ".idx"))
 
     def look(self, iteration: int) -> None:
         """Say what is gone or was changed."""

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.mcore.data.domain_blend import DomainPart
+from megatron_dr.mcore.data.domain_sampling import SamplingPart
 from megatron_dr.mcore.data.packed import PackPart
 from megatron_dr.mcore.data.template import TemplatePart
 from megatron_dr.mcore.dpo.part import DPOPart
@@ -23,6 +24,7 @@ PARTS: list[Part] = [
     DPOPart(),
     PackPart(),
     DomainPart(),
+    SamplingPart(),
     TemplatePart(),
 ]
 

@@ -85,9 +85,9 @@ def _fields(prefix: str, config: Any, data: bool) -> Record:
     return found
 
 
-def data_paths(args: Namespace, more: Iterable[str | None] = ()) -> list[Path]:
+def data_paths(args: Namespace, more: Iterable[str] = ()) -> list[Path]:
     """All files of the general data, and of more paths."""
-    found = [path for path in more if path is not None]
+    found = list(more)
     for name in _GENERAL:
         value = getattr(args, name, None) or []
         found += [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]

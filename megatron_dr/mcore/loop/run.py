@@ -20,31 +20,24 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.config.target_sets import TargetSet
-from megatron_dr.data.domains import DomainPlan
 from megatron_dr.data.mixed import MixedStream
 from megatron_dr.data.order import TargetStream
 from megatron_dr.mcore import cpu, errors, meter
 from megatron_dr.mcore.attach import Handle, attach
-from megatron_dr.mcore.data import domains, origins
+from megatron_dr.mcore.data import domain_sampling, origins
 from megatron_dr.mcore.loop import header, kept_target, target_role
+from megatron_dr.mcore.loop.data_watch import DataWatch
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
 from megatron_dr.mcore.loop.recorder import Recorder
-from megatron_dr.mcore.loop.target_role import (
-    TargetRole,
-    Tested,
-    by_set,
-    most_repeated,
-    with_means,
-)  # fmt: skip
+from megatron_dr.mcore.loop.target_role import TargetRole, most_repeated, with_means  # fmt: skip
 from megatron_dr.mcore.seams.source import Source, resumes
-from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.report.gpus import Gpus
 from megatron_dr.report.metrics import MetricsFile
 
 _STEPS, _CONSUMED = "megatron_dr_steps", "megatron_dr_consumed_target_samples"
 _DIAL = "megatron_dr_dial"
-START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None}
+START = {_STEPS: 0, _CONSUMED: 0, _DIAL: None, domain_sampling.STATE: None}
 
 
 def of_node(args: Namespace) -> Gpus | None:
@@ -72,7 +65,6 @@ class TrainingRun:
         self.args, self.source, self.watching = args, source, watching
         self.train = self.valid = TargetRole([None] * len(model))
         self.is_test = False
-        self.tests: list[Tested] = []
         with errors.agreed():  # before attach, in which ranks wait for one another
             samples, held_out = source.target_samples(), source.validation_samples()
             tested = source.test_samples()
@@ -80,19 +72,22 @@ class TrainingRun:
         size = None
         if target is not None:
             self._most, size = most_repeated(source, samples, target)
-        self._plan = DomainPlan(domains.domain_weights(args)) if dr.row_kind.named else None
         number = 1 if target is None else len(target.target_sets)
         dr = dataclasses.replace(
             dr, alpha_steps=args.train_iters, target_size=size, target_sets=number
         )
         self.handle: Handle = attach(model, optimizer, config, dr)
+        self.corpora = domain_sampling.of_run(args, dr, self.handle.rows.device)
         last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
         self.file = MetricsFile(args.dr_metrics) if args.dr_metrics and last else None
         self.gpus = of_node(args)
         if target is not None:
             self.train = target_role.of_steps(source, samples, args, dr, target, len(model))
             target_role.say_sets(source, samples, target, dr)
-        self._open_validation(held_out, tested)
+        self.valid, self.tests = target_role.held_out(
+            source, held_out, tested, args, self.valid, watching, self.handle.model
+        )
+        self.data = DataWatch.of(args, (target or watching, watching))
         self.handle.check_batch(get_num_microbatches(), self.train.number)
         self._fresh_validation = True
         self._is_training = False
@@ -112,25 +107,6 @@ class TrainingRun:
             kept_target.load(args, self.handle, getattr(args, _STEPS))
         if self.file is not None:
             self.file.begin(args.iteration, header.of(args, self.handle))
-
-    def _open_validation(self, held_out: Any, tested: Any) -> None:
-        args, chunks = self.args, len(self.handle.model)
-        size, ranks = args.eval_micro_batch_size, args.data_parallel_size
-        number = args.eval_global_batch_size // (size * ranks)
-        if self.source.tests:
-            self.tests.append(Tested("", 1, self.valid))
-        for name, samples in by_set(tested).items():
-            each = target_role.role(self.source, samples, {"": number}, size, ranks, chunks, {})
-            batches = -(-len(samples) // args.eval_global_batch_size)
-            self.tests.append(Tested(name, batches, each))
-        if held_out is None:
-            return
-        names = tuple(by_set(held_out))
-        self.valid = target_role.role(
-            self.source, held_out, dict.fromkeys(names, number), size, ranks, chunks,
-            self.watching.weights_of(names),
-        )  # fmt: skip
-        check_number(self.handle.model, self.valid.number, number, "--eval-global-batch-size")
 
     @property
     def steps_done(self) -> int:
@@ -169,8 +145,10 @@ class TrainingRun:
 
     def all_is_done(self) -> None:
         """No checkpoint is being written any more; after training no validation follows either."""
-        if self.file is not None and not self._is_training:
-            self.file.write("end", self.steps_done, {})
+        if not self._is_training:
+            self.data.look(self.steps_done)
+            if self.file is not None:
+                self.file.write("end", self.steps_done, {})
 
     def _write_bad(self, _: int, records: list[dict[str, Any]]) -> None:
         """Microbatches with bad gradients, to the metrics' file."""
@@ -204,6 +182,8 @@ class TrainingRun:
         """
         machine = get_rerun_state_machine()
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        if self.corpora is not None:
+            self.corpora.reach()
         while machine.should_run_forward_backward(data_iterator):
             for iterator in iterators:
                 for _ in range(0 if iterator is None else get_num_microbatches()):
@@ -212,6 +192,8 @@ class TrainingRun:
     def of_data(self, train: Any) -> Any:
         """The general training set, as the run needs it."""
         self.general = train
+        if self.corpora is not None:
+            self.corpora.of_data(train)
         return train if self.recorder is None else self.recorder.of_data(train)
 
     def log(self, iteration: int, losses: dict[str, Any], rate: Any) -> dict[str, Any]:
@@ -241,6 +223,9 @@ class TrainingRun:
     def save(self, iteration: int) -> None:
         """A checkpoint of this iteration is about to be written."""
         self.source.save(iteration)
+        self.data.look(iteration)
+        if self.corpora is not None:
+            self.corpora.save()
         self.end_record()
         kept_target.save(self.args, iteration, self.handle, getattr(self.args, _STEPS))
 
@@ -287,17 +272,17 @@ class TrainingRun:
         training = not schedule.get("forward_only", False)
         if self.source.forward_step is not None:
             schedule = {**schedule, "forward_step_func": watched(timed(self.source.forward_step))}
-        of_step = []
-        if training and self._plan is not None:
-            of_step = domains.of_step(self._plan, self.args, schedule["num_microbatches"])
+        corpora = self.corpora if training else None
+        of_step = [] if corpora is None else corpora.begin_step(schedule["num_microbatches"])
 
         def of_sequences(**call: Any) -> Any:  # what stages send each other
             size = call["micro_batch_size"] * self.handle.dr.sequences
             return stock(**{**call, "micro_batch_size": size})
 
-        return self.handle.step(
+        reports = self.handle.step(
             of_sequences, target_data_iterator=role.iterators, num_target_microbatches=number,
             target_micro_batch_size=role.size if training else None, domains=of_step,
             target_samples=self._most.batch if self._most and role.sets else None,
             target_sets=role.sets, **schedule,
         )  # fmt: skip
+        return reports if corpora is None else corpora.end_step(self.handle.metrics, reports)

@@ -11,6 +11,7 @@ from megatron_dr.config.target_sets import TargetSet
 from megatron_dr.data.mixed import MixedStream, order_of
 from megatron_dr.mcore.say import say
 from megatron_dr.mcore.seams.source import Source, target_microbatches
+from megatron_dr.mcore.step.schedule import check_number
 from megatron_dr.mcore.step.sets import TargetSets
 
 Place = Any  # of a stream: sequences taken by all data ranks; of several sets a table by name
@@ -123,11 +124,38 @@ def of_steps(
     return role(source, samples, microbatches, size, ranks, chunks, weights, in_turn)
 
 
+def held_out(
+    source: Source, samples: Any, tested: Any, args: Namespace, blank: TargetRole,
+    watching: TargetConfig, model: list[Any],
+) -> tuple[TargetRole, list[Tested]]:  # fmt: skip
+    """(what a validation evaluates, what the end of the run does).
+
+    Args:
+        samples, tested: as the source gave them.
+        blank: of a source that makes no use of streams.
+    """
+    chunks, size, ranks = len(model), args.eval_micro_batch_size, args.data_parallel_size
+    number = args.eval_global_batch_size // (size * ranks)
+    tests = [Tested("", 1, blank)] if source.tests else []
+    for name, own in by_set(tested).items():
+        batches = -(-len(own) // args.eval_global_batch_size)
+        tests.append(
+            Tested(name, batches, role(source, own, {"": number}, size, ranks, chunks, {}))
+        )
+    if samples is None:
+        return blank, tests
+    names = tuple(by_set(samples))
+    found = role(source, samples, dict.fromkeys(names, number), size, ranks, chunks,
+                 watching.weights_of(names))  # fmt: skip
+    check_number(model, found.number, number, "--eval-global-batch-size")
+    return found, tests
+
+
 def most_repeated(
     source: Source, samples: Any, target: TargetConfig
 ) -> tuple[TargetSet, int]:  # fmt: skip
-    """The set that a run repeats most, and how many samples of it the run has: by it the rule that chooses
-    alpha counts passes, so that no set is worn out."""
+    """The set that a run repeats most, and how many samples of it the run has: by it the rule that
+    chooses alpha counts passes, so that no set is worn out."""
     sizes = {name: max(1, source.distinct(one)) for name, one in by_set(samples).items()}
     most = max(target.target_sets, key=lambda one: one.batch / sizes[one.name])
     return most, sizes[most.name]

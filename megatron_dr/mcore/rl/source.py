@@ -66,7 +66,8 @@ class RolloutSource(Source):
 
     def distinct(self, samples: Sequence[Any]) -> int:
         """Completions: each rollout's are new, though its prompts are not."""
-        cycles = -(-self.args.train_iters // self.rl.steps_per_cycle(self.args.global_batch_size))
+        steps: int = self.args.train_iters
+        cycles = -(-steps // self.rl.steps_per_cycle(self.args.global_batch_size))
         if TARGET not in self.prompts:
             return cycles * self.rl.completions
         rollouts = -(-cycles // self.rl.target_refresh)

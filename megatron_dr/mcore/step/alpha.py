@@ -156,7 +156,7 @@ def _start(config: DRConfig, samples: int, passes: float, has_rates: bool) -> st
     floor = f"; the update's cosine with the general mean is at least {config.keep_general:g}"
     floor = floor if config.keep_general else ""
     return (
-        f"alpha auto: the run has {config.target_size} different target samples (n), a step {samples} "
-        f"(b): E = {passes:.3g} passes over them in the run, {counted}; the target's own gradient is of "
-        f"use for about {rule.PASSES:g}, {follows}{floor}"
+        f"alpha auto: the run has {config.target_size} different target samples (n), a step "
+        f"{samples} (b): E = {passes:.3g} passes over them in the run, {counted}; the target's own "
+        f"gradient is of use for about {rule.PASSES:g}, {follows}{floor}"
     )

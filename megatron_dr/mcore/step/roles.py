@@ -153,11 +153,7 @@ def merge_reports(
         return reports
     for ending, numbers in of_sets(sets, num_target) if target else ():
         _add_target(general, [target[n] for n in numbers] or [blank], ending)
-    for name, value in metrics.items():
-        pair_value = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
-        for number, report in enumerate(general):
-            report[name] = pair_value if number == 0 else torch.zeros_like(pair_value)
-    return general
+    return with_values(general, metrics)
 
 
 def _add_target(general: list[Report], target: list[Report], ending: str) -> None:
@@ -171,3 +167,12 @@ def _add_target(general: list[Report], target: list[Report], ending: str) -> Non
                 report[name] = values.mean(0)
             else:
                 report[name] = values.sum(0) if number == 0 else torch.zeros_like(values[0])
+
+
+def with_values(reports: list[Report], values: Report) -> list[Report]:
+    """A step's reports with values of the step, which Megatron's loop logs as they are."""
+    for name, value in values.items():
+        pair_value = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
+        for number, report in enumerate(reports):
+            report[name] = pair_value if number == 0 else torch.zeros_like(pair_value)
+    return reports
