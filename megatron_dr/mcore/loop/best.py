@@ -24,10 +24,10 @@ import torch.distributed as dist
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.hf import assets
 from megatron_dr.mcore import collectives
+from megatron_dr.mcore.loop import tracker
 from megatron_dr.mcore.say import say
 
 FOLDER, FILE = "best", "best.json"
-_TRACKER = "latest_checkpointed_iteration.txt"
 _BESIDE = ("dr_reference", "dr_reference_log_probs.safetensors")  # of a run, not of a checkpoint
 
 
@@ -185,7 +185,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 def _tracked(folder: Path) -> int | None:
     """The iteration of the whole checkpoint; None without one."""
     try:
-        return int((folder / _TRACKER).read_text())
+        return int((folder / tracker.NAME).read_text())
     except (OSError, ValueError):
         return None
 
