@@ -95,8 +95,11 @@ class Best:
         self._new: dict[str, Any] | None = None
         found = _read(self.folder) if dist.get_rank() == 0 else None
         found = collectives.of_all_ranks(found)[0]
+        self._before: int | None = None  # kept by a run that may have ended before it said so
         if found is not None and name in found:
-            self.known = found
+            self.known, self._before = found, found["iteration"]
+            if dist.get_rank() == 0:
+                self._is_whole(found)
             say(f"best {name} so far: {found[name]:.6g} of iteration {found['iteration']}, kept in "
                 f"{self.folder}")  # fmt: skip
 
@@ -121,9 +124,13 @@ class Best:
             state: model, optimizer, scheduler and FLOPs, as Megatron saves them.
 
         Returns:
-            What best.json says; None where nothing is kept.
+            What best.json says; None where nothing is kept. Of a step that runs again, whose model
+            is kept already, it is said again.
         """
         new, self._new = self._new, None
+        if new is None and iteration == self._before:
+            self._before = None
+            return self.known
         if new is None or new["iteration"] != iteration:
             return None
         if dist.get_rank() == 0:
@@ -133,8 +140,7 @@ class Best:
             self._write(iteration, *state, {}, train_data_iterator=train_data_iterator)
         dist.barrier()  # the new one is whole, and the tracker names it
         if dist.get_rank() == 0:
-            _note(self.folder, {**new, "former": None})
-            _remove_others(self.folder, iteration)
+            self._is_whole(new)
         before = "" if self.known is None else (
             f"; the best before was {self.known[self.name]:.6g} of iteration "
             f"{self.known['iteration']}"
@@ -143,6 +149,11 @@ class Best:
             f"{self.folder}{before}")  # fmt: skip
         self.known = new
         return new
+
+    def _is_whole(self, new: dict[str, Any]) -> None:
+        """On rank 0: the tracker names it, and no other is needed any more."""
+        _note(self.folder, {**new, "former": None})
+        _remove_others(self.folder, new["iteration"])
 
     def _make_room(self, new: dict[str, Any]) -> None:
         """On rank 0: nothing is where the new one goes, and best.json tells either one's value."""
