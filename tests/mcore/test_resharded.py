@@ -26,6 +26,7 @@ SAMPLES = """--dr-rows sample --micro-batch-size 2 --dr-set topk --dr-fraction 0
 EP = "--expert-model-parallel-size"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 SLOTS, TWO_SLOTS, RANKS = "--dr-slots 4", "--dr-slots 2", "--dr-rows rank"
+ONE_ROW = f"{RANKS} --dr-row-ranks 4"  # expert-parallel ranks share a row
 # of the run before and of the one that goes on: ranks, flags
 CHANGES = {
     "tp2": ((1, SLOTS), (2, f"{SLOTS} {TP2}")),
@@ -34,7 +35,7 @@ CHANGES = {
     "slots to ranks": ((2, TWO_SLOTS), (4, RANKS)),
     "cp2": ((1, SLOTS), (2, f"{SLOTS} --context-parallel-size 2")),
     "streaming tp2": ((1, SAMPLES), (2, f"{SAMPLES} {TP2}")),
-    "ep2": ((4, f"{RANKS} {MOE} {EP} 4"), (4, f"{RANKS} {MOE} {EP} 2")),
+    "ep2": ((4, f"{ONE_ROW} {MOE} {EP} 4"), (4, f"{ONE_ROW} {MOE} {EP} 2")),
 }
 SAME = ("lm loss", "target loss", "dr cos general", "dr alpha")
 

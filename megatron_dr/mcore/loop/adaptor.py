@@ -157,6 +157,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     args = get_args()
     _packed = bool(getattr(args, "dr_pack", None))
     configs = configs_from_args(args)
+    stall.begin(0.0 if configs is None else configs[0].stall_seconds)  # attach comes late
     with errors.refused(), errors.agreed():
         begin.check_folders(args)
         if dist.get_rank() == 0:
@@ -170,7 +171,6 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
             say(sentence)
         for name, start in START.items():
             setattr(args, name, start)
-        stall.begin(configs[0].stall_seconds)  # a checkpoint is loaded before attach
     model, optimizer, scheduler = stock(*rest, **kwargs)  # loads a checkpoint
     begin.leave_if_complete(args)
     _run = _evaluations = _generation = None
