@@ -63,7 +63,6 @@ def test_a_restart_in_the_process_is_refused_in_any_script() -> None:
 
 
 def test_what_can_be_done_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needed.cpu, "is_enabled", lambda: False)
     parse = add_megatron_arguments(argparse.ArgumentParser()).parse_args
     for given in ("", f"{IN_BACKGROUND} --async-strategy mcore", f"{LOGGED} --save d"):
         refuse("", needed.RULES, parse(given.split()))
