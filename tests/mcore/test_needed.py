@@ -62,7 +62,7 @@ def test_a_restart_in_the_process_is_refused_in_any_script() -> None:
     assert script_flags.reason("--inprocess-restart") is not None
 
 
-def test_what_can_be_done_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_done_is_not_refused() -> None:
     parse = add_megatron_arguments(argparse.ArgumentParser()).parse_args
     for given in ("", f"{IN_BACKGROUND} --async-strategy mcore", f"{LOGGED} --save d"):
         refuse("", needed.RULES, parse(given.split()))
