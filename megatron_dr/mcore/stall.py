@@ -123,7 +123,8 @@ class Watch:
         if rank not in notes:
             return f"rank {rank} has left no note yet"
         dead = ", and gives no sign of life" if silent else ""
-        return f"rank {rank} was last in {notes[rank]['said']}{dead}"
+        where: str = notes[rank]["said"]
+        return f"rank {rank} was last {'in ' * where.startswith('step')}{where}{dead}"
 
 
 def _own_connection() -> Any:

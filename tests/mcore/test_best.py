@@ -146,6 +146,27 @@ def test_a_crash_while_the_next_best_is_written(tmp_path: Path) -> None:
     assert best._read(tmp_path) is None
 
 
+def test_a_crash_after_the_next_best_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The run that is resumed removes the one before, and says the new one where its step runs
+    again, once."""
+    monkeypatch.setattr(best.collectives, "of_all_ranks", lambda value: [value])
+    monkeypatch.setattr(best.dist, "get_rank", lambda: 0)
+    folder = tmp_path / "best"
+    for iteration in (4, 8):
+        (folder / f"iter_000000{iteration}").mkdir(parents=True)
+    new = {"iteration": 8, "target loss": 1.0}
+    best._note(folder, {**new, "former": {"iteration": 4, "target loss": 2.0}})
+    (folder / "latest_checkpointed_iteration.txt").write_text("8")
+    one = best.Best(Namespace(save=str(tmp_path)), "target loss", False, lambda *_: None)
+    assert one.known == new
+    assert kept(tmp_path) == (8, {**new, "former": None})
+    one.see(8, {"target loss": 1.0})
+    said = [one.save(iteration, train_data_iterator=None) for iteration in (7, 8, 8)]
+    assert said == [None, new, None]
+
+
 @pytest.mark.parametrize("higher", [False, True])
 def test_what_is_better(higher: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Strictly; what is not finite never is."""

@@ -21,7 +21,6 @@ __all__ = ["data"]
 IN_BACKGROUND = "--async-save --use-persistent-ckpt-worker"
 LOGGED = "--tensorboard-dir a --wandb-project b --wandb-exp-name c"
 BAD = {
-    "cpu": (f"{IN_BACKGROUND} --async-strategy mcore", "--async-save with --dr-device cpu: the "),
     "worker": ("--async-save", "--async-save has no effect without --use-persistent-ckpt-worker"),
     "save": ("--use-persistent-ckpt-worker", "has no effect without --async-save: give both"),
     "nvrx": (IN_BACKGROUND, "--async-save needs the package nvidia-resiliency-ext 0.6 or newer"),
@@ -49,7 +48,6 @@ def test_what_would_have_no_effect_is_refused(monkeypatch: pytest.MonkeyPatch, n
     stock, missing = needed.find_spec, (MISSING.get(name), "nvidia_resiliency_ext")
     monkeypatch.setattr(needed, "find_spec", lambda m: None if m in missing else stock(m))
     monkeypatch.setattr(needed, "_cannot_save", lambda: True)
-    monkeypatch.setattr(needed.cpu, "is_enabled", lambda: name == "cpu")
     args = add_megatron_arguments(argparse.ArgumentParser()).parse_args(given.split())
     with pytest.raises(ValueError, match="^--[a-z-]+:? .*[.]$") as refused:
         refuse("", needed.RULES, args)
@@ -64,8 +62,7 @@ def test_a_restart_in_the_process_is_refused_in_any_script() -> None:
     assert script_flags.reason("--inprocess-restart") is not None
 
 
-def test_what_can_be_done_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needed.cpu, "is_enabled", lambda: False)
+def test_what_can_be_done_is_not_refused() -> None:
     parse = add_megatron_arguments(argparse.ArgumentParser()).parse_args
     for given in ("", f"{IN_BACKGROUND} --async-strategy mcore", f"{LOGGED} --save d"):
         refuse("", needed.RULES, parse(given.split()))

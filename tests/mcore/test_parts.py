@@ -11,7 +11,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dr.config.fields import flag as field_
 from megatron_dr.mcore.compat import newest
-from megatron_dr.mcore.loop import adaptor, parts, validation
+from megatron_dr.mcore.loop import parts, validation
 from megatron_dr.mcore.loop.arguments import add_arguments, configs_from_args
 from megatron_dr.mcore.refuse import rules
 from megatron_dr.mcore.seams.part import Part
@@ -83,10 +83,10 @@ def test_it_changes_the_model() -> None:
     model = SimpleNamespace(pre_wrap_hooks=[])
     named = {"cfg_container": SimpleNamespace(model=model)}
     change = newest.change_model
-    assert change((), named, seen.append, adaptor._hooks(parse("--dr-echo-times", "2"))) == ()
+    assert change((), named, seen.append, parts.hooks(parse("--dr-echo-times", "2"))) == ()
     assert seen == [model]
     (hook,) = model.pre_wrap_hooks
     assert hook(["chunk"]) == ["chunk", "again", "again"]
-    assert adaptor._hooks(parse()) == []
+    assert parts.hooks(parse()) == []
     with pytest.raises(ValueError, match="--dr-echo-times needs a training script that gives"):
-        change((), {}, seen.append, adaptor._hooks(parse("--dr-echo-times", "2")))
+        change((), {}, seen.append, parts.hooks(parse("--dr-echo-times", "2")))

@@ -44,8 +44,8 @@ __all__ = [
     "Peers", "Schedule", "batch_on_cp_ranks", "batch_on_tp_ranks", "bucket_groups",
     "change_model", "check_contract", "check_loop", "data_group", "data_ranks_per_row", "device",
     "expert_ranks", "grad_buffers", "instance_ranks", "model_config", "model_group", "moe_losses",
-    "num_microbatches", "peers", "pretrain", "ranks_per_row", "samples_before",
-    "samples_of_a_step", "set_yarn", "unknown_flags", "unwrap", "warn",
+    "num_microbatches", "open_checkpoints_by", "peers", "pretrain", "ranks_per_row",
+    "samples_before", "samples_of_a_step", "set_yarn", "unknown_flags", "unwrap", "warn",
 ]  # fmt: skip
 
 batch_on_cp_ranks = chosen(newest.batch_on_cp_ranks)
@@ -53,5 +53,6 @@ batch_on_tp_ranks = chosen(newest.batch_on_tp_ranks)
 change_model = chosen(newest.change_model)
 model_config = chosen(newest.model_config)
 moe_losses = chosen(newest.moe_losses)
+open_checkpoints_by = chosen(newest.open_checkpoints_by)
 pretrain = chosen(newest.pretrain)
 set_yarn = chosen(newest.set_yarn)

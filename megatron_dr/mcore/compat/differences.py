@@ -31,6 +31,7 @@ TABLE = (
     Difference((0, 18), until_0_18.pretrain, "pretrain takes a function that builds the model"),
     Difference((0, 18), until_0_18.change_model, "what builds the model has no hooks"),
     Difference((0, 18), until_0_18.batch_on_tp_ranks, "has_cu_seqlens is called is_sft"),
+    Difference((0, 18), until_0_18.open_checkpoints_by, "no maybe_msc opens the tracker file"),
     Difference((0, 18), until_0_18.set_yarn, "YaRN's flags reach no configuration"),
 )  # fmt: skip
 

@@ -85,3 +85,13 @@ def set_yarn(config: Any, args: Namespace) -> None:
     from megatron.training.argument_utils import _apply_yarn_config_from_args
 
     _apply_yarn_config_from_args(config, args)
+
+
+def open_checkpoints_by(opened: Callable[..., Any]) -> None:
+    """Have Megatron open a checkpoint's files by opened(its own function, path, mode)."""
+    from megatron.core.msc_utils import maybe_msc
+
+    def open_(*given: Any, **named: Any) -> Any:
+        return opened(maybe_msc.__getattr__("open"), *given, **named)
+
+    maybe_msc.open = open_  # before its __getattr__

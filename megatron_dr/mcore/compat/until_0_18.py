@@ -8,6 +8,7 @@ after it, the configuration that the chunks are built from.
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_dr.mcore.compat.newest import Hook
@@ -194,3 +195,10 @@ def set_yarn(config: Any, args: Namespace) -> None:
     for name, (value, default) in fields.items():
         if not hasattr(config, f"yarn_{name}"):
             setattr(config, f"yarn_{name}", default if value is None else value)
+
+
+def open_checkpoints_by(opened: Callable[..., Any]) -> None:
+    """See newest.py: each module has a name of its own for what opens files."""
+    from megatron.training import checkpointing
+
+    checkpointing.open_file = partial(opened, checkpointing.open_file)

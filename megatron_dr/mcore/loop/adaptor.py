@@ -8,6 +8,7 @@ What is wrapped, and who calls it:
     megatron.training.arguments.add_megatron_arguments    parse_args: the flags, --dr-config
     megatron.training.arguments.validate_args             parse_and_validate_args: bad flags
     megatron.training.yaml_arguments.load_yaml            parse_args: no command line, no flags
+    what writes a checkpoint, what waits for others       `writers`, `waits`
     megatron.training.training.setup_model_and_optimizer  pretrain: LoRA, PPO's head, attach, data
     megatron.training.training.get_megatron_optimizer     setup_model_and_optimizer: MeSO
     megatron.training.training.get_optimizer_param_scheduler   the same: another rate on a resume
@@ -56,6 +57,8 @@ from megatron_dr.mcore.loop import (
     parts,
     rate,
     validation,
+    waits,
+    writers,
 )  # fmt: skip
 from megatron_dr.mcore.loop.arguments import configs_from_args
 from megatron_dr.mcore.loop.evaluations import Evaluations
@@ -86,6 +89,7 @@ def enable() -> None:
     from megatron_dr.mcore.loop import partial_checkpoint
 
     unpickling.restrict()
+    writers.enable()
     _wrap(checkpointing, "load_args_from_checkpoint", validation.load_args)
     _wrap(arguments, "add_megatron_arguments", config_file.add_flags)
     _wrap(arguments, "validate_args", validation.validate)
@@ -109,6 +113,7 @@ def enable() -> None:
     _wrap(training, "maybe_finalize_async_save", _finalize)
     for name in compat.SCHEDULES:
         _wrap(schedules, name, _schedule)
+    waits.enable()
 
 
 def _wrap(module: Any, name: str, function: Callable[..., Any]) -> None:
@@ -152,6 +157,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     args = get_args()
     _packed = bool(getattr(args, "dr_pack", None))
     configs = configs_from_args(args)
+    stall.begin(0.0 if configs is None else configs[0].stall_seconds)  # attach comes late
     with errors.refused(), errors.agreed():
         begin.check_folders(args)
         if dist.get_rank() == 0:
@@ -159,7 +165,7 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
     begin.carry_assets(args)
     with errors.refused():
         mend = functools.partial(model_config.mend, args=args)
-        rest = compat.change_model(rest, kwargs, mend, _hooks(args))
+        rest = compat.change_model(rest, kwargs, mend, parts.hooks(args))
     if configs is not None:
         for sentence in filter(None, [kernels.used(args), compat.unknown_flags()]):
             say(sentence)
@@ -183,12 +189,6 @@ def _set_up(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
         with errors.refused(), errors.agreed():
             _generation = Generation(model, args, configs[1])
     return model, optimizer, scheduler
-
-
-def _hooks(args: Namespace) -> list[tuple[str, Callable[..., Any]]]:
-    """What changes the model that Megatron builds, each with the part's flag."""
-    hooks = [(part.flag, part.on_model(own, args)) for part, own in parts.on(args)]
-    return [(flag, hook) for flag, hook in hooks if hook is not None]
 
 
 def _build_iterators(stock: Callable[..., Any], provider: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -276,7 +276,7 @@ def _train(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
         stock = functools.partial(_generation.train, stock)
     inside = contextlib.nullcontext() if _run is None else _run.training()
     try:
-        with stall.told_who_is_gone(), inside:
+        with inside:
             return stock(*rest, **kwargs)
     except BadGradient as error:  # of every rank
         errors.leave(str(error), code=1)

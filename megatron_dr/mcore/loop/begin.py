@@ -1,6 +1,7 @@
 """What is looked at before a run begins, so that it does not end at its first checkpoint."""
 
 import os
+import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -9,10 +10,9 @@ from typing import Any
 
 from megatron_dr.hf import assets
 from megatron_dr.mcore import errors
-from megatron_dr.mcore.loop import rate
+from megatron_dr.mcore.loop import rate, tracker
 from megatron_dr.mcore.say import say
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 _SAVED = {  # where checkpoints go, and the kind of them that goes there
     "save": None,
     "non_persistent_global_ckpt_dir": "global",
@@ -26,9 +26,9 @@ def check_folders(args: Namespace) -> None:
         if getattr(args, name) and kind in (None, args.non_persistent_ckpt_type):
             _check_written("--" + name.replace("_", "-"), Path(getattr(args, name)))
     for folder in (args.load, args.pretrained_checkpoint):
-        tracker = Path(folder or "") / _TRACKER
-        if folder and not args.ckpt_step and tracker.is_file():
-            _check_tracker(tracker, is_loaded=True)
+        path = Path(folder or "") / tracker.NAME
+        if folder and not args.ckpt_step and path.is_file():
+            _check_tracker(path, is_loaded=True)
     _check_evaluated(args)
 
 
@@ -38,9 +38,9 @@ def _check_evaluated(args: Namespace) -> None:
     if not args.skip_train or not args.load:
         return
     elsewhere = (args.ckpt_step, args.pretrained_checkpoint, args.non_persistent_ckpt_type)
-    if not any(elsewhere) and not (Path(args.load) / _TRACKER).is_file():
+    if not any(elsewhere) and not (Path(args.load) / tracker.NAME).is_file():
         raise ValueError(
-            f"--load {args.load}: no checkpoint is there (it has no {_TRACKER}), and with "
+            f"--load {args.load}: no checkpoint is there (it has no {tracker.NAME}), and with "
             "--skip-train random weights would be evaluated: name a folder that has one."
         )
 
@@ -92,6 +92,18 @@ def load(stock: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
             raise
         with errors.refused():
             raise ValueError("no checkpoint was loaded; Megatron says why above.") from None
+    except RuntimeError as error:  # on every rank
+        found = re.search(
+            r"mismatch after resume \(.* vs (\(.*\)) from checkpoint\): not", str(error)
+        )
+        if found is None:
+            raise
+        with errors.refused():
+            raise ValueError(
+                f"the checkpoint's optimizer can only be loaded with the tensor and pipeline sizes "
+                f"that it was saved with, {found[1]}: resume with those; to change them, have the "
+                "run before save with --dist-ckpt-optim-fully-reshardable; or give --no-load-optim."
+            ) from None
 
 
 def carry_assets(args: Namespace) -> None:

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from megatron_dr.config.target import TargetConfig
 from megatron_dr.hf import assets
 from megatron_dr.mcore import collectives
+from megatron_dr.mcore.loop import tracker
 from megatron_dr.mcore.say import say
 
 FOLDER, FILE = "best", "best.json"
-_TRACKER = "latest_checkpointed_iteration.txt"
 _BESIDE = ("dr_reference", "dr_reference_log_probs.safetensors")  # of a run, not of a checkpoint
 
 
@@ -100,8 +100,11 @@ class Best:
         self._new: dict[str, Any] | None = None
         found = _read(self.folder) if dist.get_rank() == 0 else None
         found = collectives.of_all_ranks(found)[0]
+        self._before: int | None = None  # kept by a run that may have ended before it said so
         if found is not None and name in found:
-            self.known = found
+            self.known, self._before = found, found["iteration"]
+            if dist.get_rank() == 0:
+                self._is_whole(found)
             say(f"best {name} so far: {found[name]:.6g} of iteration {found['iteration']}, kept in "
                 f"{self.folder}")  # fmt: skip
 
@@ -126,9 +129,13 @@ class Best:
             state: model, optimizer, scheduler and FLOPs, as Megatron saves them.
 
         Returns:
-            What best.json says; None where nothing is kept.
+            What best.json says; None where nothing is kept. Of a step that runs again, whose model
+            is kept already, it is said again.
         """
         new, self._new = self._new, None
+        if new is None and iteration == self._before:
+            self._before = None
+            return self.known
         if new is None or new["iteration"] != iteration:
             return None
         if dist.get_rank() == 0:
@@ -138,8 +145,7 @@ class Best:
             self._write(iteration, *state, {}, train_data_iterator=train_data_iterator)
         dist.barrier()  # the new one is whole, and the tracker names it
         if dist.get_rank() == 0:
-            _note(self.folder, {**new, "former": None})
-            _remove_others(self.folder, iteration)
+            self._is_whole(new)
         before = "" if self.known is None else (
             f"; the best before was {self.known[self.name]:.6g} of iteration "
             f"{self.known['iteration']}"
@@ -148,6 +154,11 @@ class Best:
             f"{self.folder}{before}")  # fmt: skip
         self.known = new
         return new
+
+    def _is_whole(self, new: dict[str, Any]) -> None:
+        """On rank 0: the tracker names it, and no other is needed any more."""
+        _note(self.folder, {**new, "former": None})
+        _remove_others(self.folder, new["iteration"])
 
     def _make_room(self, new: dict[str, Any]) -> None:
         """On rank 0: nothing is where the new one goes, and best.json tells either one's value."""
@@ -190,7 +201,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 def _tracked(folder: Path) -> int | None:
     """The iteration of the whole checkpoint; None without one."""
     try:
-        return int((folder / _TRACKER).read_text())
+        return int((folder / tracker.NAME).read_text())
     except (OSError, ValueError):
         return None
 

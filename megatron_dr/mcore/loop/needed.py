@@ -9,7 +9,6 @@ from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_dr.mcore import cpu
 from megatron_dr.mcore.refuse import Rule
 
 _NVRX = "nvidia-resiliency-ext"
@@ -60,8 +59,6 @@ def _strategy_is_not_there(given: bool, args: Namespace) -> bool:
 
 
 RULES = (
-    Rule("async_save", when=lambda given, _: given and cpu.is_enabled(),
-         says="{flag} with --dr-device cpu: the process that writes asks for a GPU; drop it."),
     Rule("async_save", when=lambda given, args: given and args.ckpt_format == "torch",
          says="{flag} does not go with --ckpt-format torch: give --ckpt-format torch_dist."),
     _with("async_save", "use_persistent_ckpt_worker"),

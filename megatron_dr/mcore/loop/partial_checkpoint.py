@@ -1,5 +1,6 @@
 """Checkpoints of a model without what parts add, such as adapters, loaded into one with them."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -56,3 +57,16 @@ def _check_changes(checkpoint: str) -> None:
         return
     with errors.refused():
         changes.check(get_args(), before, speak=False)
+        _check_experts(get_args(), before)
+
+
+def _check_experts(args: Namespace, before: Namespace) -> None:
+    """Megatron has two optimizers where experts are on several ranks, and saves one otherwise."""
+    now, then = (getattr(one, "expert_model_parallel_size", 1) for one in (args, before))
+    has_state = not args.no_load_optim and not getattr(before, "no_save_optim", False)
+    if args.num_experts and has_state and (now > 1) != (then > 1):
+        raise ValueError(
+            f"--expert-model-parallel-size {now}, and the checkpoint's run had {then}: Megatron "
+            "does not load the optimizer's state of experts on one rank into experts on several, "
+            "nor the other way: give what that run had, or --no-load-optim."
+        )

@@ -1,6 +1,7 @@
 """The features of training: a new one is a module of its own and a line of this list."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from megatron_dr.config.dr import DRConfig
@@ -49,6 +50,12 @@ def prepare(args: Namespace) -> None:
         part.refuse(args)
     for part, own in on(args):
         part.prepare(own, args)
+
+
+def hooks(args: Namespace) -> list[tuple[str, Callable[..., Any]]]:
+    """What changes the model that Megatron builds, each with the part's flag."""
+    found = [(part.flag, part.on_model(own, args)) for part, own in on(args)]
+    return [(flag, hook) for flag, hook in found if hook is not None]
 
 
 def settle(args: Namespace) -> None:
