@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_dr.rl.http_post import Address, Failure, Reply, post
+from megatron_dr.rl.http_post import Address, Failure, Reply, post, shown
 from megatron_dr.rl.rollouts import Completion, SamplingParams, sample_seed
 
 _TOKEN = "token_id:"
@@ -151,7 +151,7 @@ def _refusal(reply: Reply) -> str:
 
 
 def _text(answer: bytes) -> str:
-    return answer[:_TEXT].decode(errors="replace")
+    return shown(answer[:_TEXT].decode(errors="replace"))
 
 
 def _completion(answer: Any) -> Completion:

@@ -102,13 +102,18 @@ def post(
             response = connection.getresponse()
             location = response.getheader("Location") if 300 <= response.status < 400 else None
             read = _read(response, most)
-    except (Failure, OSError, http.client.HTTPException) as error:
+    except (Failure, OSError, ValueError, http.client.HTTPException) as error:
         if watched.late or isinstance(error, TimeoutError):
             raise Failure(f"timed out after {seconds:g} s") from error
-        raise Failure(f"{str(error) or type(error).__name__:.500}") from error
+        raise Failure(f"{shown(str(error)) or type(error).__name__:.500}") from error
     if watched.late:  # an answer of unknown length ends with its connection
         raise Failure(f"timed out after {seconds:g} s")
     return Reply(response.status, location, read)
+
+
+def shown(text: str) -> str:
+    """A server's words in a line; those that steer a terminal are spaces."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> bytes:
