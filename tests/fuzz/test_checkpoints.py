@@ -77,7 +77,7 @@ _CASES = st.one_of(
     damaged([folder()[TRACKER]]).map(lambda content: {TRACKER: content}),
     damaged([folder()[STATE]]).map(lambda content: {STATE: content}),
 )
-test_files, test_files_long = fuzzed(read, _CASES, 50, 2000, FAILED)
+test_files, test_files_long = fuzzed(read, _CASES, 30, 2000, FAILED)
 
 
 @functools.cache
@@ -131,7 +131,7 @@ FAILED_STATES: list[Any] = [
     common() | {"args": 5}, common() | {"args": None}, _with(load="\0"), _with(load="x" * 5000),
 ]  # fmt: skip
 test_state, test_state_long = fuzzed(
-    read_state, states() | damaged([_object(common())]), 60, 2000, FAILED_STATES
+    read_state, states() | damaged([_object(common())]), 40, 2000, FAILED_STATES
 )
 
 

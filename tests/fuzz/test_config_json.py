@@ -56,7 +56,7 @@ FAILED_CONFIGS = [
         "original_max_position_embeddings": 4096}},
 ]  # fmt: skip
 test_model, test_model_long = fuzzed(
-    read_model, trees(BASES) | damaged([dumped(base) for base in BASES]), 150, 4000, FAILED_CONFIGS
+    read_model, trees(BASES) | damaged([dumped(base) for base in BASES]), 100, 4000, FAILED_CONFIGS
 )
 
 _NAMES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json",

@@ -112,7 +112,7 @@ FAILED_RECORDS: list[Any] = [
         },
     ),
 ]
-test_record, test_record_long = fuzzed(read_record, _RECORDS, 200, 5000, FAILED_RECORDS)
+test_record, test_record_long = fuzzed(read_record, _RECORDS, 100, 5000, FAILED_RECORDS)
 
 
 def lines_of(records_: list[Any]) -> bytes:
@@ -151,7 +151,7 @@ FAILED_BYTES: list[Any] = [
     ("samples", ".json", b'[{"text": "a"}'),
     ("samples", ".jsonl", "ä".encode("utf-16")),
 ]
-test_bytes, test_bytes_long = fuzzed(read_bytes, _BYTES, 120, 3000, FAILED_BYTES)
+test_bytes, test_bytes_long = fuzzed(read_bytes, _BYTES, 80, 3000, FAILED_BYTES)
 
 
 def _table(of: list[Any]) -> pyarrow.Table:
@@ -207,7 +207,7 @@ test_table, test_table_long = fuzzed(
     st.sampled_from([*_TABLES]).flatmap(
         lambda end: st.tuples(st.just("samples"), st.just(end), damaged(_TABLES[end]))
     ),
-    100, 2500, FAILED_TABLES,
+    70, 2500, FAILED_TABLES,
 )  # fmt: skip
 
 # what may lie in a folder in place of a file

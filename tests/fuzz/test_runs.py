@@ -69,7 +69,7 @@ FAILED: list[Any] = [
     [_RUN | {"run": {"process": {"pid": 2**40, "created": "x"}, "machine": {"memory bytes": "x"}}}],
     [_RUN, {"kind": "blocks", "iteration": 1, "weight": ["a", None]}],
 ]  # fmt: skip
-test_show, test_show_long = fuzzed(show, _CASES, 30, 800, FAILED)
+test_show, test_show_long = fuzzed(show, _CASES, 20, 800, FAILED)
 
 
 def commands(case: list[Any] | bytes) -> None:
@@ -134,7 +134,7 @@ FAILED_TABLES = [
     parquet(_ROWS, b"["), parquet(_ROWS, b"5"), parquet(_ROWS, b'{"left_out": "a"}'),
     parquet(_ROWS, b'{"files": 5}'),
 ]  # fmt: skip
-test_weights, test_weights_long = fuzzed(weights, _TABLES, 12, 200, FAILED_TABLES)
+test_weights, test_weights_long = fuzzed(weights, _TABLES, 6, 200, FAILED_TABLES)
 
 
 def done(case: bytes) -> None:

@@ -48,4 +48,4 @@ FAILED = [
     ENDLESS, "{{ ('a' * 10 ** 12) | length }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% generation %}{{ messages }}{% generation %}a{% endgeneration %}{% endgeneration %}",
 ]  # fmt: skip
-test_encode, test_encode_long = fuzzed(encode, _PIECES | _DAMAGED, 30, 600, FAILED)
+test_encode, test_encode_long = fuzzed(encode, _PIECES | _DAMAGED, 15, 600, FAILED)

@@ -127,7 +127,7 @@ _CASES = st.one_of(
     trees([_listed()]).map(lambda index: _indexed(dumped(index))),
     damaged([dumped(_listed())]).map(_indexed),
 )
-test_weights, test_weights_long = fuzzed(read, _CASES, 60, 2000, FAILED)
+test_weights, test_weights_long = fuzzed(read, _CASES, 40, 2000, FAILED)
 
 
 def converted(case: dict[str, bytes]) -> None:

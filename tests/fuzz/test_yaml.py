@@ -43,7 +43,7 @@ FAILED = [
     b"a: !!bool x\n", b'a: !!int ""\n', b'a: !!float ""\n', b'? !!int ""\n: 1\n', b"a: !!null x\n",
     b"[" * 1500, b"a: " + b"{b: " * 1000,
 ]  # fmt: skip
-test_read, test_read_long = fuzzed(read, damaged(_BASES) | _TAGGED, 60, 3000, FAILED)
+test_read, test_read_long = fuzzed(read, damaged(_BASES) | _TAGGED, 40, 3000, FAILED)
 
 
 def entry_of(case: str) -> None:
