@@ -101,9 +101,8 @@ def _opened(path: Path) -> pyarrow.Table:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: can't be read ({why}).") from None
     if not table.schema.equals(SCHEMA):
-        raise ValueError(
-            f"{path}: no record of weights (columns: {', '.join(table.column_names)!r:.300})."
-        )
+        columns = " ".join(", ".join(table.column_names).split())
+        raise ValueError(f"{path}: no record of weights (its columns are {columns:.300}).")
     try:
         about(table)
     except (ValueError, TypeError, RecursionError):
