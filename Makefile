@@ -2,7 +2,8 @@
 # make demo-rlvr   the same with rewards that can be checked: GRPO
 # make demo-rlhf   the same with a reward model: PPO
 # make test        lint, types and tests
-# make soak        the longer tests that it leaves out: all pairs of layout and rows, more resumes
+# make soak        the longer tests that it leaves out: all pairs of layout and rows, more resumes,
+#                  44,000 cases of bad input
 # make test-versions  what differs between Megatron-Core's versions, on each of them: README's table;
 #                  VERSIONS="0.18.2" some of them, or a folder with Megatron's sources
 # make lock        requirements.lock anew, of the newest packages, with uv; then make test

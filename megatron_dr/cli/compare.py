@@ -27,7 +27,7 @@ from megatron_dr.cli.main import parser_of
 from megatron_dr.compare import arms as arms_
 from megatron_dr.compare import budget, generated, launch, results, splits, start
 from megatron_dr.compare.arms import Arm
-from megatron_dr.compare.jobs import Job
+from megatron_dr.compare.jobs import Job, read_table
 from megatron_dr.compare.plan import BASE_STEPS, TOKENS, Plan, check_flags, data_ranks, number
 from megatron_dr.report import answers
 
@@ -172,8 +172,8 @@ def lengths(
     were chosen from is the same but for the machine's free memory."""
     asked = [timed.fingerprint, args.arms, args.seeds, args.budget, args.steps, args.base_steps]
     path = plan.out / "lengths.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if kept.get("asked") != asked:
+    kept = read_table(path)
+    if kept.get("asked") != asked or not isinstance(kept.get("chosen"), list):
         kept = {"asked": asked, "chosen": choose(args, plan, len(arms), timed, beside)}
         path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return list(kept["chosen"])

@@ -9,6 +9,7 @@ own files.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def import_hf(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
 def export_hf(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
     """The way back: the whole model, or its adapters alone."""
     number, _ = rank()
+    if not 0 < args.file_size < math.inf:
+        raise ValueError(f"--file-size must be a number of GB above 0, not {args.file_size}.")
     size = int(args.file_size * 1e9)
     with agreed():
         export = from_megatron.plan(

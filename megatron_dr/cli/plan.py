@@ -74,7 +74,9 @@ def hardware_of(name: str) -> Hardware:
         return hardware_.parse(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
-    except ValueError as error:
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply.") from None
+    except (ValueError, LookupError) as error:  # of a tag that its value does not go with
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -10,6 +10,7 @@ when the same command is given again.
 
 import argparse
 import logging
+import math
 import os
 import sys
 import warnings
@@ -70,8 +71,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         least = 2 if name == "max_length" else 1
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if args.validation < 0 or (args.validation > 1 and args.validation % 1):
+    if not 0 <= args.validation < math.inf or (args.validation > 1 and args.validation % 1):
         parser.error("--validation must be a number of samples, or a fraction below 1")
+    if not -(2**63) <= args.seed < 2**63:
+        parser.error("--seed must be a number of 64 bits")
     if args.max_length is None and args.too_long != "cut":
         parser.error(f"--too-long {args.too_long} needs --max-length")
     return args

@@ -19,7 +19,8 @@ def run(name: str, act: Callable[[], bool | None], alone: bool = False) -> int:
     Args:
         alone: a process without torchrun gets a group too.
     """
-    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    for noisy in (r"torch\.distributed", r"torch\._weights_only_unpickler"):
+        warnings.filterwarnings("ignore", module=noisy)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     started = (several or alone) and not dist.is_initialized()
     if started and alone and "RANK" not in os.environ:

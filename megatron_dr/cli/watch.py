@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(frame(follower.run, console.width))
             return 0
         return watch(follower, console) if console.is_terminal else watch_plainly(follower)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"watch: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

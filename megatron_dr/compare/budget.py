@@ -44,7 +44,7 @@ def seconds(text: str) -> float:
         ValueError: something else, or nothing.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if found is None or not float(found[1]):
+    if found is None or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"--budget {text}: give a time as 90s, 30m or 2h.")
     return float(found[1]) * _UNITS[found[2]]
 

@@ -48,9 +48,7 @@ class Job:
     @property
     def done(self) -> dict[str, Any]:
         """What its last complete run left: fingerprint, seconds, memory [bytes]; else empty."""
-        path = self.folder / "done"
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        return json.loads(text) if text.startswith("{") else {}
+        return read_table(self.folder / "done")
 
     @property
     def is_finished(self) -> bool:
@@ -67,6 +65,15 @@ class Job:
         """Its metrics of a kind so far."""
         path = self.folder / "metrics.jsonl"
         return metrics.read(path, kind) if path.exists() else []
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What a file of ours holds; empty where there is none, or a machine that went down cut it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def job(arm: str, seed: int, steps: int, folder: Path, flags: str, **more: Any) -> Job:

@@ -9,10 +9,11 @@ def resolved(what: str, name: str, kind: str) -> Any:
     """What `module:name` names, or one ValueError."""
     try:
         return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the module's own code may raise any
+        why = f"{error}" if isinstance(error, ImportError | AttributeError | ValueError) else ""
         raise ValueError(
-            f"{what} {name!r} can't be loaded: {error}. The module must be importable (see "
-            f"PYTHONPATH) and define the {kind}."
+            f"{what} {name!r} can't be loaded: {why or f'{type(error).__name__}: {error}'}. The "
+            f"module must be importable (see PYTHONPATH) and define the {kind}."
         ) from error
 
 

@@ -35,9 +35,9 @@ def read(path: Path) -> Table:
         ValueError: there is none, or it is not YAML, no table of names, or more than plain values.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for, by every rank
+            raise ValueError(f"{path}: no such file.")
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read ({error}).") from None
     root = _composed(text, path)
@@ -112,8 +112,8 @@ def _entry(node: Any, path: Path) -> Entry:
     if isinstance(node, yaml.ScalarNode) and kind in ("null", "bool", "int", "float"):
         try:
             value = yaml.constructor.SafeConstructor().construct_object(node)
-        except ValueError:
-            raise ValueError(f"{path}:{line}: {node.value!r} is no {kind}.") from None
+        except (ValueError, LookupError):  # of a tag that the value does not go with
+            raise ValueError(f"{path}:{line}: {node.value!r:.60} is no {kind}.") from None
         return Entry(value, node.value, line)
     raise ValueError(f"{path}:{line}: {node.tag} is no plain value: write a text or a number.")
 

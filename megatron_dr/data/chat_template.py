@@ -4,6 +4,7 @@ from pathlib import Path
 
 _PACKAGED = Path(__file__).parent / "templates"
 THOUGHTS = ("last", "all", "none")
+_read_from: dict[str, str] = {}  # what sentences call a text that was read here
 
 
 def template_text(name: str | None, thoughts: str | None = None) -> str:
@@ -35,10 +36,22 @@ def template_text(name: str | None, thoughts: str | None = None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--chat-template {name}: can't be read ({error}).") from None
     if thoughts is None:
-        return text
+        return _noted(text, path)
     if "thoughts" not in text:
         raise ValueError(
             f"the chat template reads no `thoughts`, so that {thoughts} would have no effect: give "
             "--chat-template qwen3, or one that does."
         )
-    return f"{{%- set thoughts = '{thoughts}' -%}}\n{text}"
+    return _noted(f"{{%- set thoughts = '{thoughts}' -%}}\n{text}", path)
+
+
+def read_from(text: str) -> str | None:
+    """The file that a template's text was read from; None: it is a tokenizer's own, or was given
+    as a text."""
+    return _read_from.get(text)
+
+
+def _noted(text: str, path: Path | None) -> str:
+    if path is not None:
+        _read_from[text] = str(path)
+    return text

@@ -102,10 +102,10 @@ def _walk(folder: Path, top: Path | None = None) -> tuple[list[str], list[str]]:
 def _dataset_files(folder: Path) -> list[str] | None:
     """The files of a dataset as `save_to_disk` writes it; None: the folder is none."""
     names = _json(folder / "dataset_dict.json").get("splits")
-    if names is not None:
+    if isinstance(names, list):
         raise ValueError(
             f"{folder}: a dataset of several splits: name one of "
-            f"{', '.join(str(folder / name) for name in names)}."
+            f"{', '.join(str(folder / f'{name}') for name in names)}."
         )
     saved = _json(folder / "state.json")
     if "_data_files" not in saved:
@@ -115,13 +115,32 @@ def _dataset_files(folder: Path) -> list[str] | None:
             f"{folder}: a dataset that selects rows of its files: save it again with "
             "flatten_indices()."
         )
-    return [str(folder / part["filename"]) for part in saved["_data_files"]]
+    return [str(folder / _part(folder, part)) for part in _list(saved["_data_files"])]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _part(folder: Path, part: Any) -> str:
+    """The name of a file of a dataset on disk.
+
+    Raises:
+        ValueError: it is none of the folder, or no data.
+    """
+    name = part.get("filename") if isinstance(part, dict) else part
+    inside = isinstance(name, str) and Path(name).name == name
+    if not (inside and kind(f"{name}") and (folder / f"{name}").is_file()):
+        raise ValueError(
+            f"{folder / 'state.json'}: damaged: {name!r:.100} is no file of data in the folder."
+        )
+    return str(name)
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a small file; empty where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -85,9 +85,11 @@ class Sources:
             try:
                 listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
                 found = np.load(base.with_name(places), mmap_mode="r", allow_pickle=False)
-                return [(str(one["path"]), str(one["sha256"])) for one in listed], found
-            except (OSError, ValueError, LookupError, TypeError):
+                files = [(str(one["path"]), str(one["sha256"])) for one in listed]
+            except (OSError, ValueError, LookupError, TypeError, EOFError, RecursionError):
                 continue
+            if found.ndim == 2 and found.shape[1] == 2 and found.dtype.kind in "iu":
+                return files, found
         return [], None
 
     @property
@@ -101,4 +103,4 @@ class Sources:
         if found is None or number >= len(found):
             return None, None
         file, line = found[number].tolist()
-        return files[file][0], line
+        return (files[file][0], line) if 0 <= file < len(files) else (None, None)

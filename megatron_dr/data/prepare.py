@@ -113,10 +113,10 @@ def check_earlier(job: Job) -> list[dict[str, Any]]:
     wanted = json.loads(json.dumps(job.description()))
     plan = job.partial / "plan.json"
     if plan.exists():
-        _refuse_changes(plan, json.loads(plan.read_text(encoding="utf-8")), wanted)
+        _refuse_changes(plan, _read(plan), wanted)
         return []
     paths = [path.with_name(path.name + ".json") for path in job.outputs]
-    found = {p: json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()}
+    found = {path: _read(path) for path in paths if path.exists()}
     for path, manifest in found.items():
         _refuse_changes(path, manifest, wanted)
     if len(found) == len(paths):
@@ -130,6 +130,24 @@ def check_earlier(job: Job) -> list[dict[str, Any]]:
                     "or give --restart to replace it."
                 )
     return []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote of itself.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("files"), list):
+        raise ValueError(
+            f"{path}: no description of an earlier run, or damaged: name another output, or start "
+            "anew with --restart."
+        )
+    return found
 
 
 def discard(job: Job) -> None:
@@ -149,7 +167,8 @@ def _refuse_changes(path: Path, earlier: dict[str, Any], wanted: dict[str, Any])
     if "format" in changed:
         what = "how samples are encoded (it is of another version of this tool)"
     if changed == ["files"]:
-        before = {file["path"]: file["sha256"] for file in earlier["files"]}
+        listed = [file for file in earlier["files"] if isinstance(file, dict)]
+        before = {str(file.get("path")): file.get("sha256") for file in listed}
         now = {file["path"]: file["sha256"] for file in wanted["files"]}
         differ = [p for p in before | now if before.get(p) != now.get(p)]
         what = f"the input ({', '.join(differ) or 'order of files'})"

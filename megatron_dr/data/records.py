@@ -14,6 +14,8 @@ from typing import Any
 from megatron_dr.data.files import ending, is_gzip, kind
 
 _GZIP_PIECES = 64  # at most: each is read from the file's beginning
+_PART = 1 << 24
+_LINE, _ARRAY = 1 << 28, 1 << 32  # bytes of a line, and of an array, at most
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def _table_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
 def _line_pieces(number: int, path: str, piece_size: int) -> list[Piece]:
     starts, offset, lines = [], 0, 0
     with _lines(path) as file:
-        for raw in file:
+        for raw in _each(file, path):
             if lines % piece_size == 0:
                 starts.append(offset)
             offset += len(raw)
@@ -108,6 +110,14 @@ def _lines(path: str) -> Iterator[Any]:
         raise ValueError(f"{path}: not a whole gzip file ({error}).") from None
 
 
+def _each(file: Any, path: str) -> Iterator[bytes]:
+    """Its lines. A packed file of some MB may hold one that fills all memory."""
+    while raw := file.readline(_LINE + 1):
+        if len(raw) > _LINE:
+            raise ValueError(f"{path}: it has a line of more than {_LINE:,} bytes, no record.")
+        yield raw
+
+
 def is_array(path: str) -> bool:
     """Whether a file is one JSON array of records; one that ends in .jsonl never is."""
     if not ending(path).startswith(".json") or ending(path).startswith(".jsonl"):
@@ -118,8 +128,16 @@ def is_array(path: str) -> bool:
 
 
 def _array(path: str) -> list[Any]:
+    parts, size = list[bytes](), 0
     with _lines(path) as file:
-        found = _loaded(file.read(), path)
+        while part := file.read(_PART):
+            parts.append(part)
+            size += len(part)
+            if size > _ARRAY:
+                raise ValueError(
+                    f"{path}: an array of more than {_ARRAY:,} bytes: make lines of it."
+                )
+    found = _loaded(b"".join(parts), path)
     assert isinstance(found, list)
     return found
 
@@ -137,16 +155,32 @@ def read(piece: Piece) -> Iterator[tuple[int, Any]]:
     if kind(piece.path) == "json":
         with _lines(piece.path) as file:
             file.seek(piece.offset)
-            lines = enumerate(itertools.islice(file, piece.count), piece.first)
+            each = _each(file, piece.path)
+            lines = enumerate(itertools.islice(each, piece.count), piece.first)
             yield from ((number, raw) for number, raw in lines if raw.strip())
         return
+    yield from enumerate(map(_without_nulls, _rows(piece)), piece.first)
+
+
+def _rows(piece: Piece) -> Iterator[dict[str, Any]]:
+    """The rows of a piece of a table.
+
+    Raises:
+        ValueError: it is damaged, or has a value that Python can't hold.
+    """
     table = _open(piece.path)
-    if kind(piece.path) == "parquet":
-        batches = table.iter_batches(1024, row_groups=[piece.offset])
-    else:
-        batches = table.slice(piece.first - 1, piece.count).to_batches(1024)
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from enumerate(map(_without_nulls, rows), piece.first)
+    from pyarrow import ArrowException
+
+    try:
+        if kind(piece.path) == "parquet":
+            batches = table.iter_batches(1024, row_groups=[piece.offset])
+        else:
+            batches = table.slice(piece.first - 1, piece.count).to_batches(1024)
+        for batch in batches:
+            batch.validate(full=True)  # offsets that lie would be followed
+            yield from batch.to_pylist()
+    except (ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
+        raise ValueError(f"{piece.path}: damaged, or not to be read ({_first(error)}).") from None
 
 
 def read_file(path: str) -> Iterator[tuple[int, Any]]:
@@ -212,7 +246,14 @@ def _open(path: str) -> Any:
         if parquet:
             return pyarrow.parquet.ParquetFile(path)
         with pyarrow.memory_map(path) as source:
-            return pyarrow.ipc.open_stream(source).read_all()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+            table = pyarrow.ipc.open_stream(source).read_all()
+            table.validate()
+            return table
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         what = "a Parquet file" if parquet else "an Arrow stream"
-        raise ValueError(f"{path}: not {what} ({error}).") from None
+        raise ValueError(f"{path}: not {what} ({_first(error)}).") from None
+
+
+def _first(error: Exception) -> str:
+    """A library's error in a line."""
+    return f"{error}".strip().partition("\n")[0][:300] or type(error).__name__

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,22 @@ class Shard:
 
     @classmethod
     def load(cls, path: Path) -> "Shard":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: it is damaged, as by a machine that went down.
+        """
+        try:
+            return cls._load(path)
+        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile,
+                RecursionError, zlib.error, NotImplementedError) as error:  # fmt: skip
+            raise ValueError(
+                f"{path}: damaged ({type(error).__name__}): delete it, and the same command makes "
+                "it again."
+            ) from None
+
+    @classmethod
+    def _load(cls, path: Path) -> "Shard":
         with np.load(path, allow_pickle=False) as file:
             parts = range(sum(name.startswith("lengths") for name in file.files))
             fields, counts, bad = json.loads(file["rest"].tobytes())

@@ -9,6 +9,7 @@ So q_proj, k_proj and v_proj get their own rows of B and a copy of the A that th
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,13 @@ def find(reader: Reader, alpha: float | None = None) -> Adapters | None:
             f"{reader.folder}: it has adapters, but its arguments don't say their alpha; give "
             "--lora-alpha."
         )
-    return Adapters(reader, ranks.pop(), alpha)
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not 0 < alpha <= sys.float_info.max:
+        raise ValueError(
+            f"{reader.folder}: the adapters' alpha is {alpha!r:.50}, and must be a number above 0: "
+            "give --lora-alpha."
+        )
+    return Adapters(reader, ranks.pop(), float(alpha))
 
 
 def write(

@@ -21,10 +21,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: there is none, or it is damaged.
     """
     path = folder / "config.json"
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: no such file.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}).") from None
     if not isinstance(config, dict):
@@ -181,7 +181,8 @@ def check_agreement(model: Model, arguments: Mapping[str, Any]) -> None:
         if name in _FREE or name not in arguments:
             continue
         found = arguments[name]
-        if found != value and not (found is None and value is False):
+        known = found is None or isinstance(found, bool | int | float | str)
+        if not known or found != value and not (found is None and value is False):
             raise ValueError(
                 f"the checkpoint has {name} {found!r}, but its config.json means {value!r}."
             )

@@ -1,6 +1,6 @@
 """Values of a config.json, each refused by its name where it isn't what it has to be."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +21,11 @@ def whole(config: Mapping[str, Any], name: str) -> int:
 
 
 def number(config: Mapping[str, Any], name: str) -> float:
-    """A number above 0."""
+    """A number above 0, which a float holds."""
     found = need(config, name)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise _wrong(name, found, "a number above 0")
+    if not 0 < found <= sys.float_info.max:
         raise _wrong(name, found, "a number above 0")
     return found
 

@@ -62,12 +62,12 @@ def checkpoint_folder(path: Path) -> Path:
     Raises:
         ValueError: the file that names the newest one doesn't.
     """
-    if not (path / TRACKER).exists():
+    if not (path / TRACKER).is_file():
         return path
     latest = (path / TRACKER).read_text(errors="replace").strip()
     if latest == "release":
         return path / latest
-    if not (latest.isascii() and latest.isdigit()):
+    if not (latest.isascii() and latest.isdigit() and len(latest) < 20):
         raise ValueError(
             f"{path / TRACKER}: {latest[:50]!r} is no iteration; name the checkpoint's own folder, "
             "such as iter_0000100."

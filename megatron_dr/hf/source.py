@@ -99,7 +99,7 @@ class Source:
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             names = {Path(file).name == file != ".." and bool(key) for key, file in listed.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged, no index of weights ({why(error)}).") from None
         if names != {True}:
             raise ValueError(f"{path}: its weight_map is empty, or names no file of the folder.")

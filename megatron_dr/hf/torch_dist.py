@@ -183,7 +183,7 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / ".metadata").exists() or not (folder / "metadata.json").exists():
+        if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
             raise ValueError(f"{folder}: no torch_dist checkpoint.")
         self.folder = folder
         self.storage = FileSystemReader(folder)
@@ -231,7 +231,7 @@ class Reader:
             ValueError: it is missing or damaged, or names what could run code.
         """
         path = self.folder / "common.pt"
-        if path.exists():  # before megatron.core 0.19
+        if path.is_file():  # before megatron.core 0.19
             with open(path, "rb") as file:
                 found = read_object(file, str(path))
         else:

@@ -22,6 +22,7 @@ from megatron_dr.hf.unpickling import why
 
 FLAG = "--widen-vocabulary"
 _ROWS = 4096  # read at a time
+_MOST = 2**31 - 1  # the largest id that can be meant
 _WIDENED = ("model.embed_tokens.weight", "lm_head.weight")
 _SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -44,10 +45,13 @@ def size(folder: Path) -> int | None:
     )  # fmt: skip
     known = _vocabulary(whole) or {k: i for k, i in plain.items() if isinstance(i, int)}
     numbered = _ids(added) | _ids({k: i for i, k in _contents(config)})
+    largest = max([*known.values(), *numbered.values()], default=-1)
+    if largest > _MOST:
+        raise ValueError(f"{folder}: its tokenizer has ids above {_MOST}, which can't be meant.")
     if known:
         named = {*numbered, *_named(config), *_named(special)}
         return max(known.values()) + 1 + len(named - known.keys())
-    return max(numbered.values()) + 1 if numbered else None
+    return largest + 1 if numbered else None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def _contents(config: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """Id and token of tokenizer_config.json's `added_tokens_decoder`."""
     found = config.get("added_tokens_decoder")
     for number, token in found.items() if isinstance(found, dict) else ():
-        if number.isascii() and number.isdigit():
+        if number.isascii() and number.isdigit() and len(number) <= len(str(_MOST)):
             yield int(number), _content(token)
 
 
@@ -96,8 +100,8 @@ def _named(config: dict[str, Any]) -> Iterator[str]:
             yield _content(config[name])
     for name in _LISTS:
         listed = config.get(name)
-        listed = listed.values() if isinstance(listed, dict) else listed
-        yield from map(_content, listed if listed and not isinstance(listed, str) else ())
+        listed = list(listed.values()) if isinstance(listed, dict) else listed
+        yield from map(_content, listed if isinstance(listed, list) else ())
 
 
 def _content(token: Any) -> str:

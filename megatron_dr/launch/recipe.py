@@ -83,8 +83,7 @@ def read_recipe(folder: Path, name: str, given: Sequence[str]) -> Recipe:
     model = _file(folder / "models", names[0])
     method = _file(folder / "methods", names[1])
     sizes = _table(model, "sizes")
-    fitting = [size for size, entry in sizes.items()
-               if names[1] in [one.text for one in _table_of(entry)["for"].value]]  # fmt: skip
+    fitting = [size for size, entry in sizes.items() if names[1] in _methods(entry)]
     size = names[2] if len(names) == 3 else next(iter(fitting), "")
     if size not in fitting:
         raise ValueError(f"{name}: of {names[0]}/{names[1]} there are {', '.join(fitting)}.")
@@ -108,8 +107,22 @@ def names_of(folder: Path) -> list[str]:
     found = []
     for path in sorted((folder / "models").glob("*.yaml")):
         for size, entry in _table(read(path), "sizes").items():
-            found += [f"{path.stem}/{m.text}/{size}" for m in _table_of(entry)["for"].value]
+            found += [f"{path.stem}/{method}/{size}" for method in _methods(entry)]
     return found
+
+
+def _methods(size: Entry) -> list[str]:
+    """Those that a model's size is for.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    methods = _table_of(size).get("for")
+    if methods is None or not isinstance(methods.value, list):
+        raise ValueError(
+            f"line {size.line} of a recipe's model: a size needs 'for: [METHOD, ...]'."
+        )
+    return [method.text for method in methods.value]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

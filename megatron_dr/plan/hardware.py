@@ -114,7 +114,7 @@ def _number(name: str, value: Any) -> float:
     """YAML reads 80e9 as text."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     zero = name in ("solve", "reserved") or name.endswith("latency")
     if not (number > 0 or (zero and number == 0)) or math.isinf(number):

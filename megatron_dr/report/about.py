@@ -112,5 +112,5 @@ def created(pid: int) -> float | None:
     try:
         found = psutil.Process(pid)
         return None if found.status() == psutil.STATUS_ZOMBIE else float(found.create_time())
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # or it is no process's number
         return None

@@ -101,10 +101,15 @@ def lines(path: str | Path) -> Iterator[dict[str, Any]]:
     return filter(None, map(parsed, Path(path).read_bytes().split(b"\n")))
 
 
+def _whole(digits: str) -> float:
+    """Of more digits than any count has, infinity or near it."""
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
 def parsed(text: bytes) -> dict[str, Any] | None:
     """A line; None for what is none."""
     try:
-        line = json.loads(text)
-    except ValueError:
+        line = json.loads(text, parse_int=_whole)
+    except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None

@@ -58,8 +58,11 @@ def about(table: pyarrow.Table) -> dict[str, Any]:
         'left_out': rows that were beyond the most and least of --dr-record-rows; 'files': sha256
         of files that an indexed dataset was prepared from.
     """
-    found: dict[str, Any] = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-    return {"left_out": 0, "files": {}} | found
+    found: Any = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    note: dict[str, Any] = {"left_out": 0, "files": {}} | found
+    if not isinstance(note["left_out"], int) or not isinstance(note["files"], dict):
+        raise TypeError("it notes no number and no files")
+    return note
 
 
 def read(folder: str | Path) -> pyarrow.Table:
@@ -75,6 +78,8 @@ def read(folder: str | Path) -> pyarrow.Table:
             "of a run wrote."
         )
     tables = [_opened(path) for path in paths]
+    if not any(map(len, tables)):
+        raise ValueError(f"{folder}: the record there has no rows.")
     notes = [about(table) for table in tables]
     merged = {
         "left_out": sum(note["left_out"] for note in notes),
@@ -91,12 +96,17 @@ def files(folder: str | Path) -> list[Path]:
 def _opened(path: Path) -> pyarrow.Table:
     try:
         table = pyarrow.parquet.read_table(path)
-    except _Errors as error:
-        raise ValueError(f"{path}: can't be read ({str(error).splitlines()[0]}).") from None
+        table.validate(full=True)
+    except (*_Errors, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: can't be read ({why}).") from None
     if not table.schema.equals(SCHEMA):
-        raise ValueError(
-            f"{path}: no record of weights (its columns are {', '.join(table.column_names)})."
-        )
+        columns = " ".join(", ".join(table.column_names).split())
+        raise ValueError(f"{path}: no record of weights (its columns are {columns:.300}).")
+    try:
+        about(table)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path}: damaged: what it says of the whole record is none.") from None
     return table
 
 

@@ -13,6 +13,10 @@ from megatron_dr.report import gpus, metrics
 
 NAME = "metrics.jsonl"
 _OTHER = ("run", "blocks", "end")  # kinds whose lines are not numbers by name
+_FORM = {  # of what the line `run` says; another form says nothing
+    "steps": int, "blocks": list, "flags": list, "record": str, "process": dict, "git": dict,
+    "machine": dict,
+}  # fmt: skip
 Line = dict[str, Any]
 
 
@@ -105,6 +109,7 @@ class RunLog:
         found = [
             (line["iteration"], line[name]) for line in self.kinds.get("blocks", ())
             if isinstance(line.get(name), list) and len(line[name]) == len(self.blocks)
+            and all(isinstance(value, (int, float)) for value in line[name])
         ]  # fmt: skip
         return [step for step, _ in found], [values for _, values in found]
 
@@ -131,7 +136,8 @@ class RunLog:
 
     def _begin(self, run: Any, step: int) -> None:
         self._cut(step)
-        self.about = run if isinstance(run, dict) else {}
+        said = run.items() if isinstance(run, dict) else ()
+        self.about = {name: v for name, v in said if isinstance(v, _FORM.get(name, object))}
         blocks = self.about.get("blocks") or []
         if blocks != self.blocks:
             self.kinds.pop("blocks", None)

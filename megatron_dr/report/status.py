@@ -33,8 +33,8 @@ def goes_on(run: RunLog) -> bool | None:
         return None
     if any(process.get(name) != value for name, value in about.place().items()):
         return None
-    began = about.created(process["pid"])
-    return began is not None and abs(began - float(process.get("created") or 0.0)) < 1.0
+    began, said = about.created(process["pid"]), process.get("created")
+    return began is not None and isinstance(said, float) and abs(began - said) < 1.0
 
 
 def _left(run: RunLog) -> str:

@@ -110,7 +110,8 @@ def about(run: RunLog) -> list[tuple[str, str]]:
 
 
 def _gigabytes(machine: dict[str, Any]) -> str:
-    return f"{float(machine.get('memory bytes') or math.nan) / 1e9:.1f} GB"
+    size = machine.get("memory bytes")
+    return f"{size / 1e9 if isinstance(size, (int, float)) else math.nan:.1f} GB"
 
 
 def _listed(values: Any) -> str:

@@ -52,7 +52,14 @@ def samples(table: pyarrow.Table) -> pyarrow.Table:
 def _taken_apart(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if row["hash"] is None:
         return
-    for own, hashed in zip(json.loads(row["id"]), json.loads(row["hash"]), strict=True):
+    try:
+        both = [json.loads(row[name]) for name in ("id", "hash")]
+    except (ValueError, TypeError, RecursionError):
+        both = []
+    is_of_lists = all(isinstance(one, list) for one in both) and len({len(o) for o in both}) == 1
+    if not is_of_lists or not all(isinstance(text, str) for one in both for text in one):
+        raise ValueError("the record is damaged: a slot's or rank's ids and hashes are no lists.")
+    for own, hashed in zip(*both, strict=True):
         yield row | {"id": own, "hash": hashed}
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_dr.report.hidden import shown
+
 _CHUNK = 1 << 16
 _LONGEST_WAIT = 86400.0  # seconds: sockets and timers take no more than weeks
 
@@ -103,10 +105,10 @@ def post(
             response = connection.getresponse()
             location = response.getheader("Location") if 300 <= response.status < 400 else None
             read = _read(response, most)
-    except (Failure, OSError, http.client.HTTPException) as error:
+    except (Failure, OSError, ValueError, http.client.HTTPException) as error:
         if watched.late or isinstance(error, TimeoutError):
             raise Failure(f"timed out after {seconds:g} s") from error
-        raise Failure(f"{str(error) or type(error).__name__:.500}") from error
+        raise Failure(f"{shown(str(error)) or type(error).__name__:.500}") from error
     if watched.late:  # an answer of unknown length ends with its connection
         raise Failure(f"timed out after {seconds:g} s")
     return Reply(response.status, location, read)

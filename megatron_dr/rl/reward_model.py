@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_dr.data.rendering import Templates
 from megatron_dr.rl.reward_checkpoint import first_line, load
 from megatron_dr.rl.reward_pool import Sample, Scores
 
@@ -52,7 +53,8 @@ class RewardModel:
         self._folder, self._device, self._batch_size = Path(folder), device, batch_size
         self._model, self._tokenizer, self._label = load(self._folder, label)
         self._whole = text == "whole"
-        self._templated = self._whole and self._tokenizer.chat_template is not None
+        templated = self._whole and self._tokenizer.chat_template is not None
+        self._templates = Templates(self._tokenizer) if templated else None
         self._model.to(device)
         self._config = self._model.config.get_text_config()
         self._config.use_cache = False
@@ -62,7 +64,7 @@ class RewardModel:
         self._context = _context(self._model, self._config, self._tokenizer)
         self._around: tuple[list[int], list[int]] = [], []
         try:
-            if not self._templated:  # a template would write special tokens itself
+            if not templated:  # a template would write special tokens itself
                 self._around = _around(self._tokenizer)
             self._forward([self._text(_TRIAL)])
         except Exception as error:  # templates and models raise what they like
@@ -76,7 +78,7 @@ class RewardModel:
         Raises:
             ValueError: a prompt is messages, and the tokenizer has no chat template.
         """
-        texts_alone = self._whole and not self._templated
+        texts_alone = self._whole and self._templates is None
         if texts_alone and not all(isinstance(sample.prompt, str) for sample in samples):
             raise ValueError(
                 f"{self._folder}: the reward model's tokenizer has no chat template, which "
@@ -113,14 +115,14 @@ class RewardModel:
     def _text(self, sample: Sample) -> str:
         if not self._whole:
             return sample.completion
-        if not self._templated:
+        if self._templates is None:
             return f"{sample.prompt}{sample.completion}"
         asked = sample.prompt
         if isinstance(asked, str):
             asked = [{"role": "user", "content": asked}]
         turns = [*asked, {"role": "assistant", "content": sample.completion}]
-        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
-        return text
+        turns = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
+        return self._templates.render("plain", turns).text
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids, at most as many as the model's context."""

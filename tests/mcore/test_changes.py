@@ -108,6 +108,14 @@ def test_what_has_not_changed_is_not_refused(target: str, tmp_path: Path) -> Non
     changes.check(started(), started("--dr-target-data", target, trained=0), speak=False)
 
 
+@pytest.mark.parametrize("kept", [5, [], {}, {3: "a"}, {"plugin": "on", 3: 4}, "plugin"])
+def test_a_damaged_record_is_refused(kept: object) -> None:
+    then = started()
+    setattr(then, changes.ATTRIBUTE, kept)
+    with pytest.raises(ValueError, match="the checkpoint's common state is damaged"):
+        changes.check(started(), then, speak=False)
+
+
 def test_a_checkpoint_of_an_older_version_is_asked_for_its_flags(target: str) -> None:
     same = ("--dr-target-data", target, "--dr-lora-rank")
     then = started(*same, "4")

@@ -69,7 +69,7 @@ def test_what_is_said_of_sets(sets: str, data: dict[str, str], tmp_path: Path) -
     assert "megatron_dr: target set law: 6 samples, 4 of them a step, weight 0.75" in out
     assert "megatron_dr: target set med: 5 samples, 2 of them a step, weight 0.25" in out
     assert "note: --dr-alpha-style auto counts passes over law, the target set" in out
-    assert "alpha auto: the target set has 6 samples (n), a step 4 (b)" in out
+    assert "alpha auto: the run has 6 different target samples (n), a step 4 (b)" in out
     code, out, error = run(flags(data, sets.replace("med=2", "med=1"), 1), 1)[0]
     assert code == 0, error
     assert "a rank's 5 target microbatches make no two halves with as many of each target" in out

@@ -16,7 +16,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
-from megatron_dr.data import files
+from megatron_dr.data import files, indexed
 from megatron_dr.data.order import Samples, TargetStream
 from megatron_dr.data.packing import PackedSamples
 from megatron_dr.mcore import errors
@@ -62,7 +62,7 @@ def _counts(path: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--per-dataset-sequences-path {path}: can't be read ({error}).") from None
     if not isinstance(found, dict):
         raise ValueError(f"--per-dataset-sequences-path {path}: it must be a table by path.")
@@ -187,7 +187,8 @@ def _check_path(path: str) -> None:
 
 
 def _check_text(path: str, config: GPTDatasetConfig) -> None:
-    """Refuse running text with ids that the tokenizer lacks."""
+    """Refuse running text that is damaged, or has ids that the tokenizer lacks."""
+    indexed.check(path)
     ids.check(IndexedDataset(path), path, largest_id(config.tokenizer))
 
 

@@ -68,7 +68,8 @@ def _recorded(prefix: str, tokens: int) -> int | None:
             of_part = found[part.removeprefix("_") or "tokens"]
             if of_part["tokens"] == tokens:
                 return int(of_part["largest_id"])
-        except (OSError, ValueError, LookupError, TypeError):  # another file of that name
+        except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            # another file of that name
             continue
     return None
 

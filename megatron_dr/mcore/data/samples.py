@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_dr.data import files
+from megatron_dr.data import files, indexed
 from megatron_dr.data.chat import Chat
 from megatron_dr.data.file_samples import FileSamples
 from megatron_dr.data.identities import Identity, Sources, of_tokens
@@ -53,6 +53,8 @@ class PreparedSamples(Padded):
         for path in (prefix + MASK + ".bin", prefix + ".bin"):
             if not os.path.isfile(path):
                 raise ValueError(f"{path}: no such file, but its .idx is there.")
+        for each in (prefix, prefix + MASK):
+            indexed.check(each)
         self.sequence_length, self.pad, self.attention_mask = sequence_length, pad, attention_mask
         self._prefix = prefix
         self._tokens, self._mask = IndexedDataset(prefix), IndexedDataset(prefix + MASK)

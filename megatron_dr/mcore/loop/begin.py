@@ -68,7 +68,7 @@ def read_tracker(stock: Callable[..., Any], name: str, *rest: Any, **kwargs: Any
 def _check_tracker(path: Path, is_loaded: bool = False) -> None:
     """`is_loaded`: what it names is what is loaded."""
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    is_number = text.isascii() and text.isdigit()
+    is_number = text.isascii() and text.isdigit() and len(text) < 20
     saved = sorted(folder.name for folder in path.parent.glob("iter_*"))
     if text == "release" or (is_number and not is_loaded):
         return

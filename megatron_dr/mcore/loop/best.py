@@ -188,12 +188,14 @@ def _read(folder: Path) -> dict[str, Any] | None:
     iteration = _tracked(folder)
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if iteration is None:
+    if iteration is None or not isinstance(found, dict):
         return None
     for one in (found, found.get("former")):
-        if one and one["iteration"] == iteration and _path(folder, iteration).is_dir():
+        if not isinstance(one, dict) or one.get("iteration") != iteration:
+            continue
+        if _path(folder, iteration).is_dir():
             return {name: value for name, value in one.items() if name != "former"}
     return None
 

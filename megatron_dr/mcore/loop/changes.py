@@ -58,13 +58,22 @@ def check(args: Namespace, before: Namespace, speak: bool) -> None:
 
 def _then(before: Namespace) -> Record | None:
     """The record of the run before; of an older version, as far as its flags tell."""
-    kept: Record | None = getattr(before, ATTRIBUTE, None)
+    kept: Any = getattr(before, ATTRIBUTE, None)
     if kept is not None:
+        if not isinstance(kept, dict) or PLUGIN not in kept or not all(map(_is_text, kept)):
+            raise ValueError(
+                "the checkpoint's common state is damaged: what it says of its run's flags is no "
+                "record of them."
+            )
         return kept
     try:
         return record.of(before, configs_from_args(before), data=False)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         return None
+
+
+def _is_text(name: Any) -> bool:
+    return isinstance(name, str)
 
 
 def _changed(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
