@@ -28,7 +28,7 @@ from megatron_dr.compare import launch  # noqa: E402
 from megatron_dr.compare.jobs import Job, job  # noqa: E402
 
 SEEDS = (11, 12, 13, 14, 15)
-HELD_OUT, RANKS, STEPS = 400, 1, demo.STEPS
+LARGEST, HELD_OUT, RANKS, STEPS = 29, 400, 1, demo.STEPS
 # 16 rows: of 8 completions, which is a prompt's group
 ROWS = "--micro-batch-size 8 --dr-rows slot --dr-slots 16 --dr-set cone"
 SHARES = (0.1, 0.2, 0.4, 0.7)
@@ -45,8 +45,7 @@ VALUES = ("target reward", "reward")
 
 def plan(out: Path, seeds: list[int], arms: list[str]) -> tuple[Job, list[Job]]:
     """(the base model's run, each arm's of each seed)."""
-    arithmetic.LARGEST = 29
-    pairs = arithmetic.sums(0)
+    pairs = arithmetic.sums(0, LARGEST)
     held_out, pool = pairs[:HELD_OUT], pairs[HELD_OUT:]
     out.mkdir(parents=True, exist_ok=True)
     trusted = arithmetic.write(out / "trusted.jsonl", arithmetic.examples(held_out, 0, 0))
@@ -58,7 +57,7 @@ def plan(out: Path, seeds: list[int], arms: list[str]) -> tuple[Job, list[Job]]:
     flags = f"{demo.MODEL} {demo.BASE} --save {folder} --train-data-path {data}"
     base, jobs = job("base", 0, demo.BASE_STEPS, folder, flags), []
     for seed in seeds:
-        own = [pair for pair in arithmetic.sums(seed) if pair in set(pool)]
+        own = [pair for pair in arithmetic.sums(seed, LARGEST) if pair in set(pool)]
         lines = arithmetic.examples(own[: demo.TARGETS], 0, seed)
         target = arithmetic.write(out / f"target-{seed}.jsonl", lines)
         lines = arithmetic.examples(own[demo.TARGETS :], demo.SIGNED, seed)
@@ -136,7 +135,7 @@ def table(results: Path) -> Table:
     best = max(mixes, key=lambda arm: statistics.mean(v[VALUES[0]] for v in found[arm].values()))
     out = Table(box=box.MARKDOWN, title=f"At step {STEPS}, mean ± standard error")
     for head in ("arm", "seeds", *VALUES, f"target reward beside {best}"):
-        out.add_column(head)
+        out.add_column(head, no_wrap=True)
     for arm in (arm for arm in ARMS if arm in found):
         both = sorted(found[arm].keys() & found[best].keys())
         beside = [found[arm][s][VALUES[0]] - found[best][s][VALUES[0]] for s in both]

@@ -8,9 +8,9 @@ LARGEST = 19
 Pair = tuple[int, int]
 
 
-def sums(seed: int) -> list[Pair]:
-    """All pairs of numbers up to LARGEST, shuffled."""
-    pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
+def sums(seed: int, largest: int = LARGEST) -> list[Pair]:
+    """All pairs of numbers up to the largest, shuffled."""
+    pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
     random.Random(seed).shuffle(pairs)
     return pairs
 
