@@ -1,5 +1,6 @@
 """What is trained on: targets, a pool, and held-out sets apart, drawn anew from a seed."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -14,8 +15,28 @@ import alpha  # noqa: E402  (found from here on)
 import snippets  # noqa: E402
 
 VALID, TEST = 64, 192  # held-out records of a role
+# base models: 3 is 1's text and order with WIDE, 3.2M parameters beside 0.5M
+BASES = {1: 1, 2: 2, 3: 1}  # seeds
+WIDE = "--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 8"
 HIDDEN = 600  # snippets of other code in a pool, as many as there are Spanish lines
 ROLES = ("target", "general")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a case's runs have otherwise than all others.
+
+    Attributes:
+        flags: added to those of every run.
+        sharded: whether Megatron's distributed optimizer is used.
+        longer: steps, of a run's usual number.
+        wide: whether the model is `WIDE`.
+    """
+
+    flags: str = ""
+    sharded: bool = True
+    longer: int = 1
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,8 @@ class Case:
         code: whether the target is Python about concurrency; else it is Spanish.
         noise: share of the target records that are of a wrong language.
         title: of its picture.
+        variant: of its runs.
+        data: the case whose data it has, by name; empty: its own.
     """
 
     name: str
@@ -36,6 +59,8 @@ class Case:
     title: str
     code: bool = False
     noise: float = 0.0
+    variant: Variant = Variant()
+    data: str = ""
 
     @property
     def is_hard(self) -> bool:
@@ -44,8 +69,8 @@ class Case:
 
     @property
     def base(self) -> int:
-        """Seed of its base model, whose text holds neither Spanish nor code."""
-        return 2 if self.code else 1
+        """Of `BASES`; its text holds neither Spanish nor code."""
+        return 3 if self.variant.wide else 2 if self.code else 1
 
 
 def _spanish(size: int, noise: float = 0.0) -> Case:
@@ -59,6 +84,23 @@ _ALONE = (
     Case("es32-none", 32, False, "32 Spanish targets, none in the pool (Italian is)"),
     Case("code16-none", 16, False, "16 targets of code, none in the pool", code=True),
 )
+# what the trial of the rule could not look at: `elsewhere`
+VARIANTS = {
+    "layers": ("a projection for each layer", Variant("--dr-blocks layer")),
+    "lora": ("LoRA", Variant("--dr-lora-rank 8 --lr 1e-2")),
+    "sgd": ("SGD", Variant("--optimizer sgd --sgd-momentum 0.9 --lr 0.3", sharded=False)),
+    "muon": ("Muon", Variant("--optimizer muon --lr 2e-3", sharded=False)),
+    "wide": ("a model of 3.2M parameters", Variant(wide=True)),
+    "long": ("500 steps", Variant(longer=10)),
+}
+
+
+def _varied(case: Case, name: str) -> Case:
+    said, variant = VARIANTS[name]
+    return dataclasses.replace(case, name=f"{case.name}-{name}", title=f"{case.title}; {said}",
+                               variant=variant, data=case.name)  # fmt: skip
+
+
 TABLES = {
     "pairs": (_spanish(8), _spanish(64), _ALONE[0],
               Case("code16", 16, True, "16 targets of code, other code hidden", code=True),
@@ -66,6 +108,9 @@ TABLES = {
     "sizes": tuple(_spanish(size) for size in (8, 32, 128, 512)),
     "noise": tuple(_spanish(64, noise) for noise in (0.0, 0.25, 0.5)),
     "nothing": _ALONE,
+    "elsewhere": tuple(
+        _varied(case, name) for name in VARIANTS for case in (_spanish(8), _ALONE[0])
+    ),
 }  # fmt: skip
 
 
@@ -127,7 +172,7 @@ def _records(texts: list[str]) -> list[str]:
 
 def write(case: Case, seed: int, out: Path) -> Data:
     """The files of a case and seed."""
-    folder = out / "data" / case.name / str(seed)
+    folder = out / "data" / (case.data or case.name) / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     target, pool = lines(case, seed)
     found = {("target", "train"): target, ("pool", "train"): pool, **held_out(case)}

@@ -50,7 +50,7 @@ def train(table: str, seeds: list[int], families: list[str], out: Path, results:
         if left:
             launch.train(left, out, console, case_runs.RANKS, _beside(len(left)), stop=False)
     finally:
-        bases = {seed: case_runs.base(out, seed).fingerprint for seed in (1, 2)}
+        bases = {seed: case_runs.base(out, seed).fingerprint for seed in cases.BASES}
         done = [store.row(run, bases[run.case.base]) for run in found if run.job.is_finished]
         store.add(results, done)
         console.print(f"{len(done)} of {len(found)} results are in {results}")

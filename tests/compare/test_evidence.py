@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,10 @@ def texts(lines: list[str]) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+OWN = {name: case for name, case in CASES.items() if not case.data}  # others have one of these
+
+
+@pytest.mark.parametrize("case", OWN.values(), ids=OWN)
 def test_no_record_is_in_two_places(case: cases.Case) -> None:
     """Targets, pool, and both roles' validation and test; and the same seed draws the same."""
     target, pool = cases.lines(case, 3)
@@ -42,6 +46,23 @@ def test_no_record_is_in_two_places(case: cases.Case) -> None:
     taken = 0 if case.code else case.size
     assert hidden == (600 - taken if case.hidden else 0)
     assert len(pool) == 5400 + hidden - round(case.noise * case.size)
+
+
+@pytest.mark.parametrize("name", cases.VARIANTS)
+def test_a_variant_has_the_same_data_and_other_runs(tmp_path: Path, name: str) -> None:
+    """In steps, optimizer, model or blocks, of all arms alike."""
+    arms = [arm for family in ("general", "mix", "cone", "auto") for arm in FAMILIES[family]]
+    plain, other = CASES["es8"], CASES[f"es8-{name}"]
+    (_, *of_plain), _ = case_runs.runs(tmp_path, plain, 3, arms)
+    (_, *found), _ = case_runs.runs(tmp_path, other, 3, arms)
+    assert cases.lines(plain, 3) == cases.lines(other, 3)
+    changes = []
+    for before, after in zip(of_plain, found, strict=True):
+        assert after.data.digest == before.data.digest and after.job.folder != before.job.folder
+        now, then = (Counter(flag for flag in run.job.flags if str(tmp_path) not in flag)
+                     for run in (after, before))  # fmt: skip
+        changes.append((now - then, then - now))
+    assert all(change == changes[0] for change in changes) and any(changes[0])
 
 
 def test_snippets_share_no_line() -> None:
