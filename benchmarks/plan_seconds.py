@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -129,6 +130,7 @@ def machine() -> Machine:
 
 
 def _rank(rank: int, file: str) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # a new name in torch 2.15
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}.store", rank=rank, world_size=RANKS

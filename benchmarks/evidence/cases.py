@@ -87,8 +87,8 @@ _ALONE = (
 # what the trial of the rule could not look at: `elsewhere`
 VARIANTS = {
     "layers": ("a projection for each layer", Variant("--dr-blocks layer")),
-    "lora": ("LoRA", Variant("--dr-lora-rank 8 --lr 1e-2")),
-    "sgd": ("SGD", Variant("--optimizer sgd --sgd-momentum 0.9 --lr 0.3", sharded=False)),
+    "lora": ("LoRA", Variant("--dr-lora-rank 8 --lr 2e-2")),
+    "sgd": ("SGD", Variant("--optimizer sgd --sgd-momentum 0.9 --lr 0.1", sharded=False)),
     "muon": ("Muon", Variant("--optimizer muon --lr 2e-3", sharded=False)),
     "wide": ("a model of 3.2M parameters", Variant(wide=True)),
     "long": ("500 steps", Variant(longer=10)),

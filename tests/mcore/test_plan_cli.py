@@ -1,5 +1,6 @@
 """`megatron-dr plan`: what it prints, its files and its exit codes."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,21 @@ def test_bad_hardware(
     assert main(["--gpus", "8", "--hardware", str(path), *FLAGS]) == 2
     said = capsys.readouterr().err
     assert f"{path}: " in said and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["dp2, plain", "tp2, 4 slots", "dp2, sketches"])
+def test_a_run_that_is_timed_can_be_planned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`benchmarks/plan_seconds.py`: twice the rate, half the computation, and nothing else."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    timed = importlib.import_module("plan_seconds")
+    timed.write(tmp_path)
+    found = []
+    for rate in (1e10, 2e10):
+        timed._write(tmp_path / "mine.yaml", rate, timed.Machine(1e10, 1e9, 1e-4))
+        found.append(timed.planned(timed.CASES[name], tmp_path, tmp_path / "mine.yaml"))
+    slow, fast = found
+    assert slow.keys() == fast.keys() and slow["computation"] > 0
+    assert slow["computation"] == pytest.approx(2 * fast["computation"])
+    assert slow["optimizer"] == fast["optimizer"] > 0
