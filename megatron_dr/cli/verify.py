@@ -35,7 +35,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of the logits' difference, "
                         "relative to the largest logit (default: 1e-4)")  # fmt: skip
     parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin files")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.tolerance < 1:  # inf would let anything pass, NaN nothing
+        parser.error(f"--tolerance must be at least 0 and below 1, not {args.tolerance}.")
+    return args
 
 
 def unfit_tensors(source: Source, export: from_megatron.Export) -> dict[str, str]:

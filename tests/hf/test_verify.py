@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -38,3 +39,11 @@ def test_tensors_are_named(tmp_path: Path) -> None:
         "model.norm.weight": f"not in {tmp_path / 'hf'}",
         "model.layers.1.input_layernorm.weight": "[3], in the checkpoint [10]",
     }
+
+
+@pytest.mark.parametrize("tolerance", ["inf", "nan", "1", "-1e-4"])
+def test_a_tolerance_that_tells_nothing(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        verify.arguments(["hf", "checkpoint", f"--tolerance={tolerance}"])
+    assert ended.value.code == 2
+    assert "--tolerance must be at least 0 and below 1" in capsys.readouterr().err
