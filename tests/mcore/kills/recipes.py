@@ -60,7 +60,10 @@ RECIPES = {
     "meso": Recipe(
         2, "--dr-meso-size 8 --dr-meso-refresh 3 --dr-slots 2", distributed=False
     ),
-    "dpo": Recipe(2, "--dr-dpo-beta 0.1 --micro-batch-size 2 --dr-slots 2 --dr-set cone", "pairs"),
+    "dpo": Recipe(
+        2, "--dr-dpo-beta 0.1 --micro-batch-size 2 --global-batch-size 8 --dr-slots 2 "
+        "--dr-set cone", "pairs",
+    ),
     "grpo": Recipe(2, "--dr-rl-algorithm grpo --dr-slots 2", "prompts"),
     "ppo": Recipe(2, f"{_PPO} {_TP2} --dr-slots 2", "prompts"),
 }  # fmt: skip
