@@ -6,7 +6,8 @@ Each run is one of `megatron_dr.train`, and its plan that of `megatron-dr plan` 
 The hardware's numbers are measured first, as anybody would measure theirs: bandwidth and latency of
 a collective and of memory, by ranks that do nothing else; and the rate of products, from the first
 run, plain Megatron's, which so counts for nothing. A rank has one thread and a core of its own. The
-step's time is the first quartile of a run's; other work on the machine spoils it.
+step's time is the first quartile of a run's; other work on the machine spoils it. Exit
+code 1: a run is more than 15% off its plan.
 """
 
 import argparse
@@ -171,15 +172,16 @@ def planned(case: Case, data: Path, hardware: Path) -> dict[str, float]:
 def rate(found: float, data: Path, file: Path, of: Machine) -> float:
     """Operations a second with which the plan of the first run is what was measured; the file then
     has the hardware."""
-    _write(file, 1e10, of)
+    write_hardware(file, 1e10, of)
     parts = planned(CASES[FIRST], data, file)
     rest = sum(parts.values()) - parts["computation"]  # nothing is hidden without overlap
     out = 1e10 * parts["computation"] / (found - rest)
-    _write(file, out, of)
+    write_hardware(file, out, of)
     return out
 
 
-def _write(file: Path, flops: float, of: Machine) -> None:
+def write_hardware(file: Path, flops: float, of: Machine) -> None:
+    """As `megatron-dr plan --hardware FILE` reads it; all of it is measured."""
     link = f"{{bandwidth: {of.link:.6e}, latency: {of.latency:.6e}}}"
     file.write_text(f"flops: {flops:.6e}\nfp32: {flops:.6e}\nmemory_bandwidth: {of.memory:.6e}\n"
                     f"inside: {link}\nbetween: {link}\n")  # fmt: skip

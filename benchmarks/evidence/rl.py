@@ -24,7 +24,7 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from megatron_dr.compare import launch  # noqa: E402
+from megatron_dr.compare import figures, launch  # noqa: E402
 from megatron_dr.compare.jobs import Job, job  # noqa: E402
 
 SEEDS = (11, 12, 13, 14, 15)
@@ -114,14 +114,6 @@ def read(results: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard error."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
-
-
 def table(results: Path) -> Table:
     """Held-out rewards at the end, and the target's beside the best mix, paired over seeds."""
     found: dict[str, dict[int, dict[str, float]]] = {}
@@ -135,13 +127,18 @@ def table(results: Path) -> Table:
     best = max(mixes, key=lambda arm: statistics.mean(v[VALUES[0]] for v in found[arm].values()))
     out = Table(box=box.MARKDOWN, title=f"At step {STEPS}, mean ± standard error")
     for head in ("arm", "seeds", *VALUES, f"target reward beside {best}"):
-        out.add_column(head, no_wrap=True)
+        out.add_column(head)
     for arm in (arm for arm in ARMS if arm in found):
-        both = sorted(found[arm].keys() & found[best].keys())
-        beside = [found[arm][s][VALUES[0]] - found[best][s][VALUES[0]] for s in both]
-        cells = [spread([v[name] for v in found[arm].values()]) for name in VALUES]
-        out.add_row(arm, str(len(found[arm])), *cells, spread(beside) if arm != best else "")
+        own, other = ({s: v[VALUES[0]] for s, v in found[one].items()} for one in (arm, best))
+        both = sorted(own.keys() & other.keys())
+        gaps = [own[s] - other[s] for s in both]
+        cells = [_said([v[name] for v in found[arm].values()]) for name in VALUES]
+        out.add_row(arm, str(len(own)), *cells, _said(gaps) if arm != best and gaps else "")
     return out
+
+
+def _said(values: list[float]) -> str:
+    return figures.with_error(figures.summary(values))
 
 
 def main() -> None:

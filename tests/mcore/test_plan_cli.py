@@ -92,7 +92,7 @@ def test_a_run_that_is_timed_can_be_planned(
     timed.write(tmp_path)
     found = []
     for rate in (1e10, 2e10):
-        timed._write(tmp_path / "mine.yaml", rate, timed.Machine(1e10, 1e9, 1e-4))
+        timed.write_hardware(tmp_path / "mine.yaml", rate, timed.Machine(1e10, 1e9, 1e-4))
         found.append(timed.planned(timed.CASES[name], tmp_path, tmp_path / "mine.yaml"))
     slow, fast = found
     assert slow.keys() == fast.keys() and slow["computation"] > 0

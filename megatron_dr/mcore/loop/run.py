@@ -81,9 +81,9 @@ class TrainingRun:
         last = dist.get_rank() == dist.get_world_size() - 1  # where Megatron logs
         self.file = MetricsFile(args.dr_metrics) if args.dr_metrics and last else None
         self.gpus = of_node(args)
-        if target is not None:
+        if target is not None and self._most is not None:
             self.train = target_role.of_steps(source, samples, args, dr, target, len(model))
-            target_role.say_sets(source, samples, target, dr)
+            target_role.say_sets(samples, target, dr, self._most)
         self.valid, self.tests = target_role.held_out(
             source, held_out, tested, args, self.valid, watching, self.handle.model
         )

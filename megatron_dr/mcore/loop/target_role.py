@@ -151,9 +151,7 @@ def held_out(
     return found, tests
 
 
-def most_repeated(
-    source: Source, samples: Any, target: TargetConfig
-) -> tuple[TargetSet, int]:  # fmt: skip
+def most_repeated(source: Source, samples: Any, target: TargetConfig) -> tuple[TargetSet, int]:
     """The set that a run repeats most, and how many samples of it the run has: by it the rule that
     chooses alpha counts passes, so that no set is worn out."""
     sizes = {name: max(1, source.distinct(one)) for name, one in by_set(samples).items()}
@@ -161,8 +159,8 @@ def most_repeated(
     return most, sizes[most.name]
 
 
-def say_sets(source: Source, samples: Any, target: TargetConfig, dr: DRConfig) -> None:
-    """Several sets, in a line each."""
+def say_sets(samples: Any, target: TargetConfig, dr: DRConfig, most: TargetSet) -> None:
+    """Several sets, in a line each; `most` is the one that the run repeats most."""
     sizes = {name: len(one) for name, one in by_set(samples).items()}
     for one in target.target_sets if "" not in sizes else ():
         weight = "found at every step" if dr.targets == "maximin" else f"{one.weight:.3g}"
@@ -171,7 +169,6 @@ def say_sets(source: Source, samples: Any, target: TargetConfig, dr: DRConfig) -
             f"{weight}"
         )
     if dr.alpha_style == "auto" and len(sizes) > 1:
-        most, _ = most_repeated(source, samples, target)
         say(
             f"note: --dr-alpha-style auto counts passes over {most.name}, the target set that a "
             "step takes the largest part of"
