@@ -184,7 +184,7 @@ def write_hardware(file: Path, flops: float, of: Machine) -> None:
     """As `megatron-dr plan --hardware FILE` reads it; all of it is measured."""
     link = f"{{bandwidth: {of.link:.6e}, latency: {of.latency:.6e}}}"
     file.write_text(f"flops: {flops:.6e}\nfp32: {flops:.6e}\nmemory_bandwidth: {of.memory:.6e}\n"
-                    f"inside: {link}\nbetween: {link}\n")  # fmt: skip
+                    f"inside: {link}\nbetween: {link}\noverlaps: false\n")  # fmt: skip
 
 
 def main() -> int:

@@ -30,6 +30,8 @@ class Hardware:
         solve: seconds of a solve for the weights.
         reserved: bytes of memory that a run's tensors can't have: CUDA's context, NCCL's buffers,
             what the allocator loses.
+        overlaps: whether collectives run beside computation; of ranks that are CPU processes a
+            core does both, one after the other.
     """
 
     node: int
@@ -41,6 +43,7 @@ class Hardware:
     fp32: float
     solve: float
     reserved: float = 0.0
+    overlaps: bool = True
 
     @property
     def usable(self) -> float:
@@ -97,6 +100,10 @@ def parse(table: Any) -> Hardware:
             raise ValueError(f"{name!r} is none of the hardware's names: {', '.join(names)}.")
         if name in ("inside", "between"):
             found[name] = _link(name, value, getattr(H100, name))
+        elif name == "overlaps":
+            if not isinstance(value, bool):
+                raise ValueError(f"overlaps must be true or false, not {value!r}.")
+            found[name] = value
         else:
             found[name] = _number(name, value)
     if "node" in found:

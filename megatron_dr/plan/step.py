@@ -9,9 +9,9 @@ run at the rate that the hardware sustains; all else of a layer is in that rate.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_dr.plan import flops, timeline, wire
+from megatron_dr.plan import flops, tensor, timeline, wire
 from megatron_dr.plan.activations import Kept
 from megatron_dr.plan.buffers import Stage, stages
 from megatron_dr.plan.flops import Tokens
@@ -75,6 +75,9 @@ class Run:
 
 def seconds(run: Run, hardware: Hardware) -> dict[str, float]:
     """Of a step, by part."""
+    if not hardware.overlaps:
+        in_turn = replace(run.layout, overlap=False, overlap_gather=False)
+        run = replace(run, layout=in_turn)
     layout = run.layout
     held = stages(run.model, layout)
     parts = [_of_microbatch(stage, run, hardware) for stage in held]
@@ -99,22 +102,11 @@ def _of_microbatch(stage: Stage, run: Run, hardware: Hardware) -> dict[str, floa
         computed += 3 * flops.head(model, layout, run.tokens)
     full = 1.5 if recompute.granularity == "full" else 1.0
     own = {
-        "tensor parallel": full * layers * hardware.alone(_tensor(stage, run)),
+        "tensor parallel": tensor.seconds(stage, run.kept, hardware),
         "experts": full * layers * hardware.alone(_experts(stage, run)),
         "context": full * layers * _context(stage, run, hardware),
     }
     return {"computation": computed / ranks / hardware.flops, **own}
-
-
-def _tensor(stage: Stage, run: Run) -> list[Send]:
-    """Of a layer's forward and backward: an all-gather before, and a reduce-scatter after
-    attention and MLP, or an all-reduce, and the same backwards."""
-    layout = run.layout
-    if layout.tp == 1:
-        return []
-    payload = run.kept.shape.tokens / layout.cp * run.model.hidden * layout.weight_bytes
-    group = layout.tensor_group(stage.number)
-    return [Send("tensor", "ring", payload, group)] * 8
 
 
 def _experts(stage: Stage, run: Run) -> list[Send]:
@@ -138,8 +130,8 @@ def _context(stage: Stage, run: Run, hardware: Hardware) -> float:
     first = stage.number * layout.tp * layout.data
     group = tuple(range(first, first + layout.tp * layout.cp, layout.tp))
     sends = [Send("context", "ring", 2 * key * layout.weight_bytes, group)] * 3
-    hidden = 3 * flops.attention(model, run.tokens) / layout.tp / layout.cp / hardware.flops
-    return max(0.0, hardware.alone(sends) - hidden)
+    beside = 3 * flops.attention(model, run.tokens) / layout.tp / layout.cp / hardware.flops
+    return max(0.0, hardware.alone(sends) - (beside if hardware.overlaps else 0.0))
 
 
 def _hop(run: Run, hardware: Hardware) -> float:

@@ -55,7 +55,7 @@ def most(layout: _data.Layout, options: dict[str, Any]) -> list[tuple[int, int]]
 def _of_rank(layout: _data.Layout, options: dict[str, Any]) -> tuple[int, int]:
     saved = Saved()
     with mock.patch.object(
-        _megatron, "transformer_config", _with(_megatron.transformer_config, options)
+        _megatron, "transformer_config", with_options(_megatron.transformer_config, options)
     ):
         train(layout, 1, saved)
     return parallel_state.get_pipeline_model_parallel_rank(), saved.most
@@ -73,7 +73,7 @@ def train(layout: _data.Layout, steps: int, saved: Saved, plugin: Any = None) ->
         return _megatron.train(layout, steps, None, watch)
 
 
-def _with(stock: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def with_options(stock: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     def config(layout: _data.Layout) -> Any:
         found = stock(layout)
         for name, value in options.items():

@@ -109,6 +109,15 @@ def test_schedule() -> None:
     assert max(piece.end for piece in pieces.values()) == 3 * (6 + 3)
 
 
+def test_what_takes_turns_is_hidden_by_nothing() -> None:
+    """Ranks whose cores do both: overlap gains nothing, and nothing is cheaper than on a GPU."""
+    replace, turns = dataclasses.replace, dataclasses.replace(H100, overlaps=False)
+    overlap, _ = asked.settle(wanted(replace(TWO, cp=2)), H100)
+    without = replace(overlap, layout=replace(overlap.layout, overlap=False, overlap_gather=False))
+    assert step.seconds(overlap, turns) == step.seconds(without, turns)
+    assert sum(step.seconds(overlap, turns).values()) > sum(step.seconds(overlap, H100).values())
+
+
 def test_hardware_of_a_table() -> None:
     found = hardware.parse({"memory": "96e9", "inside": {"bandwidth": 1e11}, "node": 4})
     assert (found.memory, found.inside.bandwidth, found.node) == (96e9, 1e11, 4)
@@ -122,6 +131,7 @@ def test_hardware_of_a_table() -> None:
         ({"memroy": 1}, "'memroy' is none of the hardware's names"),
         ({"memory": "much"}, "memory must be a number above 0, not 'much'"),
         ({"flops": 0}, "flops must be a number above 0, not 0"),
+        ({"overlaps": "no"}, "overlaps must be true or false, not 'no'"),
         ({"between": 3}, "between must have bandwidth and latency, not 3"),
         ({"between": {"bandwidth": -1}}, "between.bandwidth must be a number above 0, not -1"),
     ],
