@@ -26,6 +26,7 @@ from megatron_dr.mcore import cpu, errors, meter
 from megatron_dr.mcore.attach import Handle, attach
 from megatron_dr.mcore.data import domain_sampling, origins
 from megatron_dr.mcore.loop import header, kept_target, target_role
+from megatron_dr.mcore.loop.bar import Bar
 from megatron_dr.mcore.loop.data_watch import DataWatch
 from megatron_dr.mcore.loop.forward import timed, watched
 from megatron_dr.mcore.loop.learning_rates import learning_rates
@@ -95,7 +96,7 @@ class TrainingRun:
         self._iteration: int | None = None
         self._before: tuple[int, Any, Any] = (0, self.train.begins_at(0), None)
         self.general: Any = None  # the general training set, where this rank reads it
-        self.step_began = 0.0
+        self.step_began, self.bar = 0.0, Bar.of(args)
         if dr.alpha_style == "auto":
             done = args.iteration - getattr(args, _STEPS)  # before the plugin was switched on
             self.handle.dial.rates = learning_rates(scheduler, args.train_iters, done)
@@ -132,8 +133,10 @@ class TrainingRun:
     def training(self) -> Iterator[None]:
         """Megatron's `train` runs inside; a run that is told to stop before its end leaves it."""
         self._is_training = True
+        shown = self.bar.shown(self.args.iteration) if self.bar else contextlib.nullcontext()
         try:
-            yield
+            with shown:
+                yield
         except SystemExit as end:
             self._is_training = False
             if not end.code:
@@ -213,6 +216,8 @@ class TrainingRun:
             self.gpus.write(iteration)
         if self.recorder is not None:
             self.recorder.logged(iteration)
+        if self.bar is not None:
+            self.bar.at(iteration)
         return losses
 
     def end_record(self) -> None:
