@@ -1,16 +1,17 @@
 """Is anybody worse off with `auto` than with a tuned plain mix? A command for each table.
 
     python benchmarks/evidence/evidence.py run pairs [--seeds 101 102 103] [--families mix auto]
-    python benchmarks/evidence/evidence.py table pairs
+    python benchmarks/evidence/evidence.py table pairs [--families general mix cone auto]
 
 `run` does the training runs that are not finished in --out, and adds what they ended at to
 --results; `table` reads those, and writes tables and a picture beside them. README.md has the
-protocol.
+protocol. A table is of the seeds that all its families' arms have.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import case_runs
@@ -65,9 +66,14 @@ def _beside(count: int) -> int:
     return budget.beside(count, case_runs.RANKS, cores, free, case_runs.MEMORY)
 
 
-def show(table: str, results: Path, console: Console) -> None:
-    """Write TABLE.md, TABLE.png and a table for each case, beside the results."""
-    rows = store.read(results)
+def show(table: str, results: Path, console: Console, names: Sequence[str] = ()) -> None:
+    """Write TABLE.md, TABLE.png and a table for each case, beside the results.
+
+    Args:
+        names: of families; none: all.
+    """
+    kept = {*(names or FAMILIES), store.BEFORE}
+    rows = [row for row in store.read(results) if row.family in kept]
     found = [own for case in cases.TABLES[table] if (own := measures.gather(case, rows))]
     if not found:
         raise ValueError(f"{results}: no results of {table}: run it first.")
@@ -85,7 +91,7 @@ def main() -> None:
     parser.add_argument("table", choices=cases.TABLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the runs")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES),
-                        help="of arms to run")  # fmt: skip
+                        help="of arms")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="of the runs")
     parser.add_argument("--results", type=Path, default=cases.HERE / "results" / "results.csv")
     options = parser.parse_args()
@@ -94,7 +100,7 @@ def main() -> None:
         if options.what == "run":
             train(options.table, options.seeds, options.families, out, options.results, console)
         else:
-            show(options.table, options.results, console)
+            show(options.table, options.results, console, options.families)
     except ValueError as error:
         sys.exit(str(error))
 

@@ -206,8 +206,11 @@ def test_what_is_missed_is_said(tmp_path: Path) -> None:
     rows = [row("general", "", seed, 3.0, general_test=1.7) for seed in (1, 2)]
     rows += [row("mix", "0.3", seed, 2.0 + 0.1 * seed, general_test=1.9) for seed in (1, 2)]
     rows += [row("auto", "", seed, 2.1 + 0.12 * seed, general_test=1.8) for seed in (1, 2)]
+    rows.append(row("target", "5e-4, 20 steps", 1, 2.5, general_test=2.2))
     store.add(path, [*rows, row(store.BEFORE, "", 1, 3.1)])
-    evidence.show("sizes", path, console)
+    evidence.show("sizes", path, console)  # of the one seed that all arms have
+    assert "of 1 seed(s)" in (tmp_path / "es8.md").read_text(encoding="utf-8")
+    evidence.show("sizes", path, console, ("general", "mix", "auto"))
     text = (tmp_path / "sizes.md").read_text(encoding="utf-8")
     assert "MISSED" in text and "Missed: es8: target +5.8 ± 0.4% from mix 0.3" in text
     assert "es8: +5.8 ± 0.4% from the best mix, +13.0 standard errors" in text
