@@ -1,11 +1,14 @@
 """Ranks of the training entry that nobody ends but what happens to them, and what is left of them.
 
 Each is a fork of this process, as in `_ranks`; they meet in a store of this process, as torchrun's
-do. Orphans of theirs become this process's children, and so are found.
+do. The store begins when all are forked: its thread looks peers' addresses up, and who is forked in
+the middle of that finds glibc's resolver locked for ever. Orphans of theirs become this process's
+children, and so are found.
 """
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -29,6 +32,7 @@ SURVIVORS = 30.0  # seconds that a survivor may live on
 _WHOLE = 200.0  # seconds of a run
 _LEFT = 10.0  # seconds until what belongs to a dead rank is gone
 _PR_SET_CHILD_SUBREAPER = 36
+_PORT = 4  # bytes of the store's port in the pipe
 
 
 class Ended(NamedTuple):
@@ -66,7 +70,7 @@ def launch(
     """
     if not own_writer:
         _warm.before_forks()
-    counts, store = Counts(world), TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    counts, (ports, port) = Counts(world), os.pipe()
     logs = [folder / f"log.{rank}.txt" for rank in range(world)]
     with _adopting():
         before, ranks = _children(), list[int]()
@@ -75,13 +79,16 @@ def launch(
             if pid == 0:
                 os.setpgid(0, ranks[0] if ranks else 0)
                 lay_own = (rank, counts, trap, folder / "run")
-                _child(argv, world, store.port, logs[rank], lay_own, own_writer)
+                _child(argv, world, ports, logs[rank], lay_own, own_writer)
             with contextlib.suppress(OSError):
                 os.setpgid(pid, ranks[0] if ranks else pid)
             ranks.append(pid)
         try:
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(port, store.port.to_bytes(_PORT) * world)
             codes, survived = _wait(ranks, stopped)
         finally:
+            os.close(ports), os.close(port)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(ranks[0], signal.SIGKILL)
             left = _leftovers(before)
@@ -90,18 +97,20 @@ def launch(
 
 
 def _child(
-    argv: list[str], world: int, port: int, log: Path, own: tuple[int, Counts, Trap | None, Path],
+    argv: list[str], world: int, ports: int, log: Path, own: tuple[int, Counts, Trap | None, Path],
     own_writer: bool,
 ) -> None:  # fmt: skip
     code, inherited = 1, set(multiprocessing.active_children())
     try:
         rank = str(own[0])
         os.environ.update(RANK=rank, WORLD_SIZE=str(world), LOCAL_RANK=rank)
+        port = int.from_bytes(os.read(ports, _PORT))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
         with open(log, "w", buffering=1) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        faulthandler.register(signal.SIGUSR1)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))  # not pytest's
         if not own_writer:
             writers.in_fork()
@@ -143,6 +152,9 @@ def _wait(ranks: list[int], stopped: float) -> tuple[list[int], float]:
             break
         time.sleep(0.02)
     survived = time.monotonic() - first if first else time.monotonic() - began
+    for pid in set(ranks) - codes.keys():
+        os.kill(pid, signal.SIGUSR1)  # its log has where it stands
+    time.sleep(0.5)
     for pid in set(ranks) - codes.keys():
         os.kill(pid, signal.SIGKILL)
         codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
