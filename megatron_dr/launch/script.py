@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _names(recipe: Recipe, out: Path, slurm: bool) -> dict[str, Any]:
     nodes, ranks = _nodes(recipe)
     return {
         "name": recipe.name, "here": Path.cwd(), "steps": steps, "slurm": slurm,
-        "python": recipe.text("python"), "env": _env(recipe), "setup": recipe.texts("setup"),
+        "python": _python(recipe, slurm), "env": _env(recipe), "setup": recipe.texts("setup"),
         "iterations": iterations, "nodes": nodes, "ranks": ranks,
         "gpus_of_node": 0 if recipe.text("device") == "cpu" else ranks,
         "node": out / "node.sh", "tracker": train / "latest_checkpointed_iteration.txt",
@@ -103,6 +104,12 @@ def _names(recipe: Recipe, out: Path, slurm: bool) -> dict[str, Any]:
         "convert_out": f"convert mcore-to-hf {shlex.quote(str(train))} {shlex.quote(str(hf))}",
         "once": _srun(recipe, 1) if slurm else "", "each": _srun(recipe, nodes) if slurm else "",
     }  # fmt: skip
+
+
+def _python(recipe: Recipe, slurm: bool) -> str:
+    """The interpreter: by default this one, which a container need not have."""
+    of_a_container = slurm and recipe.text("slurm", "image")
+    return recipe.text("python") or ("python3" if of_a_container else sys.executable)
 
 
 def _nodes(recipe: Recipe) -> tuple[int, int]:

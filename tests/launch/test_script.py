@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,18 @@ def test_in_a_container(tmp_path: Path) -> None:
     text = job(tmp_path, *given, slurm=True).files["job.sh"]
     assert text.count("--container-image=/images/pytorch.sqsh") == 3
     assert text.count("'--container-mounts=/data:/data,/my files:/w'") == 3
+
+
+@pytest.mark.parametrize("given, slurm, python", [
+    ((), False, sys.executable), (("python=null",), False, sys.executable),
+    ((), True, sys.executable), (("slurm.image=/i.sqsh",), False, sys.executable),
+    (("slurm.image=/i.sqsh",), True, "python3"),
+    (("slurm.image=/i.sqsh", "python=/opt/python"), True, "/opt/python"),
+])  # fmt: skip
+def test_the_interpreter(tmp_path: Path, given: tuple[str, ...], slurm: bool, python: str) -> None:
+    """The launcher's own where none is named, but in a container."""
+    text = job(tmp_path, *given, slurm=slurm).files["node.sh"]
+    assert text.count(f"exec {shlex.quote(python)} -m ") == 2
 
 
 @pytest.mark.parametrize("given, says", [
