@@ -53,6 +53,10 @@ class Recipe:
         found = self.of(name).get(inner) if inner else self.table.get(name)
         return "" if found is None or found.value is None else found.text
 
+    def has(self, name: str) -> bool:
+        """Whether something is given, be it an empty list."""
+        return self.value(name) not in (None, "")
+
     def texts(self, name: str, inner: str = "") -> list[str]:
         """The values of a list, or of one value."""
         found = self.value(name, inner, [])

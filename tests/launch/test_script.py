@@ -111,6 +111,22 @@ def test_the_interpreter(tmp_path: Path, given: tuple[str, ...], slurm: bool, py
     (("recompute=some",), "recompute must be one of none, selective, full"),
     (("config.num_attention_heads=33",), "llama-3.1-8b/sft/8xh100: config: "),
     (("slurm.partition=a\"b",), "slurm.partition: 'a\"b' has signs"),
+    (("data=[0.5, a, b]",), "data must have a weight before each path or before none: data=[0.7,"),
+    (("data=[]",), "data must be a path or a list of them, not []."),
+    (("data=[a, [b]]",), "data must be a path or a list of them, not [a, [b]]."),
+    (("target=[law=a, b]",), "target b: where there are several each has a name"),
+    (("target=t", "dr.target-data=u"), "dr.target-data is made from the recipe's key target: "),
+    (("target_dr.target-data=u",), "target_dr.target-data is made from the recipe's key target"),
+    (("dr.device=cpu",), "dr.device is made from the recipe's key device: give that."),
+    (("flags.load=/x",), "flags.load is made from the recipe's key out: give that."),
+    (("flags.save=/x",), "flags.save is made from the recipe's key out: give that."),
+    (("flags.train-data-path=[/x]",), "flags.train-data-path is made from the recipe's key data"),
+    (("flags.micro-batch-size=2",), "is made from the recipe's key batch.micro: give that."),
+    (("flags.tensor-model-parallel-size=4",), "is made from the recipe's key layout.tp: give"),
+    (("flags.num-layers=4",), "flags.num-layers is made from the recipe's key config: give that."),
+    (("recompute=full", "flags.recompute-method=block"), "made from the recipe's key recompute: "),
+    (("flags.exit-signal=SIGINT",), "flags.exit-signal is what the run's scripts count on: leave"),
+    (("flags.dr-set=span",), "flags.dr-set is the plugin's: give dr.set."),
     (("env.A-B=1",), "env.A-B is no name of a variable."),
 ])  # fmt: skip
 def test_what_can_t_be(tmp_path: Path, given: tuple[str, ...], says: str) -> None:
@@ -140,6 +156,20 @@ def test_no_target_no_flags_of_one(tmp_path: Path) -> None:
     found = yaml.safe_load(job(tmp_path, "target=/t.jsonl", "dr.set=span").files["dr.yaml"])
     assert found["target-data"] == "/t.jsonl" and found["set"] == "span"
     assert found["target-batch-size"] == "16"
+
+
+def test_blends_and_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths alone are made absolute."""
+    monkeypatch.chdir(tmp_path)
+    made = job(tmp_path, "data=[0.5, a.jsonl, 2, /b c.jsonl]", "valid=[v, w]",
+               "target=[law=a=b.jsonl, med=/m.jsonl]", "target_valid=law=v.jsonl")  # fmt: skip
+    at, here = made.flags.index("--train-data-path"), str(tmp_path)
+    assert made.flags[at + 1 : at + 5] == ["0.5", f"{here}/a.jsonl", "2", "/b c.jsonl"]
+    at = made.flags.index("--valid-data-path")
+    assert made.flags[at + 1 : at + 3] == [f"{here}/v", f"{here}/w"]
+    ours = yaml.safe_load(made.files["dr.yaml"])
+    assert ours["target-data"] == [f"law={here}/a=b.jsonl", "med=/m.jsonl"]
+    assert ours["target-valid-data"] == f"law={here}/v.jsonl"
 
 
 def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from megatron_dr.cli import convert, launch_plan
 from megatron_dr.cli.launch import main
 from megatron_dr.launch import script
 from megatron_dr.launch.recipe import names_of
+from megatron_dr.mcore.loop import plan_flags
 from megatron_dr.report import metrics
 
 from ._launch import FOLDER, small, whole
@@ -54,6 +55,25 @@ def test_fp8_by_its_name(tmp_path: Path) -> None:
     assert "fp8 is planned as bf16" in " ".join(launch_plan.numbers(recipe, job)["chosen"])
     with pytest.raises(ValueError, match="fp8 is of Transformer Engine's layers, and these are"):
         script.job(whole("llama-3.1-8b/lora", "precision=fp8"), tmp_path, False)
+
+
+def test_domains_and_target_sets(tmp_path: Path) -> None:
+    """Through both parsers, and planned."""
+    recipe = whole(
+        "llama-3.1-8b/sft", "data=[0.5, /a.jsonl, 0.3, /b.jsonl, 0.2, /c.jsonl]", "dr.rows=domain",
+        "target=[law=/l.jsonl, med=/m.jsonl]", "target_dr.target-batch-size=[law=4, med=8]",
+        "dr.domain-sampling=0.1,4", "dr.targets=maximin",
+    )  # fmt: skip
+    job = script.job(recipe, tmp_path, False)
+    job.write()
+    args, configs = plan_flags._validated(job.flags, 8, False)
+    assert args.train_data_path == ["0.5", "/a.jsonl", "0.3", "/b.jsonl", "0.2", "/c.jsonl"]
+    assert configs is not None and configs[0].rows == "domain"
+    assert [(one.name, one.path, one.batch) for one in configs[1].target_sets] == [
+        ("law", "/l.jsonl", 4), ("med", "/m.jsonl", 8)
+    ]  # fmt: skip
+    chosen = " ".join(launch_plan.numbers(recipe, job)["chosen"])
+    assert "Rows of domains are planned as 4 slots" in chosen and "maximin is not" in chosen
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
