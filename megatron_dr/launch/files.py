@@ -7,6 +7,7 @@ from megatron_dr.config.yaml_file import Entry
 from megatron_dr.launch.recipe import Recipe
 
 KEYS = ("data", "valid", "target", "target_valid")
+_ENDS = ("", ".idx", "_chosen.idx")  # of files and folders, of prepared samples, of pairs
 _BY_NAME = ("target", "target_valid")
 
 
@@ -45,6 +46,26 @@ def words(recipe: Recipe, key: str) -> list[str]:
 def corpora(recipe: Recipe) -> int:
     """How many general corpora there are."""
     return sum(Path(word).is_absolute() for word in words(recipe, "data"))
+
+
+def check(recipe: Recipe, base: Path) -> None:
+    """Raise ValueError where a file that the run begins with is not there.
+
+    Args:
+        base: the converted model, which needs no other where it is there.
+    """
+    steps = recipe.texts("steps")
+    hf = Path(recipe.text("hf"))
+    if "in" in steps and not base.exists() and not (hf / "config.json").is_file():
+        raise ValueError(f"hf={hf}: there is no config.json: name a Hugging Face model's folder.")
+    for key in KEYS if "train" in steps else ():
+        for word in words(recipe, key) if recipe.has(key) else ():
+            path = word[word.find("/") :] if "/" in word else ""  # of NAME=PATH; of a weight none
+            if path and not any(Path(path + end).exists() for end in _ENDS):
+                raise ValueError(
+                    f"{key}: {path} is not there: name a file or folder of samples, or an indexed "
+                    "dataset without .bin."
+                )
 
 
 def _whole(path: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dr.launch import script, start
+from megatron_dr.launch import files, script, start
 from megatron_dr.launch.recipe import read_recipe
 
 from .test_recipe import FOLDER
@@ -105,6 +105,12 @@ def test_the_interpreter(tmp_path: Path, given: tuple[str, ...], slurm: bool, py
     (("data=null",), "needs data=FILE, the general data; target=FILE names the target's."),
     (("hf=null",), "needs hf=FOLDER, the Hugging Face model; or steps="),
     (("steps=[train, export]",), "steps are in, train and out, not 'export'."),
+    (("steps=[]",), "steps must name some of in, train and out."),
+    (("flags.train-iters=0",), "flags.train-iters must be a number of 1 or more, not '0'."),
+    (("flags.lr=null",), "flags.lr must be a number, not ''."),
+    (("flags.lr=.nan",), "flags.lr must be a number, not '.nan'."),
+    (("device=CPU",), "device must be cuda or cpu, not 'CPU'."),
+    (("device=tpu",), "device must be cuda or cpu, not 'tpu'."),
     (("gpus=12",), "gpus=12 do not fill nodes of 8."),
     (("gpus=many",), "gpus must be a number of 1 or more, not 'many'."),
     (("precision=fp9",), "precision must be one of fp32, bf16, fp8, not 'fp9'."),
@@ -170,6 +176,31 @@ def test_blends_and_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ours = yaml.safe_load(made.files["dr.yaml"])
     assert ours["target-data"] == [f"law={here}/a=b.jsonl", "med=/m.jsonl"]
     assert ours["target-valid-data"] == f"law={here}/v.jsonl"
+
+
+def test_what_a_run_begins_with_is_there(tmp_path: Path) -> None:
+    def refused(*given: str) -> str:
+        recipe = read_recipe(FOLDER, "llama-3.1-8b/sft", [f"hf={tmp_path}", *given])
+        try:
+            files.check(recipe, tmp_path / "base")
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    data = tmp_path / "d.jsonl"
+    data.touch()
+    assert refused(f"data={data}").startswith(f"hf={tmp_path}: there is no config.json: ")
+    (tmp_path / "base").touch()  # a converted model needs no other
+    assert refused(f"data={data}") == ""
+    (tmp_path / "base").unlink()
+    (tmp_path / "config.json").touch()
+    (tmp_path / "p.idx").touch()
+    assert refused(f"data=[0.5,{data},1,{tmp_path / 'p'}]", f"target=law={data}") == ""
+    for key in files.KEYS:
+        said = refused(f"data={data}", f"{key}={tmp_path / 'no'}")
+        assert said.startswith(f"{key}: {tmp_path / 'no'} is not there: name a file")
+        assert refused(f"data={data}", f"{key}={tmp_path / 'no'}", "steps=[in]") == ""
+    assert refused(f"data={data}", f"target=[a={data},b=/no]").startswith("target: /no is not ")
 
 
 def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

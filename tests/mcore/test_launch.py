@@ -83,6 +83,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr()
     assert "Memory, GB" in said.err and "#SBATCH --signal=B:USR1@600" in said.out
     assert f"# -- {tmp_path / 'out' / 'node.sh'}" in said.out and not (tmp_path / "out").exists()
+    assert main(["mistral-7b/sft", *files]) == 2
+    assert "hf=/no/where: there is no config.json: name " in capsys.readouterr().err
+    (tmp_path / "g.jsonl").touch()
+    files = [f"data={tmp_path / 'g.jsonl'}", "steps=[train]", *files[2:]]
     assert main(["llama-3.1-70b/lora", *files, "layout.tp=1", "batch.global=8"]) == 1
     said = capsys.readouterr()
     assert "It does not fit: a rank needs" in said.err and not (tmp_path / "out").exists()
