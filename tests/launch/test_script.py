@@ -112,6 +112,7 @@ def test_the_interpreter(tmp_path: Path, given: tuple[str, ...], slurm: bool, py
     (("device=CPU",), "device must be cuda or cpu, not 'CPU'."),
     (("device=tpu",), "device must be cuda or cpu, not 'tpu'."),
     (("gpus=12",), "gpus=12 do not fill nodes of 8."),
+    (("gpus=[8]",), "gpus must be a number of 1 or more, not '[8]'."),
     (("gpus=many",), "gpus must be a number of 1 or more, not 'many'."),
     (("precision=fp9",), "precision must be one of fp32, bf16, fp8, not 'fp9'."),
     (("recompute=some",), "recompute must be one of none, selective, full"),
