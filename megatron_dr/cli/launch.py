@@ -42,10 +42,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megatron_dr.cli import launch_plan, plan_tables
-    from megatron_dr.launch import script, start
+    from megatron_dr.launch import files, script, start
 
     recipe = read_recipe(args.recipes, args.recipe, args.given)
     job = script.job(recipe, _out(recipe), args.slurm, start.free_port())
+    # what is mounted may have another name here
+    if not (args.dry_run or args.slurm and recipe.value("slurm", "mounts")):
+        files.check(recipe, job.out / "base" / "latest_checkpointed_iteration.txt")
     numbers = launch_plan.numbers(recipe, job)
     plan_tables.show(numbers, Console(stderr=True))
     if args.dry_run:

@@ -1,5 +1,6 @@
 """The plan of a recipe, whose flags are first read as its run would read them."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,22 @@ from typing import Any
 from megatron_dr.cli.plan import hardware_of
 from megatron_dr.config.lora import LoRAConfig
 from megatron_dr.config.yaml_file import Entry
-from megatron_dr.launch import flags
+from megatron_dr.launch import files, flags
 from megatron_dr.launch.recipe import Recipe
 from megatron_dr.launch.script import Job
 
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-_UNPLANNED = ("lora-", "dpo-", "rl-", "metrics", "device", "changed-ok", "pack", "thoughts")
+_UNPLANNED = (
+    "lora-",
+    "dpo-",
+    "rl-",
+    "metrics",
+    "device",
+    "changed-ok",
+    "pack",
+    "thoughts",
+    "domain-",
+)
 
 
 def numbers(recipe: Recipe, job: Job) -> dict[str, Any]:
@@ -60,17 +71,43 @@ def _planned(recipe: Recipe, job: Job) -> list[str]:
     if recipe.text("precision") == "fp8":
         table["precision"] = Entry("bf16", "bf16", 0)
     words = flags.shape(Recipe(recipe.name, table))
-    for name, value in flags.ours(recipe, job.out).items():
+    ours = flags.ours(recipe, job.out)
+    if ours.get("targets") == "maximin":
+        del ours["targets"]
+    if ours.get("rows") == "domain":
+        ours |= {"rows": "slot", "slots": str(_slots(recipe))}
+    for name, value in ours.items():
         if name.startswith(_UNPLANNED) or value is False:
             continue
+        texts = [str(one) for one in value] if isinstance(value, list) else [str(value)]
         if name == "target-batch-size":
-            value = int(value) * times
-        words += [f"--dr-{name}"] if value is True else [f"--dr-{name}", str(value)]
+            texts = [_times(text, times) for text in texts]
+        words += [f"--dr-{name}", *(texts if value is not True else ())]
     return [*words, *(["--dr-device", "cpu"] if recipe.text("device") == "cpu" else [])]
+
+
+def _times(text: str, times: int) -> str:
+    """A number, or NAME=NUMBER, times so many."""
+    name, equals, number = text.rpartition("=")
+    return f"{name}{equals}{int(number) * times}"
+
+
+def _slots(recipe: Recipe) -> int:
+    """As many as there are general corpora, or more where these do not divide the microbatches."""
+    sizes = {name: recipe.number("layout", name, 1) for name in ("tp", "pp", "cp")}
+    ranks = recipe.number("gpus") // math.prod(sizes.values())
+    microbatches = recipe.number("batch", "global") // recipe.number("batch", "micro") // ranks
+    wanted = files.corpora(recipe)
+    found = [n for n in range(wanted, microbatches + 1) if microbatches % n == 0]
+    return min(found, default=max(microbatches, 1))
 
 
 def _notes(recipe: Recipe) -> list[str]:
     found = []
+    if recipe.text("dr", "rows") == "domain":
+        found.append(f"Rows of domains are planned as {_slots(recipe)} slots of each rank.")
+    if recipe.text("dr", "targets") == "maximin":
+        found.append("The gradient that each target set keeps with maximin is not counted.")
     if recipe.text("precision") == "fp8":
         found.append("fp8 is planned as bf16: its copies of weights are not counted.")
     if recipe.value("sequences", default=1) == 2:

@@ -10,6 +10,7 @@ from megatron_dr.config.yaml_file import Entry, Table, plain
 from megatron_dr.hf.config import command_line, megatron_arguments, padded_vocabulary, parse
 from megatron_dr.hf.config import read_model as read_hf
 from megatron_dr.hf.model import Model
+from megatron_dr.launch import files, own
 from megatron_dr.launch.recipe import Recipe
 
 EXIT_SIGNAL = "SIGTERM"  # Megatron's default, which torchrun's ranks are sent by node.sh
@@ -18,14 +19,6 @@ RECOMPUTE = {
     "none": "", "selective": "--recompute-granularity selective", "full": _FULL,
 }  # fmt: skip
 PRECISION = {"fp32": "", "bf16": "--bf16", "fp8": "--bf16 --fp8-format hybrid"}
-_SIZES = {
-    "tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
-    "vpp": "--num-virtual-stages-per-pipeline-rank", "cp": "--context-parallel-size",
-    "ep": "--expert-model-parallel-size", "etp": "--expert-tensor-parallel-size",
-}  # fmt: skip
-_BATCH = {
-    "micro": "--micro-batch-size", "global": "--global-batch-size", "length": "--seq-length",
-}  # fmt: skip
 # of a GPU's kernels; --dr-device cpu brings its own
 _ON_A_GPU = ("transformer-impl", "moe-grouped-gemm", "moe-permute-fusion")
 
@@ -64,20 +57,22 @@ def megatron(recipe: Recipe, out: Path) -> list[str]:
     paths = ["--load", str(train), "--save", str(train), "--pretrained-checkpoint", str(base),
              "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(base / "hf"),
              "--exit-signal-handler", "--exit-signal", EXIT_SIGNAL]  # fmt: skip
-    files = {flag: Entry(path, path, 0) for flag, path in _files(recipe).items()
-             if not flag.startswith("dr.")}  # fmt: skip
-    return [*shape(recipe), *_words(files), *paths]
+    found = files.by_flag(recipe)
+    data = [word for flag, words in found.items() if not flag.startswith("dr.")
+            for word in (f"--{flag}", *words)]  # fmt: skip
+    return [*shape(recipe), *data, *paths]
 
 
 def shape(recipe: Recipe) -> list[str]:
     """Of the model, its layout, batch and schedule: what does not name files."""
     words = shlex.split(_model(recipe))
-    for name, flag in _SIZES.items():
+    own.check(recipe, words)
+    for name, flag in own.SIZES.items():
         size = recipe.number("layout", name, 1)
         words += [flag, str(size)] if size > 1 or name == "etp" and _says(recipe, "etp") else []
     if recipe.number("layout", "tp", 1) > 1 and recipe.value("layout", "sp"):
         words.append("--sequence-parallel")
-    for name, flag in _BATCH.items():
+    for name, flag in own.BATCH.items():
         words += [flag, str(recipe.number("batch", name))]
     words += shlex.split(_choice(recipe, "recompute", RECOMPUTE))
     words += shlex.split(_choice(recipe, "precision", PRECISION))
@@ -92,7 +87,7 @@ def shape(recipe: Recipe) -> list[str]:
 
 def _free(recipe: Recipe) -> Table:
     flags = recipe.of("flags")
-    if not recipe.text("valid") and "eval-iters" in flags:
+    if not recipe.has("valid") and "eval-iters" in flags:
         flags["eval-iters"] = Entry(0, "0", 0)
     if recipe.text("device") == "cpu":
         flags = {name: entry for name, entry in flags.items() if name not in _ON_A_GPU}
@@ -113,10 +108,11 @@ def _model(recipe: Recipe) -> str:
 
 def ours(recipe: Recipe, out: Path) -> dict[str, Any]:
     """The plugin's, by name without --dr-, as text and lists."""
-    entries = recipe.of("dr") | (recipe.of("target_dr") if recipe.text("target") else {})
+    entries = recipe.of("dr") | (recipe.of("target_dr") if recipe.has("target") else {})
     found: dict[str, Any] = {name: _plain(entry) for name, entry in entries.items()}
-    found |= {flag.removeprefix("dr."): path for flag, path in _files(recipe).items()
-              if flag.startswith("dr.")}  # fmt: skip
+    for flag, words in files.by_flag(recipe).items():
+        if flag.startswith("dr."):
+            found[flag.removeprefix("dr.")] = words if len(words) > 1 else words[0]
     found.setdefault("metrics", str(out / "metrics.jsonl"))
     if recipe.text("device") == "cpu":
         found["device"] = "cpu"
@@ -126,19 +122,6 @@ def ours(recipe: Recipe, out: Path) -> dict[str, Any]:
 def config_text(found: Mapping[str, Any]) -> str:
     """YAML of them; JSON's texts are YAML's."""
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in found.items())
-
-
-def _files(recipe: Recipe) -> dict[str, str]:
-    """Paths by flag.
-
-    Raises:
-        ValueError: no general data.
-    """
-    if not recipe.text("data"):
-        raise ValueError(f"{recipe.name} needs data=FILE, the general data; target=FILE names the "
-                         "target's.")  # fmt: skip
-    given = [n for n in ("data", "valid", "target", "target_valid") if recipe.text(n)]
-    return {recipe.text("files", n): str(Path(recipe.text(n)).absolute()) for n in given}
 
 
 def _plain(entry: Entry) -> Any:

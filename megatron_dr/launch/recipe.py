@@ -53,6 +53,10 @@ class Recipe:
         found = self.of(name).get(inner) if inner else self.table.get(name)
         return "" if found is None or found.value is None else found.text
 
+    def has(self, name: str) -> bool:
+        """Whether something is given, be it an empty list."""
+        return self.value(name) not in (None, "")
+
     def texts(self, name: str, inner: str = "") -> list[str]:
         """The values of a list, or of one value."""
         found = self.value(name, inner, [])
@@ -67,7 +71,8 @@ class Recipe:
         found = self.value(name, inner, default)
         if isinstance(found, bool) or not isinstance(found, int) or found < 1:
             key = f"{name}.{inner}" if inner else name
-            raise ValueError(f"{self.name}: {key} must be a number of 1 or more, not {found!r}.")
+            said = repr(self.text(name, inner) if isinstance(found, list) else found)
+            raise ValueError(f"{self.name}: {key} must be a number of 1 or more, not {said}.")
         return found
 
 
@@ -78,7 +83,7 @@ def read_recipe(folder: Path, name: str, given: Sequence[str]) -> Recipe:
         ValueError: a file, a name or a key that there is not; it says the nearest.
     """
     names = name.split("/")
-    if len(names) not in (2, 3):
+    if len(names) not in (2, 3) or not all(names):
         raise ValueError(f"{name}: a recipe is MODEL/METHOD or MODEL/METHOD/SIZE.")
     model = _file(folder / "models", names[0])
     method = _file(folder / "methods", names[1])

@@ -1,7 +1,9 @@
 """The shell scripts of a run: what the job does, and what each of its nodes runs."""
 
+import math
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,8 @@ def _environment() -> jinja2.Environment:
 def _names(recipe: Recipe, out: Path, slurm: bool) -> dict[str, Any]:
     """What the templates name; a word of a command line is quoted here or there by `q`."""
     steps = recipe.texts("steps")
+    if not steps:
+        raise ValueError(f"{recipe.name}: steps must name some of in, train and out.")
     wrong = [step for step in steps if step not in ("in", "train", "out")]
     if wrong:
         raise ValueError(f"{recipe.name}: steps are in, train and out, not {wrong[0]!r}.")
@@ -85,15 +89,26 @@ def _names(recipe: Recipe, out: Path, slurm: bool) -> dict[str, Any]:
             f"one that is converted in {out / 'base'}."
         )
     iterations = recipe.text("flags", "train-iters")
-    if not iterations.isdigit():
-        raise ValueError(f"{recipe.name}: flags.train-iters must be a number, not {iterations!r}.")
+    if not iterations.isdigit() or int(iterations) < 1:
+        raise ValueError(
+            f"{recipe.name}: flags.train-iters must be a number of 1 or more, not {iterations!r}."
+        )
+    rate = recipe.value("flags", "lr")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+        raise ValueError(
+            f"{recipe.name}: flags.lr must be a number, not {recipe.text('flags', 'lr')!r}."
+        )
+    if recipe.text("device") not in ("cuda", "cpu"):
+        raise ValueError(
+            f"{recipe.name}: device must be cuda or cpu, not {recipe.text('device')!r}."
+        )
     sizes = [f"--{name} {recipe.number('layout', name, 1)}" for name in ("tp", "pp", "ep")]
     train, base, hf = out / "train", out / "base", out / "hf"
     source = shlex.quote(str(Path(recipe.text("hf")).absolute()))
     nodes, ranks = _nodes(recipe)
     return {
         "name": recipe.name, "here": Path.cwd(), "steps": steps, "slurm": slurm,
-        "python": recipe.text("python"), "env": _env(recipe), "setup": recipe.texts("setup"),
+        "python": _python(recipe, slurm), "env": _env(recipe), "setup": recipe.texts("setup"),
         "iterations": iterations, "nodes": nodes, "ranks": ranks,
         "gpus_of_node": 0 if recipe.text("device") == "cpu" else ranks,
         "node": out / "node.sh", "tracker": train / "latest_checkpointed_iteration.txt",
@@ -103,6 +118,12 @@ def _names(recipe: Recipe, out: Path, slurm: bool) -> dict[str, Any]:
         "convert_out": f"convert mcore-to-hf {shlex.quote(str(train))} {shlex.quote(str(hf))}",
         "once": _srun(recipe, 1) if slurm else "", "each": _srun(recipe, nodes) if slurm else "",
     }  # fmt: skip
+
+
+def _python(recipe: Recipe, slurm: bool) -> str:
+    """The interpreter: by default this one, which a container need not have."""
+    of_a_container = slurm and recipe.text("slurm", "image")
+    return recipe.text("python") or ("python3" if of_a_container else sys.executable)
 
 
 def _nodes(recipe: Recipe) -> tuple[int, int]:

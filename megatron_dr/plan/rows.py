@@ -102,11 +102,19 @@ def near_a_node(ranks: int, least: int, node: int, instance: int = 0) -> int:
         node: of them, in a node.
         instance: of them, in an instance of the distributed optimizer, in which rows lie, or which
             lies in a row; 0: all.
+
+    Raises:
+        ValueError: ranks that belong together do not divide the ranks.
     """
     sizes = [
         size for size in range(least, ranks + 1, least)
         if ranks % size == 0 and nests(size, instance or ranks)
     ]  # fmt: skip
+    if not sizes:
+        raise ValueError(
+            f"a row has the {least} ranks that share sequences or exchange tokens, which do not "
+            f"divide the {ranks} data x context ranks: give smaller expert parallel sizes."
+        )
     good = [size for size in sizes if _FEW <= ranks // size <= _MANY]
     if not good:
         above = [size for size in sizes if ranks // size > _MANY]

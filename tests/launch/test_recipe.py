@@ -36,6 +36,7 @@ def test_values_of_the_command_line_are_as_they_are() -> None:
 
 @pytest.mark.parametrize("name, given, says", [
     ("mistral-7b", (), "mistral-7b: a recipe is MODEL/METHOD or MODEL/METHOD/SIZE."),
+    ("/sft", (), "/sft: a recipe is MODEL/METHOD or MODEL/METHOD/SIZE."),
     ("mistral-8b/sft", (), "the nearest is mistral-7b."),
     ("mistral-7b/dop", (), "the nearest is dpo."),
     ("llama-3.1-70b/sft/8xh100", (), "of llama-3.1-70b/sft there are 64xh100."),

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from megatron_dr.launch import script, start
+from megatron_dr.launch import files, script, start
 from megatron_dr.launch.recipe import read_recipe
 
 from .test_recipe import FOLDER
@@ -87,16 +89,51 @@ def test_in_a_container(tmp_path: Path) -> None:
     assert text.count("'--container-mounts=/data:/data,/my files:/w'") == 3
 
 
+@pytest.mark.parametrize("given, slurm, python", [
+    ((), False, sys.executable), (("python=null",), False, sys.executable),
+    ((), True, sys.executable), (("slurm.image=/i.sqsh",), False, sys.executable),
+    (("slurm.image=/i.sqsh",), True, "python3"),
+    (("slurm.image=/i.sqsh", "python=/opt/python"), True, "/opt/python"),
+])  # fmt: skip
+def test_the_interpreter(tmp_path: Path, given: tuple[str, ...], slurm: bool, python: str) -> None:
+    """The launcher's own where none is named, but in a container."""
+    text = job(tmp_path, *given, slurm=slurm).files["node.sh"]
+    assert text.count(f"exec {shlex.quote(python)} -m ") == 2
+
+
 @pytest.mark.parametrize("given, says", [
     (("data=null",), "needs data=FILE, the general data; target=FILE names the target's."),
     (("hf=null",), "needs hf=FOLDER, the Hugging Face model; or steps="),
     (("steps=[train, export]",), "steps are in, train and out, not 'export'."),
+    (("steps=[]",), "steps must name some of in, train and out."),
+    (("flags.train-iters=0",), "flags.train-iters must be a number of 1 or more, not '0'."),
+    (("flags.lr=null",), "flags.lr must be a number, not ''."),
+    (("flags.lr=.nan",), "flags.lr must be a number, not '.nan'."),
+    (("device=CPU",), "device must be cuda or cpu, not 'CPU'."),
+    (("device=tpu",), "device must be cuda or cpu, not 'tpu'."),
     (("gpus=12",), "gpus=12 do not fill nodes of 8."),
+    (("gpus=[8]",), "gpus must be a number of 1 or more, not '[8]'."),
     (("gpus=many",), "gpus must be a number of 1 or more, not 'many'."),
     (("precision=fp9",), "precision must be one of fp32, bf16, fp8, not 'fp9'."),
     (("recompute=some",), "recompute must be one of none, selective, full"),
     (("config.num_attention_heads=33",), "llama-3.1-8b/sft/8xh100: config: "),
     (("slurm.partition=a\"b",), "slurm.partition: 'a\"b' has signs"),
+    (("data=[0.5, a, b]",), "data must have a weight before each path or before none: data=[0.7,"),
+    (("data=[]",), "data must be a path or a list of them, not []."),
+    (("data=[a, [b]]",), "data must be a path or a list of them, not [a, [b]]."),
+    (("target=[law=a, b]",), "target b: where there are several each has a name"),
+    (("target=t", "dr.target-data=u"), "dr.target-data is made from the recipe's key target: "),
+    (("target_dr.target-data=u",), "target_dr.target-data is made from the recipe's key target"),
+    (("dr.device=cpu",), "dr.device is made from the recipe's key device: give that."),
+    (("flags.load=/x",), "flags.load is made from the recipe's key out: give that."),
+    (("flags.save=/x",), "flags.save is made from the recipe's key out: give that."),
+    (("flags.train-data-path=[/x]",), "flags.train-data-path is made from the recipe's key data"),
+    (("flags.micro-batch-size=2",), "is made from the recipe's key batch.micro: give that."),
+    (("flags.tensor-model-parallel-size=4",), "is made from the recipe's key layout.tp: give"),
+    (("flags.num-layers=4",), "flags.num-layers is made from the recipe's key config: give that."),
+    (("recompute=full", "flags.recompute-method=block"), "made from the recipe's key recompute: "),
+    (("flags.exit-signal=SIGINT",), "flags.exit-signal is what the run's scripts count on: leave"),
+    (("flags.dr-set=span",), "flags.dr-set is the plugin's: give dr.set."),
     (("env.A-B=1",), "env.A-B is no name of a variable."),
 ])  # fmt: skip
 def test_what_can_t_be(tmp_path: Path, given: tuple[str, ...], says: str) -> None:
@@ -126,6 +163,45 @@ def test_no_target_no_flags_of_one(tmp_path: Path) -> None:
     found = yaml.safe_load(job(tmp_path, "target=/t.jsonl", "dr.set=span").files["dr.yaml"])
     assert found["target-data"] == "/t.jsonl" and found["set"] == "span"
     assert found["target-batch-size"] == "16"
+
+
+def test_blends_and_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths alone are made absolute."""
+    monkeypatch.chdir(tmp_path)
+    made = job(tmp_path, "data=[0.5, a.jsonl, 2, /b c.jsonl]", "valid=[v, w]",
+               "target=[law=a=b.jsonl, med=/m.jsonl]", "target_valid=law=v.jsonl")  # fmt: skip
+    at, here = made.flags.index("--train-data-path"), str(tmp_path)
+    assert made.flags[at + 1 : at + 5] == ["0.5", f"{here}/a.jsonl", "2", "/b c.jsonl"]
+    at = made.flags.index("--valid-data-path")
+    assert made.flags[at + 1 : at + 3] == [f"{here}/v", f"{here}/w"]
+    ours = yaml.safe_load(made.files["dr.yaml"])
+    assert ours["target-data"] == [f"law={here}/a=b.jsonl", "med=/m.jsonl"]
+    assert ours["target-valid-data"] == f"law={here}/v.jsonl"
+
+
+def test_what_a_run_begins_with_is_there(tmp_path: Path) -> None:
+    def refused(*given: str) -> str:
+        recipe = read_recipe(FOLDER, "llama-3.1-8b/sft", [f"hf={tmp_path}", *given])
+        try:
+            files.check(recipe, tmp_path / "base")
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    data = tmp_path / "d.jsonl"
+    data.touch()
+    assert refused(f"data={data}").startswith(f"hf={tmp_path}: there is no config.json: ")
+    (tmp_path / "base").touch()  # a converted model needs no other
+    assert refused(f"data={data}") == ""
+    (tmp_path / "base").unlink()
+    (tmp_path / "config.json").touch()
+    (tmp_path / "p.idx").touch()
+    assert refused(f"data=[0.5,{data},1,{tmp_path / 'p'}]", f"target=law={data}") == ""
+    for key in files.KEYS:
+        said = refused(f"data={data}", f"{key}={tmp_path / 'no'}")
+        assert said.startswith(f"{key}: {tmp_path / 'no'} is not there: name a file")
+        assert refused(f"data={data}", f"{key}={tmp_path / 'no'}", "steps=[in]") == ""
+    assert refused(f"data={data}", f"target=[a={data},b=/no]").startswith("target: /no is not ")
 
 
 def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

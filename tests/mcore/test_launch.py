@@ -13,6 +13,7 @@ from megatron_dr.cli import convert, launch_plan
 from megatron_dr.cli.launch import main
 from megatron_dr.launch import script
 from megatron_dr.launch.recipe import names_of
+from megatron_dr.mcore.loop import plan_flags
 from megatron_dr.report import metrics
 
 from ._launch import FOLDER, small, whole
@@ -56,6 +57,25 @@ def test_fp8_by_its_name(tmp_path: Path) -> None:
         script.job(whole("llama-3.1-8b/lora", "precision=fp8"), tmp_path, False)
 
 
+def test_domains_and_target_sets(tmp_path: Path) -> None:
+    """Through both parsers, and planned."""
+    recipe = whole(
+        "llama-3.1-8b/sft", "data=[0.5, /a.jsonl, 0.3, /b.jsonl, 0.2, /c.jsonl]", "dr.rows=domain",
+        "target=[law=/l.jsonl, med=/m.jsonl]", "target_dr.target-batch-size=[law=4, med=8]",
+        "dr.domain-sampling=0.1,4", "dr.targets=maximin",
+    )  # fmt: skip
+    job = script.job(recipe, tmp_path, False)
+    job.write()
+    args, configs = plan_flags._validated(job.flags, 8, False)
+    assert args.train_data_path == ["0.5", "/a.jsonl", "0.3", "/b.jsonl", "0.2", "/c.jsonl"]
+    assert configs is not None and configs[0].rows == "domain"
+    assert [(one.name, one.path, one.batch) for one in configs[1].target_sets] == [
+        ("law", "/l.jsonl", 4), ("med", "/m.jsonl", 8)
+    ]  # fmt: skip
+    chosen = " ".join(launch_plan.numbers(recipe, job)["chosen"])
+    assert "Rows of domains are planned as 4 slots" in chosen and "maximin is not" in chosen
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan and the scripts; what does not fit is not started, what can't be is one sentence."""
     files = ["hf=/no/where", "data=/no/general.jsonl", f"out={tmp_path / 'out'}"]
@@ -63,6 +83,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr()
     assert "Memory, GB" in said.err and "#SBATCH --signal=B:USR1@600" in said.out
     assert f"# -- {tmp_path / 'out' / 'node.sh'}" in said.out and not (tmp_path / "out").exists()
+    assert main(["mistral-7b/sft", *files]) == 2
+    assert "hf=/no/where: there is no config.json: name " in capsys.readouterr().err
+    (tmp_path / "g.jsonl").touch()
+    files = [f"data={tmp_path / 'g.jsonl'}", "steps=[train]", *files[2:]]
     assert main(["llama-3.1-70b/lora", *files, "layout.tp=1", "batch.global=8"]) == 1
     said = capsys.readouterr()
     assert "It does not fit: a rank needs" in said.err and not (tmp_path / "out").exists()

@@ -80,6 +80,15 @@ def test_refused(flags: str, says: str) -> None:
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 512 --moe-router-topk 2 --moe-grouped-gemm"
 
 
+def test_experts_that_the_gpus_have_no_room_for() -> None:
+    sizes = "--num-experts 16 --moe-router-topk 2 --tensor-model-parallel-size 2 "
+    more = "--sequence-parallel --expert-model-parallel-size"
+    for target in ("", TARGET):
+        with pytest.raises(ValueError, match="experts need 32 ranks for a copy .* the 16 GPUs"):
+            read(f"{sizes} {more} 16 {target}", 16)
+    assert read(f"{sizes} {more} 16 --expert-tensor-parallel-size 1", 16).layout.ep == 16
+
+
 @pytest.mark.parametrize("flags", ["", EXPERTS])
 def test_operations_of_the_general_batch(flags: str) -> None:
     """As Megatron counts them; of a target batch as much a sequence, which Megatron leaves out."""

@@ -33,6 +33,11 @@ def test_rows_near_a_node(ranks: int, least: int, node: int, size: int) -> None:
     assert ranks % size == 0 and size % least == 0
 
 
+def test_rows_that_can_t_be() -> None:
+    with pytest.raises(ValueError, match="the 16 ranks that share .* divide the 8 data x context"):
+        near_a_node(8, 16, 8)
+
+
 @pytest.mark.parametrize(
     "ranks, least, instance, size",
     [

@@ -7,6 +7,7 @@ data, no model.
 import argparse
 import contextlib
 import io
+import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -145,7 +146,24 @@ def _validated(
         parts.prepare(args)
         validation.of_megatron(check, args, {})
         parts.settle(args)
+    if not one_rank:
+        _check_experts(args)
     return args, configs
+
+
+def _check_experts(args: Namespace) -> None:
+    """Megatron refuses this only when it makes its groups (`parallel_state.py`)."""
+    sizes = (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        args.expert_model_parallel_size, args.pipeline_model_parallel_size,
+    )  # fmt: skip
+    if args.world_size % math.prod(sizes):
+        raise ValueError(
+            f"experts need {math.prod(sizes)} ranks for a copy (--expert-tensor-parallel-size "
+            f"{sizes[0]} x --expert-model-parallel-size {sizes[1]} x "
+            f"--pipeline-model-parallel-size {sizes[2]}), which do not divide the "
+            f"{args.world_size} GPUs: give smaller sizes."
+        )
 
 
 @contextlib.contextmanager
