@@ -48,15 +48,15 @@ def numbers(recipe: Recipe, job: Job) -> dict[str, Any]:
         config = Path(folder) / "dr.yaml"
         config.write_text(job.files["dr.yaml"], encoding="utf-8")
         plan_flags.check([*job.flags[:-1], str(config)], gpus)
-    run, said = settle(plan_flags.read(_planned(recipe, job), gpus), hardware)
-    said = [*said, *_notes(recipe)]
-    rank = recipe.value("dr", "lora-rank")
+    asked, rank = plan_flags.read(_planned(recipe, job), gpus), recipe.value("dr", "lora-rank")
     if rank is None:
-        return report(run, hardware, said)
+        run, said = settle(asked, hardware)
+        return report(run, hardware, [*said, *_notes(recipe)])
     targets = recipe.text("dr", "lora-targets") or LoRAConfig.targets
     lora = LoRAConfig(rank=int(rank), targets=targets)
-    wanted = [n for n in _LINEAR if lora.matches(n) and not (run.model.experts and "_fc" in n)]
-    return adapters.report_of(run, hardware, said, int(rank), wanted)
+    layers = [n for n in _LINEAR if lora.matches(n) and not (asked.model.experts and "_fc" in n)]
+    run, said = settle(adapters.alone(asked, int(rank), layers), hardware)
+    return adapters.report_of(run, hardware, [*said, *_notes(recipe)], int(rank), layers)
 
 
 def _planned(recipe: Recipe, job: Job) -> list[str]:

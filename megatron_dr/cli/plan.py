@@ -9,6 +9,7 @@ and checks; no GPU, no data and no checkpoint is needed. Exit code 1: it does no
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ FLAGS: dict[str, dict[str, Any]] = {
                    "and memory (default: h100)"},
     "--hf-config": {"type": Path, "metavar": "DIR",
                     "help": "folder of a Hugging Face config.json, in place of the model's flags"},
-    "--sample-length": {"type": float, "default": 0.0, "metavar": "TOKENS",
+    "--sample-length": {"type": float, "metavar": "TOKENS",
                         "help": "mean length of the samples that are packed in a sequence "
                         "(default: one fills it)"},
     "--sweep": {"action": "store_true",
@@ -51,8 +52,9 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     args, more = parser.parse_known_args(argv)
     if args.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, not {args.gpus}.")
-    if args.sample_length < 0:
-        raise ValueError(f"--sample-length must be above 0, not {args.sample_length}.")
+    length = args.sample_length
+    if length is not None and not 0 < length < math.inf:
+        raise ValueError(f"--sample-length must be a number of tokens above 0, not {length:g}.")
     return args, more
 
 
@@ -108,6 +110,14 @@ def asked(args: argparse.Namespace, more: list[str]) -> Asked:
 
     flags = [*(model_flags(args.hf_config) if args.hf_config else []), *more]
     found = plan_flags.read(flags, args.gpus, one_rank=args.sweep)
+    if args.sample_length is None:
+        return found
+    length = found.kept.shape.length
+    if args.sample_length > length:
+        raise ValueError(
+            f"--sample-length {args.sample_length:g} is more than --seq-length {length}: samples "
+            "are packed in a sequence, so give a mean of at most that."
+        )
     return dataclasses.replace(found, sample=args.sample_length)
 
 

@@ -1,12 +1,16 @@
 """The memory of training adapters alone, by their share of what a rank would train."""
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import Any
 
 from megatron_dr.plan import fit, report
+from megatron_dr.plan.asked import Asked
 from megatron_dr.plan.buffers import stages
 from megatron_dr.plan.hardware import Hardware
+from megatron_dr.plan.layout import Layout
+from megatron_dr.plan.model import Model
 from megatron_dr.plan.step import Run
 
 GB = 1e9
@@ -15,13 +19,12 @@ _TRAINED = ("gradients", "optimizer", "slots", "target", "in flight", "grams")
 NOTE = "Adapters alone are trained: what is sent and the seconds are those of all weights."
 
 
-def elements(run: Run, rank: int, layers: Collection[str]) -> float:
+def elements(model: Model, layout: Layout, rank: int, layers: Collection[str]) -> float:
     """Of a rank of a stage: r (in + out) / TP for each matrix (`mcore/model/lora_layers.py`).
 
     Args:
         layers: names of Megatron's linear layers that have adapters.
     """
-    model = run.model
     h, q = model.hidden, model.heads * model.head_size
     qkv = q + 2 * model.groups * model.head_size
     sides = {
@@ -29,14 +32,22 @@ def elements(run: Run, rank: int, layers: Collection[str]) -> float:
         "linear_fc1": h + model.ffn * (2 if model.gated else 1), "linear_fc2": model.ffn + h,
     }  # fmt: skip
     found = sum(sides[name] for name in layers)
-    return rank * found / run.layout.tp * model.layers / run.layout.pp
+    return rank * found / layout.tp * model.layers / layout.pp
+
+
+def alone(asked: Asked, rank: int, layers: Collection[str]) -> Asked:
+    """The same, where adapters alone are trained: slots are buffers of theirs."""
+    if asked.wanted is None:
+        return asked
+    trained = functools.partial(elements, rank=rank, layers=layers)
+    return dataclasses.replace(asked, wanted=dataclasses.replace(asked.wanted, trained=trained))
 
 
 def report_of(
     run: Run, hardware: Hardware, said: list[str], rank: int, layers: Collection[str]
 ) -> dict[str, Any]:
     """As `report`, where the run's adapters alone are trained."""
-    own = elements(run, rank, layers)
+    own = elements(run.model, run.layout, rank, layers)
     numbers = report.report(run, hardware, [*said, NOTE])
     memory = numbers["memory"]
     whole = memory["most"]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from megatron_dr.plan import memory, reads, wire
 from megatron_dr.plan.buffers import Stage
 from megatron_dr.plan.hardware import H100, Hardware
+from megatron_dr.plan.layout import Layout
+from megatron_dr.plan.model import Model
 from megatron_dr.plan.rows import Rows, ranks_near_a_node, ranks_that_belong_together
 from megatron_dr.plan.wire import Send
 
@@ -27,6 +29,7 @@ class Wanted:
         memory: --dr-memory.
         gram: `exact`, `sketch` or `auto`.
         sketch_size: K, of so many vectors.
+        trained: elements that a rank of a layout trains, of adapters alone; None: all of them.
         rows: all else, as it is.
     """
 
@@ -38,6 +41,7 @@ class Wanted:
     memory: float = 0.1
     gram: str = "auto"
     sketch_size: Callable[[int], int] = lambda _: 4096
+    trained: Callable[[Model, Layout], float] | None = None
 
 
 def settle(
@@ -88,10 +92,14 @@ def settle(
 def _slots_that_fit(stage: Stage, rows: Rows, wanted: Wanted, hardware: Hardware) -> int:
     """Beside the first, in the share of what is free when the plugin is attached: Adam's moments
     are made at the first step."""
-    elements = sum(b.numel for b in stage.buffers)
-    stock = memory.plain(stage)
-    moments = 8 * memory.owned(stage)
-    free = hardware.usable - sum(stock.values()) + moments
+    elements: float = sum(b.numel for b in stage.buffers)
+    stock, share = memory.plain(stage), 1.0
+    if wanted.trained is not None:  # the buffers are the adapters'; all weights are there
+        elements = wanted.trained(stage.model, stage.layout)
+        share = elements / sum(b.filled for b in stage.buffers)
+        stock["weights"] += stage.layout.weight_bytes * elements
+    made = share * (stock["gradients"] + stock["optimizer"] - 8 * memory.owned(stage))
+    free = hardware.usable - stock["weights"] - made
     target = elements * stage.layout.gradient_bytes
     return int((wanted.memory * free - target) // max(1, elements * rows.slot_bytes))
 
@@ -157,7 +165,8 @@ def choose(groups: int, microbatches: int | None, fit: int) -> tuple[int, str]:
     wanted = max(n for n in divisors if n == 1 or n * groups <= _MOST)
     slots = max(n for n in divisors if n <= min(wanted, fit))
     if slots < wanted:
-        return slots, f"memory allows no more: --dr-memory, --dr-slot-dtype bf16; {wanted} wanted"
+        more = f"memory allows no more slots, where {wanted} would make {wanted * groups} rows"
+        return slots, f"{more}: raise --dr-memory, or give --dr-slot-dtype bf16"
     if slots * groups < _ENOUGH:
         return slots, f"the {microbatches} microbatches of a rank make no more"
     return slots, f"up to {_MOST} rows"

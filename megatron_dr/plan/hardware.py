@@ -89,7 +89,8 @@ def parse(table: Any) -> Hardware:
     """Hardware of names and numbers, as a file has them; what it leaves out is an H100's.
 
     Raises:
-        ValueError: a name that there is not, or no number.
+        ValueError: a name that there is not, a value that is no number, GPUs of a node that are no
+            whole number, or more reserved than there is memory.
     """
     names = [field.name for field in dataclasses.fields(Hardware)]
     if not isinstance(table, dict):
@@ -107,8 +108,16 @@ def parse(table: Any) -> Hardware:
         else:
             found[name] = _number(name, value)
     if "node" in found:
+        if found["node"] % 1:
+            raise ValueError(f"node must be a whole number of GPUs, not {table['node']!r}.")
         found["node"] = int(found["node"])
-    return dataclasses.replace(H100, **found)
+    hardware = dataclasses.replace(H100, **found)
+    if hardware.reserved >= hardware.memory:
+        raise ValueError(
+            f"reserved, {hardware.reserved:.4g} bytes, must be less than memory, "
+            f"{hardware.memory:.4g}: change one of them."
+        )
+    return hardware
 
 
 def _link(name: str, table: Any, default: Link) -> Link:
@@ -120,10 +129,11 @@ def _link(name: str, table: Any, default: Link) -> Link:
 def _number(name: str, value: Any) -> float:
     """YAML reads 80e9 as text."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     zero = name in ("solve", "reserved") or name.endswith("latency")
     if not (number > 0 or (zero and number == 0)) or math.isinf(number):
-        raise ValueError(f"{name} must be a number above 0, not {value!r}.")
+        least = "of 0 or more" if zero else "above 0"
+        raise ValueError(f"{name} must be a number {least}, not {value!r}.")
     return number

@@ -8,8 +8,9 @@ import pytest
 
 import megatron_dr
 from megatron_dr import DRConfig
-from megatron_dr.mcore.buffer_rows import notes
-from megatron_dr.plan import choice
+from megatron_dr.mcore import attach, compat
+from megatron_dr.mcore.buffer_rows import notes, row_choice
+from megatron_dr.plan import choice, memory
 from megatron_dr.plan.buffers import stages
 from megatron_dr.plan.choice import Wanted
 from megatron_dr.plan.hardware import H100
@@ -36,6 +37,36 @@ def _said(layout: Layout) -> list[str]:
         handle = megatron_dr.attach(model, optimizer, config, DRConfig(rows="rank"))
     handle.detach()
     return said
+
+
+def _rows_said(free: float) -> list[str]:
+    """The same, where a rank has so many bytes free and 8 microbatches."""
+    layout, dr = Layout(dp=2, **BF16), DRConfig(rows="auto")
+    _megatron.initialize(layout)
+    model, optimizer, config = _megatron.build(layout)
+    said: list[str] = []
+    with (
+        mock.patch.object(attach, "say", said.append),
+        mock.patch.object(row_choice, "free_bytes", lambda _: free),
+        mock.patch.object(compat, "num_microbatches", lambda: 8),
+    ):
+        megatron_dr.attach(model, optimizer, config, dr).detach()
+    return said
+
+
+@pytest.mark.parametrize("slots", [1, 4, 8])
+def test_rows(slots: int) -> None:
+    """Memory for half a buffer more than the target and so many slots of 4 bytes an element."""
+    model, own, rows = _counted.planned(Layout(dp=2, **BF16), DRConfig())
+    (stage,) = stages(model, own)
+    elements = sum(b.numel for b in stage.buffers)
+    free = 4 * elements * (slots + 0.5) / DRConfig().memory
+    kept = sum(memory.plain(stage).values()) - 8 * memory.owned(stage)
+    roomy = dataclasses.replace(H100, memory=kept + free, reserved=0.0)
+    chosen, (mine, _) = choice.settle(Wanted(rows), (stage,), roomy, 8)
+    assert chosen.slots == slots
+    (line,) = (said for said in run_ranks(2, _rows_said, free)[0] if said.startswith("rows auto"))
+    assert re.sub(r", [\d,]+ bytes", "", line) == mine
 
 
 @pytest.mark.parametrize("name", CASES)

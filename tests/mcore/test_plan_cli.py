@@ -62,6 +62,10 @@ def test_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "8", "--hf-config", "/no/where"], "/no/where/config.json: no such file."),
         (["--gpus", "8", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--gpus", "8", "--micro-batch-size", "3"], "Megatron refuses"),
+        (["--gpus", "8", "--sample-length", "nan"], "--sample-length must be a number of tokens"),
+        (["--gpus", "8", "--sample-length", "inf"], "--sample-length must be a number of tokens"),
+        (["--gpus", "8", "--sample-length", "0"], "above 0, not 0."),
+        (["--gpus", "8", "--sample-length", "513"], "513 is more than --seq-length 512"),
     ],
 )
 def test_bad_input(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,12 @@ def test_hardware_of_a_table() -> None:
         ({"overlaps": "no"}, "overlaps must be true or false, not 'no'"),
         ({"between": 3}, "between must have bandwidth and latency, not 3"),
         ({"between": {"bandwidth": -1}}, "between.bandwidth must be a number above 0, not -1"),
+        ({"between": {"latency": True}}, "between.latency must be a number of 0 or more, not True"),
+        ({"node": 0.5}, "node must be a whole number of GPUs, not 0.5"),
+        ({"node": True}, "node must be a number above 0, not True"),
+        ({"memory": True}, "memory must be a number above 0, not True"),
+        ({"reserved": "100e9"}, r"reserved, 1e\+11 bytes, must be less than memory, 8e\+10"),
+        ({"memory": 4e9}, r"reserved, 5e\+09 bytes, must be less than memory, 4e\+09"),
     ],
 )
 def test_hardware_that_is_none(table: object, says: str) -> None:
