@@ -4,16 +4,18 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from megatron_dr.report import hidden
+
 
 def resolved(what: str, name: str, kind: str) -> Any:
     """What `module:name` names, or one ValueError."""
     try:
         return pkgutil.resolve_name(name)
     except (Exception, SystemExit) as error:  # the module's own code may raise any
-        why = f"{error}" if isinstance(error, ImportError | AttributeError | ValueError) else ""
+        why = hidden.error(error, bare=hidden.SENTENCES)
         raise ValueError(
-            f"{what} {name!r} can't be loaded: {why or f'{type(error).__name__}: {error}'}. The "
-            f"module must be importable (see PYTHONPATH) and define the {kind}."
+            f"{what} {name!r} can't be loaded: {why}. The module must be importable (see PYTHONPATH) "
+            f"and define the {kind}."
         ) from error
 
 

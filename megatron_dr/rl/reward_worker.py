@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from megatron_dr.config.named import load_function
-from megatron_dr.report.hidden import shown
+from megatron_dr.report import hidden
 from megatron_dr.rl.finite import finite
 from megatron_dr.rl.rewards import Reward
 from megatron_dr.rl.sandbox import Impossible
@@ -48,8 +48,8 @@ def _load(name: str) -> tuple[Reward | None, dict[str, Any]]:
     try:
         reward = load_function("reward", name)
         getattr(reward, "at_start", lambda: None)()
-    except Exception as error:
-        return None, {"error": "load", "message": str(error)}
+    except (Exception, SystemExit) as error:
+        return None, {"error": "load", "message": hidden.error(error, 4 * _TEXT, hidden.SENTENCES)}
     return reward, {"ready": True}
 
 
@@ -60,11 +60,14 @@ def _evaluate(reward: Reward, prompt: Any, completion: str, answer: Any) -> dict
         if number is not None:
             return {"reward": number}
         said = reprlib.repr(value)[:_TEXT]  # an int of too many digits has no repr
-        return {"error": "invalid", "message": f"returned {said}, not a finite number"}
+        return {
+            "error": "invalid",
+            "message": f"returned {hidden.shown(said)}, not a finite number",
+        }
     except Impossible as error:  # of every sample
         return {"error": "load", "message": str(error)}
     except (Exception, SystemExit) as error:
-        return {"error": "raised", "message": shown(f"{type(error).__name__}: {error}")}
+        return {"error": "raised", "message": hidden.error(error)}
 
 
 def _away(descriptor: int) -> int:

@@ -15,7 +15,9 @@ SECRETS = [
     "--bad-words-tokens 12f3", "--url https://me:12f3@host/v1", "--url=https://host/v1?key=12f3",
     "--url https://12f3@host", "--url https://host/#access=12f3", '--kwargs {"api_key":"12f3"}',
     "--kwargs token=12f3,other=1", "--header Authorization:Bearer-12f3", "--a hf_12f3aaaaaaaaaa",
-    "--a sk-aaaaaaaa12f3", "https://me:12f3@host",
+    "--a sk-aaaaaaaa12f3", "https://me:12f3@host", "--pwd 12f3", "--auth-token -12f3",
+    "https://me:p@12f3@host/v1", "--a nvapi-aaaaaaaa12f3", "--a AIzaaaaaaaaa12f3",
+    "--a eyJhbGciOi.eyJzdWIiOi.12f3",
 ]  # fmt: skip
 KEPT = [
     "--tokenizer-type HuggingFaceTokenizer", "--dr-generate-tokens 128", "--lr -1e-3",
@@ -35,6 +37,26 @@ def test_no_secret_is_said(given: str) -> None:
 def test_what_is_no_secret_is_said_as_it_is(given: str) -> None:
     name, _, values = given.partition(" ")
     assert about.flags(given.split()) == [[name, values]]
+
+
+@pytest.mark.parametrize("said", [
+    "Authorization: Bearer 12f3", "authorization=Basic 12f3", 'password: "a b, 12f3"',
+    "api_key='x y 12f3'", "x-api-key: 12f3", "a" * 490 + " sk-aaaaaaaaaa12f3" + "b" * 99,
+])  # fmt: skip
+def test_no_secret_is_in_what_others_wrote(said: str) -> None:
+    found = hidden.shown(said)
+    assert "12f3" not in found and "sk-a" not in found and len(found) <= 500
+    assert about.flags(["--header", said])[0][1].count("12f3") == 0
+
+
+def test_an_error_of_others_code_is_shown() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    told = hidden.error(ValueError("\x1b[2J sk-abcdefghijk"), bare=hidden.SENTENCES)
+    assert told == f"\\x1b[2J {HIDDEN}"
+    assert hidden.error(KeyError("a")) == "KeyError: 'a'" and hidden.error(Mute()) == "Mute"
 
 
 def test_a_url_keeps_where_it_leads() -> None:
