@@ -14,8 +14,8 @@ def resolved(what: str, name: str, kind: str) -> Any:
     except (Exception, SystemExit) as error:  # the module's own code may raise any
         why = hidden.error(error, bare=hidden.SENTENCES)
         raise ValueError(
-            f"{what} {name!r} can't be loaded: {why}. The module must be importable (see PYTHONPATH) "
-            f"and define the {kind}."
+            f"{what} {name!r} can't be loaded: {why}. The module must be importable (see "
+            f"PYTHONPATH) and define the {kind}."
         ) from error
 
 

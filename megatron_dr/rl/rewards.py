@@ -77,14 +77,16 @@ def boxed(prompt: Any, completion: str, answer: Any) -> float:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete `\boxed{...}`, nested braces included."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end]
-    return None
+    r"""What stands in the last complete `\boxed{...}`, nested braces included. In one pass: a
+    completion may be all braces."""
+    boxes = {match.end() for match in re.finditer(r"\\boxed\s*\{", text)}
+    opened, last = list[int](), (-1, -1)
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in boxes:
+            last = max(last, (start, brace.start()))
+    return None if last[0] < 0 else text[slice(*last)]
 
 
 def unit_tests(prompt: Any, completion: str, answer: Any) -> float:

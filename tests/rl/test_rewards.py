@@ -1,8 +1,11 @@
 """The shipped rewards."""
 
+import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_dr.config.named import load_function
 from megatron_dr.rl import rewards
@@ -49,3 +52,27 @@ def test_useless_answers_raise() -> None:
 
 def test_last_box_may_nest_braces() -> None:
     assert rewards.last_boxed(r"\boxed{1} \boxed{\frac{a}{b^{2}}} }") == r"\frac{a}{b^{2}}"
+
+
+def _slowly(text: str) -> str | None:
+    """Obviously correct: of each box the first place where as many braces are closed as opened."""
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+        for end in range(start, len(text)):
+            inside = text[start : end + 1]
+            if inside.count("}") > inside.count("{"):
+                return text[start:end]
+    return None
+
+
+PARTS = st.sampled_from(["\\boxed", "{", "}", " ", "x", "\\boxed{", "\\boxed {", "\n"])
+
+
+@given(st.lists(PARTS, max_size=24).map("".join))
+def test_the_last_box_is_the_last(text: str) -> None:
+    assert rewards.last_boxed(text) == _slowly(text)
+
+
+def test_a_completion_of_boxes_takes_no_time() -> None:
+    """The square of its length would be minutes."""
+    assert rewards.last_boxed("\\boxed{" * 200_000) is None
+    assert rewards.last_boxed("\\boxed{" * 200_000 + "1" + "}" * 200_000) == "1"

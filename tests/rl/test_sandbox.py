@@ -207,3 +207,12 @@ def test_nothing_outlives_who_waits_for_it(kernel: None) -> None:
     waiting.kill()
     waiting.wait()
     assert until(lambda: running(name) == 0, 10.0)
+
+
+def test_tests_that_no_file_holds_are_refused() -> None:
+    """Cut they would fail good code, or pass bad code."""
+    small = Limits(60.0, 30, file_mib=2)
+    with pytest.raises(ValueError, match="tests of 1048591 bytes are more than the 1048576"):
+        passes("a = 1", "#" + "x" * 2**20 + "\nassert a == 1", small)
+    assert passes("a = 1", "#" + "x" * 2**19 + "\nassert a == 1", small)
+    assert not passes("a = 1\n#" + "x" * 2**20, "assert a == 1", small)

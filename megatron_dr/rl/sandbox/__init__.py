@@ -61,8 +61,14 @@ def passes(code: str, tests: str, limits: Limits | None = None) -> bool:
 
     Raises:
         Impossible: the machine can't keep the code apart, and may not run it otherwise.
+        ValueError: the tests take more than half of `Limits.file_mib`.
     """
     limits = limits or Limits()
+    most = limits.file_mib * 2**19
+    if (size := len(tests.encode(errors="replace"))) > most:
+        raise ValueError(f"tests of {size} bytes are more than the {most} that a sample may have.")
+    if len(code.encode(errors="replace")) > most:  # a file that is cut could pass
+        return False
     if not _reaches_end(code, tests, limits):
         return False
     if _reaches_end(code, f"{tests}\nraise AssertionError", limits):
