@@ -234,7 +234,9 @@ def test_other_settings_are_said(tmp_path: Path) -> None:
 
 def test_slimes_loop() -> None:
     """The hook before each step; the finalize hook is set anew in each rollout."""
-    pytest.importorskip("megatron.training")  # slime's Megatron has it, the wheel of 0.16 doesn't
+    pytest.importorskip(
+        "megatron.training", exc_type=ImportError
+    )  # slime's Megatron has it, the wheel of 0.16 doesn't
     layout = Layout(dp=2, distributed_optimizer=True, targets=2)
     expect(layout, run_ranks(2, in_slime, layout, config(layout, PROBLEM)))
 
@@ -262,4 +264,5 @@ def in_a_resumed_slime(folder: Path, saved: bool) -> None:
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_slime_goes_on_from_its_checkpoint(tmp_path: Path, saved: bool) -> None:
+    pytest.importorskip("megatron.training", exc_type=ImportError)  # as above
     run_ranks(1, in_a_resumed_slime, tmp_path, saved)
