@@ -96,7 +96,11 @@ def in_bridge(layout: Layout, dr: DRConfig, folder: Path) -> Any:
         checkpoint=part, data_parallel_size=ranks,
     )  # fmt: skip
     global_state = Names(
-        cfg=settings, timers=_Timers(), train_state=states.TrainState(), energy_monitor=None
+        cfg=settings,
+        timers=_Timers(),
+        train_state=states.TrainState(),
+        energy_monitor=None,
+        async_calls_queue=None,
     )
     scheduler = _slime.scheduler(optimizer)
     schedule = get_forward_backward_func()  # Bridge takes it once, before its callbacks begin
@@ -127,7 +131,7 @@ def in_bridge(layout: Layout, dr: DRConfig, folder: Path) -> Any:
         manager.fire("on_train_step_end", context(loss_dict={}, skipped_iter=False))
     if parallel_state.is_pipeline_last_stage():
         assert all("target loss" in each and "dr cos update" in each for each in losses)
-    assert state.load(handle, bridge._folder(str(folder), 2)) and handle.steps == 2
+    assert state.load(handle, bridge._loaded(str(folder), 2)) and handle.steps == 2
     manager.fire("on_train_end", context())
     assert untouched()
     return _megatron.pieces(model, cfg)

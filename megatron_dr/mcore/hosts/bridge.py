@@ -9,6 +9,7 @@ from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import hosts
 from megatron_dr.mcore.attach import Handle
 from megatron_dr.mcore.hosts import state
+from megatron_dr.mcore.refuse import Rule, refuse
 
 Target = Callable[[Any, int], Iterator[Any]]  # (Bridge's CallbackContext, steps done) -> its data
 
@@ -37,17 +38,20 @@ def callback(dr: DRConfig, target: Any, target_batch_size: int) -> Any:
         def __init__(self) -> None:
             self.handle: Handle | None = None
             self.steps = 0  # of the handle, when the step began
-            self.states: dict[int, dict[str, Any]] = {}  # Bridge's step -> the handle's state
+            # Bridge's step -> the handle's state then, of steps that may be in a checkpoint yet
+            self.states: dict[int, dict[str, Any]] = {}
             hosts.hold(self)  # Bridge takes its schedule before on_train_start
 
         def on_train_start(self, context: Any) -> None:
             config = context.state.cfg
             number = _microbatches(config, target_batch_size)
+            refuse("megatron_dr does not support", _REFUSED, config.checkpoint)
             handle = hosts.attach(context.model, context.optimizer, dr)
             self.handle = handle
             step = context.state.train_state.step
             if step > 0 and config.checkpoint.load is not None:
-                state.load(handle, _folder(config.checkpoint.load, step))
+                state.load(handle, _loaded(config.checkpoint.load, step))
+            self.states = {step: handle.state_dict()}
             make = target if callable(target) else _data_of(target, target_batch_size)
             data = make(context, handle.steps)
 
@@ -66,9 +70,13 @@ def callback(dr: DRConfig, target: Any, target_batch_size: int) -> Any:
             self.steps = self.handle.steps
 
         def on_train_step_end(self, context: Any) -> None:
+            from megatron.bridge.training.checkpointing import is_empty_async_queue
+
             assert self.handle is not None
             if self.handle.steps == self.steps:
                 raise RuntimeError(hosts.NOT_REACHED)
+            if is_empty_async_queue(context.state):  # no earlier step is being saved
+                self.states.clear()
             self.states[context.state.train_state.step + 1] = self.handle.state_dict()
 
         def on_checkpoint_save(self, context: Any) -> None:
@@ -79,9 +87,9 @@ def callback(dr: DRConfig, target: Any, target_batch_size: int) -> Any:
             folder = context.state.cfg.checkpoint.save
             tracker = names.get_checkpoint_train_state_filename(folder, prefix=names.TRACKER_PREFIX)
             step = names.read_train_state(tracker).step  # an asynchronous one ends steps later
-            if step in self.states:
-                state.save(self.handle, _folder(folder, step), self.states[step])
-                self.states = {n: s for n, s in self.states.items() if n >= step}
+            done = max(n for n in self.states if n <= step)  # iterations_to_skip are no steps
+            state.save(self.handle, _folder(folder, step), self.states[done])
+            self.states = {n: s for n, s in self.states.items() if n >= done}
 
         def on_train_end(self, context: Any) -> None:
             hosts.release(self)
@@ -91,10 +99,28 @@ def callback(dr: DRConfig, target: Any, target_batch_size: int) -> Any:
     return Regularised()
 
 
+_REFUSED = tuple(
+    Rule(
+        name,
+        says="{who} checkpoint.{name} {value}: its state is in the folders of checkpoint.save "
+        "alone, so such a checkpoint would begin anew; drop it.",
+    )
+    for name in ("non_persistent_save_interval", "non_persistent_ckpt_type")
+)
+
+
 def _folder(checkpoints: str, step: int) -> Path:
+    """Of a step's checkpoint."""
     from megatron.bridge.training.utils.checkpoint_utils import get_checkpoint_name
 
     return Path(get_checkpoint_name(checkpoints, step))
+
+
+def _loaded(load: str, step: int) -> Path:
+    """The checkpoint's folder that Bridge has loaded: `load` may be one, or hold them."""
+    from megatron.bridge.training.utils.checkpoint_utils import is_checkpoint_iteration_directory
+
+    return Path(load) if is_checkpoint_iteration_directory(load) else _folder(load, step)
 
 
 def _microbatches(config: Any, target_batch_size: int) -> int:
