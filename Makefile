@@ -7,6 +7,8 @@
 # make test-versions  what differs between Megatron-Core's versions, on each of them: README's table;
 #                  VERSIONS="0.18.2" some of them, or a folder with Megatron's sources
 # make lock        requirements.lock anew, of the newest packages, with uv; then make test
+# make sbom        sbom.json, a bill of materials (CycloneDX) of requirements.lock; no network
+# make audit       known vulnerabilities of what requirements.lock pins, with uv and the network
 # make docs        docs/api.md from the docstrings, and the pictures of the feasible sets
 # All set up .venv first (about 5 GB, 3 minutes) and can be run again.
 # PYTHON=/path/to/python3.12 names the interpreter; by default one is looked for. On Linux x86_64 with
@@ -19,7 +21,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready
 PYTEST := -q -n auto --maxprocesses 8 --dist worksteal --durations=5
 
-.PHONY: demo demo-rlvr demo-rlhf test soak test-versions lint lock docs setup clean
+.PHONY: demo demo-rlvr demo-rlhf test soak test-versions lint lock sbom audit docs setup clean
 
 setup: $(STAMP)
 
@@ -51,6 +53,13 @@ lock:
 	@(head -n 1 requirements.lock; uv pip compile -q pyproject.toml --extra demo --extra test \
 	  --python 3.12 --generate-hashes --no-header --no-annotate) > lock.new
 	@mv lock.new requirements.lock
+
+sbom: $(STAMP)
+	@$(VENV)/bin/python tools/sbom.py requirements.lock > sbom.new
+	@mv sbom.new sbom.json
+
+audit:
+	@uvx pip-audit --require-hashes --disable-pip -r requirements.lock
 
 docs: $(STAMP)
 	@$(VENV)/bin/python docs/api.py

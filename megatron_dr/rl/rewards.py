@@ -18,6 +18,7 @@ Reward = Callable[[Any, str, Any], float]
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 _TOLERANCE = 1e-6
+_VAST = 1e6  # natural logarithm
 
 
 def exact_match(prompt: Any, completion: str, answer: Any) -> float:
@@ -73,7 +74,24 @@ def boxed(prompt: Any, completion: str, answer: Any) -> float:
     if found is None:
         return 0.0
     given = parse(f"\\boxed{{{found}}}", parsing_timeout=None)
+    if any(map(_is_vast, given)) and not any(map(_is_vast, expected)):
+        return 0.0
     return float(verify(expected, given, timeout_seconds=None))
+
+
+def _is_vast(formula: Any) -> bool:
+    """Whether a power in it has more than some 400,000 digits: its value could take hours."""
+    import sympy
+
+    if not isinstance(formula, sympy.Basic):
+        return False
+    for part in sympy.postorder_traversal(formula):  # an exponent is looked at before its power
+        if not isinstance(part, sympy.Pow) or not part.is_number:
+            continue
+        base, power = (abs(sympy.N(one)) for one in part.args)
+        if base.is_positive and power.is_finite and bool(abs(power * sympy.log(base)) > _VAST):
+            return True
+    return False
 
 
 def last_boxed(text: str) -> str | None:

@@ -1,8 +1,8 @@
 """What bad input is made of, and what is asked of who reads it.
 
 A reader gives a value, or raises one of the errors that commands turn into one sentence, within
-`SECONDS` of a processor and `MEMORY` bytes; a command prints no traceback and leaves nothing half
-written.
+`SECONDS` of a processor, `WAITED` by the clock and `MEMORY` bytes; a command prints no traceback
+and leaves nothing half written.
 """
 
 import copy
@@ -11,6 +11,7 @@ import logging
 import resource
 import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +26,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 SECONDS, MEMORY = 10, 2 << 30
+WAITED = 60  # seconds by the clock: what waits for another uses no processor
 COUNTS: Counter[str] = Counter()  # cases of each test; conftest.py says them
 HALF = "\ud83d"
 
 
 class Slow(BaseException):
-    """More than `SECONDS`: no reader catches it."""
+    """More than `SECONDS` or `WAITED`: no reader catches it."""
 
 
 def fuzzed(
@@ -67,17 +69,29 @@ def bounded() -> Iterator[None]:
     def late(*_: Any) -> None:
         raise Slow
 
-    before = signal.signal(signal.SIGVTALRM, late)
+    clocks = {
+        signal.ITIMER_VIRTUAL: (signal.SIGVTALRM, SECONDS),
+        signal.ITIMER_REAL: (signal.SIGALRM, WAITED),
+    }
+    before = {kind: signal.signal(kind, late) for kind, _ in clocks.values()}
+    rest = signal.getitimer(signal.ITIMER_REAL)  # pytest-timeout's
+    began = time.monotonic()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
+        for clock, (_, seconds) in clocks.items():
+            signal.setitimer(clock, seconds)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        for clock in clocks:
+            signal.setitimer(clock, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGVTALRM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        if rest[0]:
+            left = rest[0] - (time.monotonic() - began)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), rest[1])
 
 
 def refused(read: Callable[[], Any], *names: Any, errors: tuple[type[Exception], ...] = ()) -> bool:

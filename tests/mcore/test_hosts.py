@@ -234,8 +234,9 @@ def test_other_settings_are_said(tmp_path: Path) -> None:
 
 def test_slimes_loop() -> None:
     """The hook before each step; the finalize hook is set anew in each rollout."""
-    # slime's Megatron has it, the wheel of 0.16 doesn't
-    pytest.importorskip("megatron.training", exc_type=ImportError)
+    pytest.importorskip(
+        "megatron.training", exc_type=ImportError
+    )  # slime's Megatron has it, the wheel of 0.16 doesn't
     layout = Layout(dp=2, distributed_optimizer=True, targets=2)
     expect(layout, run_ranks(2, in_slime, layout, config(layout, PROBLEM)))
 

@@ -29,6 +29,9 @@ from megatron_dr.rl import rewards
         ("boxed", r"\boxed{5}, no: \boxed{\frac{1}{3}}", r"5", 0.0),
         ("boxed", r"it is 5", "5", 0.0),
         ("boxed", r"\boxed{5", "5", 0.0),
+        ("boxed", r"\boxed{10^{10^{9}}}", "5", 0.0),  # its value would take minutes
+        ("boxed", r"\boxed{1 + 9^{9^{9^{9}}}}", "5", 0.0),
+        ("boxed", r"\boxed{2^{10}}", "1024", 1.0),
         ("unit_tests", "```python\ndef f(x):\n    return x + 1\n```", "assert f(1) == 2", 1.0),
         ("unit_tests", "def f(x): return x", ["assert f(1) == 1", "assert f(2) == 3"], 0.0),
     ],
