@@ -208,13 +208,3 @@ def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="there is no sbatch on this machine"):
         start.submit(job(tmp_path, slurm=True))
-
-
-def test_a_log_is_followed_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = tmp_path / "17.log"
-    log.write_text("launch: stopped at iteration 3 of 9: it was told to stop.\nlaunch: complete: 9")
-    log.write_text(log.read_text() + "\nlater\n")
-    assert start.follow(log) == 0
-    assert capsys.readouterr().out.count("launch: ") == 2
-    log.write_text("launch: failed: training ended with exit code 1.\n")
-    assert start.follow(log) == 1
