@@ -26,7 +26,6 @@ METHODS = ("sft", "lora", "dpo", "grpo")
 # one of each model and of each method at each commit, the others in make soak
 FEW = {next(n for n in NAMES if n.startswith(f"{model}/{METHODS[k % 4]}/"))
        for k, model in enumerate(MODELS)}  # fmt: skip
-RUNS = [name for name in NAMES if whole(name).number("gpus") <= 8]
 
 
 def few(names: list[str]) -> list[object]:
@@ -158,8 +157,9 @@ def test_a_small_one_trains(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_trains_in_its_layout(name: str, tmp_path: Path) -> None:
+    """Of more than 8 GPUs in one with the same parallel sizes above 1, on 4 ranks."""
     job, ranks = converted(name, tmp_path)
     for code, _, error in run_ranks(ranks, launch, job.flags, timeout=800):
         assert code == 0, error[-3000:]
