@@ -91,9 +91,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "It does not fit: a rank needs" in said.err and not (tmp_path / "out").exists()
     assert "it does not fit; --force starts it all the same." in said.err
     for more, sentence in (
-        (["layout.tp=3"], "Megatron refuses these arguments"),
+        (["layout.vpp=2"], "Megatron refuses these arguments"),
         (["flags.no-such-flag=1"], "unrecognized arguments: --no-such-flag"),
-        (["dr.sett=span"], "the nearest is 'set'"), (["gpus=9"], "gpus=9 do not fill nodes of 8."),
+        (["target=/t", "target_dr.sett=span"], "target_dr.sett: 'sett' is none of the plugin's"),
+        (["dr.lora-rank=abc"], "8xh100: dr.lora-rank: invalid int value: 'abc'."),
+        (["gpus=9"], "gpus=9 do not fill nodes of 8."),
     ):  # fmt: skip
         assert main(["mistral-7b/sft", *files, *more, "--dry-run"]) == 2
         said = capsys.readouterr()
