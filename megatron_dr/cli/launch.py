@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.slurm:
         return start.here(job)
     number = start.submit(job)
-    print(f"job {number}; its log: {start.log_of(job, number)}", flush=True)
-    return start.follow(start.log_of(job, number)) if args.show_logs else 0
+    log = start.log_of(job, number)
+    print(f"job {number}; its log: {log}", flush=True)
+    return start.follow(log, number) if args.show_logs else 0
 
 
 def _out(recipe: Recipe) -> Path:

@@ -1,6 +1,7 @@
 """The plan of a recipe, whose flags are first read as its run would read them."""
 
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from megatron_dr.cli.plan import hardware_of
 from megatron_dr.config.lora import LoRAConfig
 from megatron_dr.config.yaml_file import Entry
-from megatron_dr.launch import files, flags
+from megatron_dr.launch import files, flags, sizes
 from megatron_dr.launch.recipe import Recipe
 from megatron_dr.launch.script import Job
 
@@ -47,16 +48,32 @@ def numbers(recipe: Recipe, job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "dr.yaml"
         config.write_text(job.files["dr.yaml"], encoding="utf-8")
-        plan_flags.check([*job.flags[:-1], str(config)], gpus)
+        try:
+            plan_flags.check([*job.flags[:-1], str(config)], gpus)
+        except ValueError as error:
+            raise ValueError(_by_key(str(error), str(config), recipe, job)) from None
     asked, rank = plan_flags.read(_planned(recipe, job), gpus), recipe.value("dr", "lora-rank")
     if rank is None:
         run, said = settle(asked, hardware)
-        return report(run, hardware, [*said, *_notes(recipe)])
+        found = report(run, hardware, [*said, *_notes(recipe)])
+        return found | {"refusal": sizes.by_keys(found["refusal"], recipe)}
     targets = recipe.text("dr", "lora-targets") or LoRAConfig.targets
     lora = LoRAConfig(rank=int(rank), targets=targets)
     layers = [n for n in _LINEAR if lora.matches(n) and not (asked.model.experts and "_fc" in n)]
     run, said = settle(adapters.alone(asked, int(rank), layers), hardware)
     return adapters.report_of(run, hardware, [*said, *_notes(recipe)], int(rank), layers)
+
+
+def _by_key(sentence: str, config: str, recipe: Recipe, job: Job) -> str:
+    """A refusal of a line of dr.yaml, by the recipe's key that the line is made from."""
+    found = re.match(rf"{re.escape(config)}:(\d+): (.*)", sentence, re.DOTALL)
+    if not found:
+        return sentence
+    name = job.files["dr.yaml"].splitlines()[int(found[1]) - 1].partition(":")[0]
+    of_files = {entry.text: key for key, entry in recipe.of("files").items()}
+    table = "target_dr" if name in recipe.of("target_dr") and recipe.has("target") else "dr"
+    key = of_files.get(f"dr.{name}", f"{table}.{name}")
+    return f"{recipe.name}: {key}: {found[2].removeprefix(f'argument --dr-{name}: ')}"
 
 
 def _planned(recipe: Recipe, job: Job) -> list[str]:
@@ -94,8 +111,8 @@ def _times(text: str, times: int) -> str:
 
 def _slots(recipe: Recipe) -> int:
     """As many as there are general corpora, or more where these do not divide the microbatches."""
-    sizes = {name: recipe.number("layout", name, 1) for name in ("tp", "pp", "cp")}
-    ranks = recipe.number("gpus") // math.prod(sizes.values())
+    sizes_of = [recipe.number("layout", name, 1) for name in ("tp", "pp", "cp")]
+    ranks = recipe.number("gpus") // math.prod(sizes_of)
     microbatches = recipe.number("batch", "global") // recipe.number("batch", "micro") // ranks
     wanted = files.corpora(recipe)
     found = [n for n in range(wanted, microbatches + 1) if microbatches % n == 0]

@@ -1,5 +1,6 @@
 """The files that a recipe's run reads, as its flags name them, and whether they are there."""
 
+import re
 from pathlib import Path
 
 from megatron_dr.config.target_sets import parsed
@@ -9,6 +10,7 @@ from megatron_dr.launch.recipe import Recipe
 KEYS = ("data", "valid", "target", "target_valid")
 _ENDS = ("", ".idx", "_chosen.idx")  # of files and folders, of prepared samples, of pairs
 _BY_NAME = ("target", "target_valid")
+_NUMBER = re.compile(r"\d*\.?\d+(e-?\d+)?")
 
 
 def by_flag(recipe: Recipe) -> dict[str, list[str]]:
@@ -33,6 +35,8 @@ def words(recipe: Recipe, key: str) -> list[str]:
         given = parsed(key, [one.text for one in entries])
         return [f"{name}={_whole(path)}" if name else _whole(path)
                 for name, path in ([("", given)] if isinstance(given, str) else given)]  # fmt: skip
+    if not isinstance(entry.value, list):
+        _check_one(key, entry.text)
     weights = [isinstance(one.value, int | float) for one in entries]
     if any(weights) and weights != [True, False] * (len(weights) // 2):
         raise ValueError(
@@ -41,6 +45,16 @@ def words(recipe: Recipe, key: str) -> list[str]:
         )
     return [one.text if weight else _whole(one.text)
             for one, weight in zip(entries, weights, strict=True)]  # fmt: skip
+
+
+def _check_one(key: str, text: str) -> None:
+    """Raise ValueError for a blend as one text, unless a file has that name."""
+    parts = re.split(r"[\s,]+", text.strip(" ,"))
+    if len(parts) % 2 or not all(map(_NUMBER.fullmatch, parts[::2])) or _there(text):
+        return
+    raise ValueError(
+        f"{key}={text!r} is one path: give a blend as a list, {key}=[{','.join(parts)}]."
+    )
 
 
 def corpora(recipe: Recipe) -> int:
@@ -61,11 +75,15 @@ def check(recipe: Recipe, base: Path) -> None:
     for key in KEYS if "train" in steps else ():
         for word in words(recipe, key) if recipe.has(key) else ():
             path = word[word.find("/") :] if "/" in word else ""  # of NAME=PATH; of a weight none
-            if path and not any(Path(path + end).exists() for end in _ENDS):
+            if path and not _there(path):
                 raise ValueError(
                     f"{key}: {path} is not there: name a file or folder of samples, or an indexed "
                     "dataset without .bin."
                 )
+
+
+def _there(path: str) -> bool:
+    return any(Path(path + end).exists() for end in _ENDS)
 
 
 def _whole(path: str) -> str:

@@ -87,7 +87,13 @@ def shape(recipe: Recipe) -> list[str]:
 
 def _free(recipe: Recipe) -> Table:
     flags = recipe.of("flags")
-    if not recipe.has("valid") and "eval-iters" in flags:
+    batches = flags.get("eval-iters")
+    if not recipe.has("valid") and batches is not None:
+        if batches.line == 0 and batches.value:  # of the command line, not of a recipe's file
+            raise ValueError(
+                f"{recipe.name}: flags.eval-iters={batches.text} needs valid=FILE, the held-out "
+                "general data."
+            )
         flags["eval-iters"] = Entry(0, "0", 0)
     if recipe.text("device") == "cpu":
         flags = {name: entry for name, entry in flags.items() if name not in _ON_A_GPU}

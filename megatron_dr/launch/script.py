@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from megatron_dr.launch import flags
+from megatron_dr.launch import flags, sizes
 from megatron_dr.launch.recipe import Recipe
 from megatron_dr.report import hidden
 
@@ -51,6 +51,7 @@ def job(recipe: Recipe, out: Path, slurm: bool, port: int = 29500) -> Job:
     log = out / "logs" / ("%j.log" if slurm else "local.log")
     environment = _environment()
     common = _names(recipe, out, slurm) | _slurm(recipe) | {"log": str(log), "port": port}
+    sizes.check(recipe)
     texts = {
         "job.sh": environment.get_template("job.sh.jinja").render(common),
         "node.sh": environment.get_template("node.sh.jinja").render(common, lines=_lines(train)),
@@ -102,7 +103,7 @@ def _names(recipe: Recipe, out: Path, slurm: bool) -> dict[str, Any]:
         raise ValueError(
             f"{recipe.name}: device must be cuda or cpu, not {recipe.text('device')!r}."
         )
-    sizes = [f"--{name} {recipe.number('layout', name, 1)}" for name in ("tp", "pp", "ep")]
+    layout = [f"--{name} {recipe.number('layout', name, 1)}" for name in ("tp", "pp", "ep")]
     train, base, hf = out / "train", out / "base", out / "hf"
     source = shlex.quote(str(Path(recipe.text("hf")).absolute()))
     nodes, ranks = _nodes(recipe)
@@ -114,7 +115,7 @@ def _names(recipe: Recipe, out: Path, slurm: bool) -> dict[str, Any]:
         "node": out / "node.sh", "tracker": train / "latest_checkpointed_iteration.txt",
         "base_tracker": base / "latest_checkpointed_iteration.txt",
         "exported": hf / "config.json", "signal": flags.EXIT_SIGNAL.removeprefix("SIG"),
-        "convert_in": f"convert hf-to-mcore {source} {shlex.quote(str(base))} {' '.join(sizes)}",
+        "convert_in": f"convert hf-to-mcore {source} {shlex.quote(str(base))} {' '.join(layout)}",
         "convert_out": f"convert mcore-to-hf {shlex.quote(str(train))} {shlex.quote(str(hf))}",
         "once": _srun(recipe, 1) if slurm else "", "each": _srun(recipe, nodes) if slurm else "",
     }  # fmt: skip

@@ -3,11 +3,14 @@
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from megatron_dr.launch import queue
 from megatron_dr.launch.script import Job
 
 _ENDS = ("launch: complete", "launch: failed")
@@ -86,16 +89,45 @@ def log_of(job: Job, number: str) -> Path:
     return Path(str(job.log).replace("%j", number))
 
 
-def follow(log: Path, pause: float = 1.0) -> int:
-    """Print a log as it grows, through requeues; the exit code by its last line."""
+def follow(log: Path, number: str, pause: float = 1.0, quiet: float = 30.0) -> int:
+    """Print a log as it grows, through requeues; the exit code by its last line.
+
+    A log without new lines may be that of a job that was cancelled or has lost its node: Slurm is
+    asked, and believed at the second time, as lines may come late and a job may be requeued.
+
+    Args:
+        number: the job's.
+        pause: seconds between two looks at the log.
+        quiet: seconds without new lines after which Slurm is asked, and asked again.
+    """
+    over, since = "", time.monotonic()
+    for line in _lines(log, pause):
+        print(line, end="", flush=True)
+        if line.startswith(_ENDS):
+            return int(line.startswith(_ENDS[1]))
+        if line:
+            over, since = "", time.monotonic()
+        elif time.monotonic() - since >= quiet:
+            before, over = over, queue.over(number)
+            if before and over:
+                break
+            since = time.monotonic()
+    print(
+        f"launch: job {number} has ended, {over}, and its log does not say how far it came: the "
+        "same command goes on from its last checkpoint.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _lines(log: Path, pause: float) -> Iterator[str]:
+    """As they are written, without end; an empty one before each pause, also with no log yet."""
     while not log.exists():
+        yield ""
         time.sleep(pause)
     with log.open(encoding="utf-8", errors="replace") as file:
         while True:
             line = file.readline()
+            yield line
             if not line:
                 time.sleep(pause)
-                continue
-            print(line, end="", flush=True)
-            if line.startswith(_ENDS):
-                return int(line.startswith(_ENDS[1]))

@@ -63,14 +63,15 @@ def test_a_signal_saves_and_requeues(
     """Sent to the job's shell, which hands it to the tasks, or to all that they have started."""
     monkeypatch.setenv("FAKE_SLURM_ALL", everyone)
     made, slurm = job(folder, True), folder / "slurm"
-    log = start.log_of(made, start.submit(made))
+    job_number = start.submit(made)
+    log = start.log_of(made, job_number)
     when(slurm / "starts", 1)
     time.sleep(0.3)
     batch = int((slurm / "batch").read_text())
     os.kill(batch, number)
     if number == signal.SIGTERM:  # a preemption: Slurm itself ends and requeues it
         preempt(log, slurm, batch)
-    assert start.follow(log, 0.05) == 0
+    assert start.follow(log, job_number, 0.05) == 0
     said = capsys.readouterr().out
     first, second = (int(line.split()[1]) for line in lines(slurm / "starts"))
     assert first == 0 and 0 < second < 40
@@ -84,7 +85,8 @@ def test_it_is_tried_again_while_it_gets_on(
 ) -> None:
     (folder / "slurm" / "ends").write_text("saved\nsaved\nlost\n")
     made = job(folder, True)
-    assert start.follow(start.log_of(made, start.submit(made)), 0.05) == 1
+    number = start.submit(made)
+    assert start.follow(start.log_of(made, number), number, 0.05) == 1
     said = capsys.readouterr().out
     assert lines(folder / "slurm" / "starts") == ["from 0", "from 1", "from 2"]
     assert said.count("it ended with exit code 1 after a new checkpoint.") == 2

@@ -112,6 +112,13 @@ def test_the_interpreter(tmp_path: Path, given: tuple[str, ...], slurm: bool, py
     (("device=CPU",), "device must be cuda or cpu, not 'CPU'."),
     (("device=tpu",), "device must be cuda or cpu, not 'tpu'."),
     (("gpus=12",), "gpus=12 do not fill nodes of 8."),
+    (("layout.tp=3",), "gpus=8 must be a multiple of layout.tp=3 x layout.pp=1 x layout.cp=1."),
+    (("batch.global=63",), "batch.global=63 must be a multiple of 4: batch.micro=1 x 4 copies of "
+     "the model (gpus=8 / layout.tp=2 x layout.pp=1 x layout.cp=1)."),
+    (("gpus=6",), "batch.global=64 must be a multiple of 3: batch.micro=1 x 3 copies of the model"),
+    (("layout.ep=8",), "gpus=8 must be a multiple of 16, the ranks of all experts: layout.tp=2 x "
+     "layout.pp=1 x layout.ep=8."),
+    (("flags.eval-iters=4",), "flags.eval-iters=4 needs valid=FILE, the held-out general data."),
     (("gpus=[8]",), "gpus must be a number of 1 or more, not '[8]'."),
     (("gpus=many",), "gpus must be a number of 1 or more, not 'many'."),
     (("precision=fp9",), "precision must be one of fp32, bf16, fp8, not 'fp9'."),
@@ -119,6 +126,9 @@ def test_the_interpreter(tmp_path: Path, given: tuple[str, ...], slurm: bool, py
     (("config.num_attention_heads=33",), "llama-3.1-8b/sft/8xh100: config: "),
     (("slurm.partition=a\"b",), "slurm.partition: 'a\"b' has signs"),
     (("data=[0.5, a, b]",), "data must have a weight before each path or before none: data=[0.7,"),
+    (("data=0.5 /a.jsonl 0.5 /b",), "data='0.5 /a.jsonl 0.5 /b' is one path: give a blend as a "
+     "list, data=[0.5,/a.jsonl,0.5,/b]."),
+    (("valid=1,v",), "valid='1,v' is one path: give a blend as a list, valid=[1,v]."),
     (("data=[]",), "data must be a path or a list of them, not []."),
     (("data=[a, [b]]",), "data must be a path or a list of them, not [a, [b]]."),
     (("target=[law=a, b]",), "target b: where there are several each has a name"),
@@ -179,6 +189,19 @@ def test_blends_and_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ours["target-valid-data"] == f"law={here}/v.jsonl"
 
 
+def test_a_file_named_as_a_blend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.5 a.jsonl").touch()
+    made = job(tmp_path, "data=0.5 a.jsonl")
+    assert made.flags[made.flags.index("--train-data-path") + 1] == f"{tmp_path}/0.5 a.jsonl"
+
+
+def test_evaluations_need_what_they_are_of(tmp_path: Path) -> None:
+    for given, batches in (("flags.eval-iters=0",), "0"), (("valid=/v", "flags.eval-iters=4"), "4"):
+        flags = job(tmp_path, *given).flags
+        assert flags[flags.index("--eval-iters") + 1] == batches
+
+
 def test_what_a_run_begins_with_is_there(tmp_path: Path) -> None:
     def refused(*given: str) -> str:
         recipe = read_recipe(FOLDER, "llama-3.1-8b/sft", [f"hf={tmp_path}", *given])
@@ -208,13 +231,3 @@ def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="there is no sbatch on this machine"):
         start.submit(job(tmp_path, slurm=True))
-
-
-def test_a_log_is_followed_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = tmp_path / "17.log"
-    log.write_text("launch: stopped at iteration 3 of 9: it was told to stop.\nlaunch: complete: 9")
-    log.write_text(log.read_text() + "\nlater\n")
-    assert start.follow(log) == 0
-    assert capsys.readouterr().out.count("launch: ") == 2
-    log.write_text("launch: failed: training ended with exit code 1.\n")
-    assert start.follow(log) == 1

@@ -1,6 +1,7 @@
 """Recipes of examples/cluster with their sizes divided down, and what they train on."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def whole(name: str, *more: str) -> Recipe:
 
 def small(name: str, folder: Path, *more: str) -> Recipe:
     """The same layout with small sizes, on the CPU, with a model and data in the folder."""
-    found = whole(name, *more)
+    layout = divided(whole(name, *more))
+    found = whole(name, *layout, *more)
     tp, pp = found.number("layout", "tp"), found.number("layout", "pp")
     ranks = found.number("gpus") // tp // pp // found.number("layout", "cp")
     config = {
@@ -39,6 +41,7 @@ def small(name: str, folder: Path, *more: str) -> Recipe:
     sizes = [f"config.{n}={size}" for n, size in config.items() if n in found.of("config")]
     sizes += ["device=cpu", "precision=fp32", "batch.length=64", "batch.micro=1",
               f"batch.global={2 * ranks}", "flags.train-iters=2", "flags.lr-warmup-iters=1",
+              "flags.eval-iters=0",
               f"target_dr.target-batch-size={ranks}"]  # fmt: skip
     if found.value("dr", "rl-algorithm"):
         sizes += [f"dr.rl-prompts={ranks}", "dr.rl-group=4", "dr.rl-max-tokens=6",
@@ -47,10 +50,19 @@ def small(name: str, folder: Path, *more: str) -> Recipe:
     paths = write_data(folder, name.split("/")[1])
     given = [f"{key}={path}" for key, path in paths.items()]
     made = read_recipe(
-        FOLDER, name, [*sizes, f"hf={folder / 'hf'}", f"out={folder / 'out'}", *given, *more]
-    )
+        FOLDER, name,
+        [*layout, *sizes, f"hf={folder / 'hf'}", f"out={folder / 'out'}", *given, *more],
+    )  # fmt: skip
     write_model(folder / "hf", plain(made.of("config")))
     return made
+
+
+def divided(recipe: Recipe) -> list[str]:
+    """For a layout of more than 8 GPUs one of 4 ranks, with the same sizes above 1, each 2."""
+    if recipe.number("gpus") <= 8:
+        return []
+    sizes = {name: min(2, recipe.number("layout", name)) for name in ("tp", "pp", "ep")}
+    return ["gpus=4", *(f"layout.{name}={size}" for name, size in sizes.items())]
 
 
 def write_data(folder: Path, method: str) -> dict[str, Path]:
@@ -72,7 +84,10 @@ def _record(n: int, method: str) -> dict[str, Any]:
 def write_model(folder: Path, config: dict[str, Any]) -> None:
     """Random weights of that configuration, with the demo's tokenizer."""
     shutil.copytree(ROOT / "examples" / "sft" / "tokenizer", folder)
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    family = config["architectures"][0].removesuffix("ForCausalLM")
+    kind = re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", family).lower()  # without one Llama 3.1 is refused
+    written = config | {"torch_dtype": "float32", "model_type": kind}
+    (folder / "config.json").write_text(json.dumps(written))
     torch.manual_seed(1)
     values = {
         name: torch.ones(shape) if "norm" in name else 0.05 * torch.randn(shape)

@@ -26,7 +26,6 @@ METHODS = ("sft", "lora", "dpo", "grpo")
 # one of each model and of each method at each commit, the others in make soak
 FEW = {next(n for n in NAMES if n.startswith(f"{model}/{METHODS[k % 4]}/"))
        for k, model in enumerate(MODELS)}  # fmt: skip
-RUNS = [name for name in NAMES if whole(name).number("gpus") <= 8]
 
 
 def few(names: list[str]) -> list[object]:
@@ -92,9 +91,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "It does not fit: a rank needs" in said.err and not (tmp_path / "out").exists()
     assert "it does not fit; --force starts it all the same." in said.err
     for more, sentence in (
-        (["layout.tp=3"], "Megatron refuses these arguments"),
+        (["layout.vpp=2"], "Megatron refuses these arguments"),
         (["flags.no-such-flag=1"], "unrecognized arguments: --no-such-flag"),
-        (["dr.sett=span"], "the nearest is 'set'"), (["gpus=9"], "gpus=9 do not fill nodes of 8."),
+        (["target=/t", "target_dr.sett=span"], "target_dr.sett: 'sett' is none of the plugin's"),
+        (["dr.lora-rank=abc"], "8xh100: dr.lora-rank: invalid int value: 'abc'."),
+        (["gpus=9"], "gpus=9 do not fill nodes of 8."),
     ):  # fmt: skip
         assert main(["mistral-7b/sft", *files, *more, "--dry-run"]) == 2
         said = capsys.readouterr()
@@ -158,8 +159,9 @@ def test_a_small_one_trains(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_trains_in_its_layout(name: str, tmp_path: Path) -> None:
+    """Of more than 8 GPUs in one with the same parallel sizes above 1, on 4 ranks."""
     job, ranks = converted(name, tmp_path)
     for code, _, error in run_ranks(ranks, launch, job.flags, timeout=800):
         assert code == 0, error[-3000:]
