@@ -16,6 +16,7 @@ from megatron_dr.plan.rows import Rows
 from megatron_dr.plan.schedule import one_f_one_b
 
 LLAMA_8B = Model(32, 4096, 32, 8, 14336, 128256)
+LLAMA_70B = Model(80, 8192, 64, 8, 28672, 128256)
 KEPT = Kept(Shape(1, 8192))
 TWO = Layout(dp=4, tp=2, sequence_parallel=True)
 
@@ -33,6 +34,48 @@ def test_a_run_that_does_not_fit() -> None:
     mended, _ = asked.settle(wanted(TWO), H100)
     assert fit.most(mended) / 1e9 == pytest.approx(68.1, abs=0.05)
     assert fit.refusal(mended, H100) == ""
+
+
+def of_70b(layout: Layout, model: Model = LLAMA_70B, **rows: int) -> Asked:
+    return Asked(model, layout, KEPT, 64, 64, Wanted(Rows(halves=True, **rows)))
+
+
+EIGHT = Layout(dp=8, tp=8, sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    "layout, says, mended",
+    [
+        (EIGHT, "--pipeline-model-parallel-size 2", dataclasses.replace(EIGHT, dp=4, pp=2)),
+        (
+            Layout(dp=64),
+            "--tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 2",
+            dataclasses.replace(EIGHT, dp=4, pp=2),
+        ),
+    ],
+)
+def test_pipeline_stages_are_advised(layout: Layout, says: str, mended: Layout) -> None:
+    """On as many GPUs; the run of these flags needs what was said, and fits."""
+    run, _ = asked.settle(of_70b(layout), H100)
+    other, _ = asked.settle(of_70b(mended), H100)
+    needs = fit.most(other)
+    assert needs <= H100.usable and mended.world == layout.world
+    assert fit.refusal(run, H100).endswith(f"; {says} would need {needs / 1e9:.1f} GB.")
+
+
+@pytest.mark.parametrize(
+    "layers, says",
+    [
+        (76, "--pipeline-model-parallel-size 4 would need"),
+        (78, "--pipeline-model-parallel-size 2 --recompute-granularity full"),
+        (79, "take more GPUs for a copy of the model: --sweep proposes layouts."),
+    ],
+)
+def test_advised_stages_divide_the_layers(layers: int, says: str) -> None:
+    ask = of_70b(EIGHT, dataclasses.replace(LLAMA_70B, layers=layers), slots=2)
+    assert ask.wanted is not None
+    slots = dataclasses.replace(ask.wanted, auto=False)
+    assert says in fit.refusal(asked.settle(dataclasses.replace(ask, wanted=slots), H100)[0], H100)
 
 
 def test_the_largest_microbatch_fits_and_the_next_does_not() -> None:
