@@ -39,7 +39,8 @@ FLAGS: dict[str, dict[str, Any]] = {
                 "help": "propose layouts for these GPUs, the fastest first; the flags' own sizes "
                 "of TP, PP, CP, EP, recompute and microbatch do not count"},
     "--json": {"action": "store_true", "help": "print numbers in place of tables"},
-    "--html": {"type": Path, "metavar": "FILE", "help": "write a page with pictures, too"},
+    "--html": {"type": Path, "metavar": "FILE",
+               "help": "write a page with pictures, too; not with --sweep"},
 }  # fmt: skip
 
 
@@ -52,6 +53,11 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     args, more = parser.parse_known_args(argv)
     if args.gpus < 1:
         raise ValueError(f"--gpus must be at least 1, not {args.gpus}.")
+    if args.sweep and args.html:
+        raise ValueError(
+            "--html is a page of one layout, which --sweep has none of: give it without --sweep, "
+            "with the flags of a layout that --sweep proposed."
+        )
     length = args.sample_length
     if length is not None and not 0 < length < math.inf:
         raise ValueError(f"--sample-length must be a number of tokens above 0, not {length:g}.")

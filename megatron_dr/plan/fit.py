@@ -8,9 +8,14 @@ from megatron_dr.plan import activations, memory
 from megatron_dr.plan.activations import Recompute
 from megatron_dr.plan.buffers import stages
 from megatron_dr.plan.hardware import Hardware
+from megatron_dr.plan.layout import Layout
+from megatron_dr.plan.rows import ranks_near_a_node
 from megatron_dr.plan.step import Run
 
 GB = 1e9
+_FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+_MORE = (1, 2, 4, 8, 16)  # times as many tensor ranks, or pipeline stages
+_STAGES = 16  # most that are tried
 
 
 def needed(run: Run) -> list[dict[str, float]]:
@@ -72,7 +77,7 @@ def refusal(run: Run, hardware: Hardware) -> str:
 
 
 def _mended(run: Run, hardware: Hardware) -> str:
-    for flags, change in (*_changes(run), *_sharded(run)):
+    for flags, change in (*_changes(run), *_sharded(run, hardware)):
         try:
             other = change()
             if other is not None and most(other) <= hardware.usable:
@@ -100,30 +105,58 @@ def _changes(run: Run) -> Iterator[tuple[str, Callable[[], Run | None]]]:
     if run.kept.recompute.granularity == "none":
         yield "--recompute-granularity selective", lambda: _recomputed(run, selective)
     if run.kept.recompute.granularity != "full":
-        flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-        yield flags, lambda: _recomputed(run, full)
+        yield _FULL, lambda: _recomputed(run, full)
         if run.kept.shape.sequences > 1:
             one = with_micro_batch(run, 1)
             if one is not None:
-                yield f"--micro-batch-size 1 {flags}", lambda: _recomputed(one, full)
+                yield f"--micro-batch-size 1 {_FULL}", lambda: _recomputed(one, full)
 
 
-def _sharded(run: Run) -> Iterator[tuple[str, Callable[[], Run | None]]]:
-    """Twice, four times and eight times the tensor ranks, on as many GPUs."""
-    layout = run.layout
-    for tp in (2, 4, 8):
-        more = tp // layout.tp
-        if tp > layout.tp and tp % layout.tp == 0 and layout.dp % more == 0 and layout.ep == 1:
-            other = dataclasses.replace(
-                layout, tp=tp, etp=tp, dp=layout.dp // more, sequence_parallel=True
-            )
-            larger = dataclasses.replace(
-                run, layout=other, general=run.general * more, target=run.target * more
-            )
-            yield (
-                f"--tensor-model-parallel-size {tp} --sequence-parallel",
-                functools.partial(lambda one: one, larger),
-            )
+def _sharded(run: Run, hardware: Hardware) -> Iterator[tuple[str, Callable[[], Run | None]]]:
+    """More tensor ranks and pipeline stages on as many GPUs, the fewest of both first; then the
+    same with all layers recomputed."""
+    layout, full = run.layout, Recompute("full")
+    ranks = max(hardware.node, layout.tp)
+    stages_ = layout.pp if layout.vpp > 1 else _STAGES  # a flag may count a chunk's layers
+    sizes = [
+        (tp, pp) for tp in _MORE for pp in _MORE
+        if tp * pp > 1 and tp * layout.tp <= ranks and (pp == 1 or pp * layout.pp <= stages_)
+    ]  # fmt: skip
+    for recompute in dict.fromkeys((run.kept.recompute, full)):
+        for tp, pp in sorted(sizes, key=lambda size: (size[0] * size[1], size[1])):
+            flags = _flags(layout, tp, pp) + f" {_FULL}" * (recompute is full)
+            other = _recomputed(run, recompute)
+            yield flags, functools.partial(_split, other, tp, pp, hardware.node)
+
+
+def _flags(layout: Layout, tp: int, pp: int) -> str:
+    words = [f"--tensor-model-parallel-size {layout.tp * tp} --sequence-parallel"] * (tp > 1)
+    words += [f"--pipeline-model-parallel-size {layout.pp * pp}"] * (pp > 1)
+    return " ".join(words)
+
+
+def _split(run: Run, tp: int, pp: int, node: int) -> Run | None:
+    """With so many times the tensor ranks and pipeline stages of equal layers, the batches on the
+    data-parallel ranks that are left; None where it can't be had."""
+    layout, model, rows = run.layout, run.model, run.rows
+    targets = rows.target_ranks if rows is not None else 0
+    dp, rest = divmod(layout.dp, tp * pp)
+    wide = layout.tp * tp
+    if rest or dp <= targets or model.layers % (layout.pp * pp * layout.vpp):
+        return None
+    uneven = model.heads % wide or (model.groups % wide and wide % model.groups)
+    if tp > 1 and (layout.ep > 1 or uneven):
+        return None
+    general, left = divmod(run.general * (layout.dp - targets), dp - targets)
+    target, over = divmod(run.target * (targets or layout.dp), targets or dp)
+    if left or over or (rows is not None and general % rows.slots):
+        return None
+    other = dataclasses.replace(layout, dp=dp, pp=layout.pp * pp)
+    if tp > 1:
+        other = dataclasses.replace(other, tp=wide, etp=wide, sequence_parallel=True)
+    if rows is not None and rows.ranks == ranks_near_a_node(layout, node):  # not of a flag
+        rows = dataclasses.replace(rows, ranks=ranks_near_a_node(other, node))
+    return dataclasses.replace(run, layout=other, general=general, target=target, rows=rows)
 
 
 def _laid_out(run: Run, **sizes: bool) -> Run:

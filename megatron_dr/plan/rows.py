@@ -44,7 +44,8 @@ class Rows:
         if self.ranks % least or layout.data % self.ranks:
             raise ValueError(
                 f"rows of {self.ranks} ranks must be a multiple of {least} (ranks that share "
-                f"sequences or exchange tokens) and divide the {layout.data} data x context ranks."
+                f"sequences or exchange tokens) and divide the {layout.data} data x context ranks: "
+                "change --dr-row-ranks."
             )
         groups = layout.data // self.ranks
         target_groups = self.target_ranks // max(1, self.ranks // layout.cp)

@@ -66,6 +66,8 @@ def test_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "8", "--sample-length", "inf"], "--sample-length must be a number of tokens"),
         (["--gpus", "8", "--sample-length", "0"], "above 0, not 0."),
         (["--gpus", "8", "--sample-length", "513"], "513 is more than --seq-length 512"),
+        (["--gpus", "8", "--sweep", "--html", "a.html"], "--html is a page of one layout"),
+        (["--gpus", "8", "--sweep", "--dr-row-ranks", "3"], "rows of 3 ranks must be a multiple"),
     ],
 )
 def test_bad_input(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
