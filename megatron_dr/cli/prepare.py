@@ -95,7 +95,7 @@ def load_chat(args: argparse.Namespace, template: str | None) -> Chat | None:
         return None
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     if template:
         tokenizer.chat_template = template
     return Chat(tokenizer) if tokenizer.chat_template else None
