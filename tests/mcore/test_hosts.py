@@ -6,6 +6,7 @@ Loops here are in the shape of each host's (`_hosts`). test_hosts_installed.py r
 import contextlib
 import dataclasses
 import io
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dr import DRConfig
 from megatron_dr.mcore import hosts
-from megatron_dr.mcore.hosts import state
+from megatron_dr.mcore.hosts import slime, state, verl
 
 from . import _data, _megatron, _slime
 from ._data import Layout
@@ -266,3 +267,23 @@ def in_a_resumed_slime(folder: Path, saved: bool) -> None:
 def test_slime_goes_on_from_its_checkpoint(tmp_path: Path, saved: bool) -> None:
     pytest.importorskip("megatron.training", exc_type=ImportError)  # as above
     run_ranks(1, in_a_resumed_slime, tmp_path, saved)
+
+
+@pytest.mark.parametrize("config, says", [
+    (Namespace(router_replay=Namespace(mode="R3")), "verl's router replay"),
+    (Namespace(dynamic_context_parallel=True), "verl's dynamic_context_parallel"),
+])  # fmt: skip
+def test_what_verls_engine_is_not_to_have(config: Namespace, says: str) -> None:
+    usual = {"router_replay": Namespace(mode="disabled"), "dynamic_context_parallel": False}
+    verl._check(Namespace(**usual))
+    with pytest.raises(ValueError, match=says):
+        verl._check(Namespace(**{**usual, **vars(config)}))
+
+
+def test_slime_replays_no_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable that its loop reads; before anything of a step is made."""
+    monkeypatch.setenv("ENABLE_ROUTING_REPLAY", "1")
+    hook = slime.before_train_step(DRConfig(), lambda *_: {})
+    model = [torch.nn.Linear(1, 1)]
+    with pytest.raises(ValueError, match="slime's router replay"):
+        hook(Namespace(), 0, 0, model, None, None)

@@ -62,6 +62,10 @@ class _Reached(BaseException):
         self.schedule = schedule
 
 
+REPLAY = (
+    "megatron_dr does not support {}'s router replay: the target's samples have no routes: switch "
+    "it off."
+)
 # Runs a training call: (Megatron's own schedule, its arguments) -> reports
 Run = Callable[[Callable[..., Any], dict[str, Any]], Any]
 

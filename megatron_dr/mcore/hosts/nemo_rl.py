@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
 
 from megatron_dr.config.dr import DRConfig
 from megatron_dr.mcore import hosts
@@ -22,6 +23,10 @@ def worker_class(dr: DRConfig, target_batch: Callable[[Any, Any], Any]) -> type:
     Args:
         target_batch: (the worker, the general data) -> this rank's target samples of one step, in
             the form of the general data.
+
+    Raises:
+        ValueError: by the worker that is made: rows or dials that can't be, routes that are
+            replayed, auxiliary losses of experts.
     """
     from nemo_rl.models.policy.workers.megatron_policy_worker import MegatronPolicyWorkerImpl
 
@@ -32,6 +37,7 @@ def worker_class(dr: DRConfig, target_batch: Callable[[Any, Any], Any]) -> type:
         ) -> None:  # fmt: skip
             super().__init__(config, tokenizer, weights_path, *args, **kwargs)
             if getattr(self, "optimizer", None) is not None:
+                _check(self)
                 handle = hosts.attach(self.model, self.optimizer, dr)  # or refused here
                 if weights_path is not None:
                     state.load(handle, weights_path)
@@ -66,6 +72,25 @@ def worker_class(dr: DRConfig, target_batch: Callable[[Any, Any], Any]) -> type:
                 return super().train(data, loss_fn, eval_mode, gbs, mbs, **rest)
 
     return RegularisedWorker
+
+
+def _check(worker: Any) -> None:
+    """What NeMo-RL sets up for the general batch alone, and the target's microbatches would get."""
+    if getattr(worker, "_router_replay_enabled", False):
+        raise ValueError(hosts.REPLAY.format("NeMo-RL"))
+    config = get_model_config(worker.model)
+    names = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+    given = [name for name in names if config.num_moe_experts and _is_set(config, name)]
+    if given:
+        raise ValueError(
+            f"megatron_dr does not support {' and '.join(given)} in NeMo-RL, which scales these "
+            "losses by the tokens of the general batch, the target's microbatches too: set 0."
+        )
+
+
+def _is_set(config: Any, name: str) -> bool:
+    value = getattr(config, name, None)
+    return any(value) if isinstance(value, list) else bool(value)
 
 
 def forward_backward(worker: Any, data: Any, loss_fn: Any, mbs: int | None = None) -> Any:

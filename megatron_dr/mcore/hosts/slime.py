@@ -1,5 +1,6 @@
 """slime (github.com/THUDM/slime): --custom-megatron-before-train-step-hook-path."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def before_train_step(
     ) -> None:
         if hosts.reaching() or getattr(model[0], "role", "actor") != "actor":
             return
+        if os.environ.get("ENABLE_ROUTING_REPLAY", "0") == "1":
+            raise ValueError(hosts.REPLAY.format("slime"))
         from slime.backends.megatron_utils.data import get_data_iterator
         from slime.backends.megatron_utils.model import train_one_step
 

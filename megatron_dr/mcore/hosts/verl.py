@@ -39,6 +39,7 @@ def engine_class(dr: DRConfig, target_batch: TargetBatch) -> type:
         def initialize(self) -> None:
             super().initialize()
             if self.optimizer is not None:
+                _check(self.engine_config)
                 handle = hosts.attach(self.module, self.optimizer, dr)  # or refused here
                 if self._is_offload_param:
                     handle.offload()
@@ -81,10 +82,20 @@ def engine_class(dr: DRConfig, target_batch: TargetBatch) -> type:
 
         def load_checkpoint(self, local_path: str | None, *args: Any, **kwargs: Any) -> None:
             handle = attached(self.module)
-            if (
-                handle is not None and local_path is not None
-            ):  # before verl, which may delete the folder
+            # before verl, which may delete the folder
+            if handle is not None and local_path is not None:
                 state.load(handle, local_path)
             super().load_checkpoint(local_path, *args, **kwargs)
 
     return RegularisedEngine
+
+
+def _check(config: Any) -> None:
+    """What of an engine's configuration the target's microbatches do not go with."""
+    if getattr(getattr(config, "router_replay", None), "mode", "disabled") != "disabled":
+        raise ValueError(hosts.REPLAY.format("verl"))
+    if getattr(config, "dynamic_context_parallel", False):
+        raise ValueError(
+            "megatron_dr does not support verl's dynamic_context_parallel, which deals samples out "
+            "to data and context ranks together, so that no rank has a row: set it false."
+        )
