@@ -23,7 +23,7 @@ TENSOR = dataclasses.replace(RUN, layout=Layout(dp=4, tp=2))
 
 
 def test_each_change_is_of_keys() -> None:
-    changes = (*fit._changes(RUN), *fit._changes(TENSOR), *fit._sharded(RUN))
+    changes = (*fit._changes(RUN), *fit._changes(TENSOR), *fit._sharded(RUN, H100))
     assert len(changes) >= 12
     for flags, _ in changes:
         said = by_keys(f"It does not fit: --x; {flags} would need 1.0 GB.", read("mistral-7b/sft"))
