@@ -14,17 +14,8 @@ from megatron_dr.launch.recipe import Recipe
 from megatron_dr.launch.script import Job
 
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-_UNPLANNED = (
-    "lora-",
-    "dpo-",
-    "rl-",
-    "metrics",
-    "device",
-    "changed-ok",
-    "pack",
-    "thoughts",
-    "domain-",
-)
+_UNPLANNED = ("lora-", "dpo-", "rl-", "metrics", "device", "changed-ok", "pack", "thoughts",
+              "domain-")  # fmt: skip
 
 
 def numbers(recipe: Recipe, job: Job) -> dict[str, Any]:

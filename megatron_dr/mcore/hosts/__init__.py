@@ -62,10 +62,7 @@ class _Reached(BaseException):
         self.schedule = schedule
 
 
-REPLAY = (
-    "megatron_dr does not support {}'s router replay: the target's samples have no routes: switch "
-    "it off."
-)
+REPLAY = "megatron_dr does not support {}'s router replay: target samples have no routes: drop it."
 # Runs a training call: (Megatron's own schedule, its arguments) -> reports
 Run = Callable[[Callable[..., Any], dict[str, Any]], Any]
 
