@@ -80,7 +80,7 @@ def _tokenizer(out: Path, found: recipe.Recipe, is_small: bool) -> Any:
     import transformers
 
     folder = out / "tokenizer" if is_small else out / "model" / "hf"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if found.template is not None:
         tokenizer.chat_template = found.template.read_text(encoding="utf-8")
     return tokenizer
